@@ -1,0 +1,1057 @@
+"""Conservative Q-Learning (CQL), offline, for continuous actions: a soft actor-critic (SAC) whose critics are pushed
+down on actions that the policy may choose, and up on those in the data, so that it does not trust what it never saw.
+CQL: https://arxiv.org/abs/2006.04779; SAC: https://arxiv.org/abs/1812.05905.
+
+RUN_COMMAND
+
+Differs from the paper
+1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
+2. N uniform, N current and N next-state policy actions estimate log-integral exp Q, without the constant log(3N);
+   cql_net_gap is the gap less what it is for a constant Q.
+3. The entropy coefficient is tuned, and all losses are taken at the same parameters, as in later public code.
+
+Known failures: scores depend on cql_alpha and the depth of the critics; Adroit and large AntMaze are unreliable in
+every public implementation. docs/cql.md explains each option and metric.
+"""
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import functools
+import io
+import math
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+# Threads that wait must not spin: beside a busy process an update would take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pyrallis
+import torch
+import torch.nn.functional as F
+import wandb
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+LOG_STD_RANGE = (-20.0, 2.0)
+MAX_DENSITY_ACTION = 0.999  # data actions are clipped to this before a log-density, which is infinite at 1
+MAX_LOG_ALPHA_PRIME = math.log(1e6)
+
+
+@dataclass
+class TrainConfig:
+    # Experiment
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a Minari id
+    eval_env: Optional[str] = None  # Gymnasium id to evaluate in; None: the dataset's own; none: no evaluation
+    seed: int = 0  # seed of networks, minibatches and sampled actions
+    eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
+    eval_freq: int = 5000  # updates between two evaluations
+    n_episodes: int = 10  # episodes an evaluation
+    max_timesteps: int = 1_000_000  # updates in all; 0 with load_model: evaluate the stored policy
+    checkpoints_path: Optional[str] = "runs"  # folder that run folders go to
+    run_id: Optional[str] = None  # name of the run folder; the same name again resumes it (default: $WANDB_RUN_ID)
+    load_model: str = ""  # checkpoint.pt to start from, or a policy.pt to evaluate; "" starts afresh
+    log_interval: int = 1000  # updates between two W&B records
+    # Data
+    buffer_size: int = 2_000_000  # most transitions that are accepted; memory follows the data
+    batch_size: int = 256  # transitions a minibatch
+    normalize: bool = True  # shift and scale observations by the data's mean and standard deviation
+    normalize_reward: bool = False  # change rewards: return range (locomotion only), then reward_scale and reward_bias
+    reward_scale: float = 5.0  # factor on rewards (only with normalize_reward)
+    reward_bias: float = -1.0  # added to scaled rewards (only with normalize_reward)
+    holdout_fraction: float = 0.0  # share of episodes kept from training, for the holdout metrics
+    # Networks
+    hidden_dim: int = 256  # width of hidden layers
+    policy_n_hidden_layers: int = 3  # hidden layers of the actor
+    q_n_hidden_layers: int = 3  # hidden layers of each critic
+    orthogonal_init: bool = True  # orthogonal initialisation of all networks
+    policy_log_std_multiplier: float = 1.0  # initial factor on the actor's log standard deviation (learned)
+    # Soft actor-critic
+    discount: float = 0.99  # discount factor
+    policy_lr: float = 3e-5  # learning rate of the actor and the entropy coefficient
+    qf_lr: float = 3e-4  # learning rate of the critics and alpha_prime
+    soft_target_update_rate: float = 5e-3  # Polyak rate of the target critics
+    target_update_period: int = 1  # updates between two target updates
+    alpha_multiplier: float = 1.0  # factor on the entropy coefficient; the coefficient itself where it is not tuned
+    use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient for an entropy of -A
+    backup_entropy: bool = False  # subtract alpha log pi from the TD target's next value
+    bc_steps: int = 0  # first updates in which the policy clones the data's actions
+    # Conservatism
+    cql_alpha: float = 10.0  # weight of the penalty; 0 is offline SAC
+    cql_n_actions: int = 10  # actions sampled from each of the three proposals
+    cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
+    cql_temp: float = 1.0  # temperature T of T logsumexp(Q / T - log p)
+    cql_max_target_backup: bool = False  # TD target: largest value of cql_n_actions next actions
+    cql_clip_diff_min: float = -math.inf  # lower clip of the gap of each state
+    cql_clip_diff_max: float = math.inf  # upper clip of the gap of each state
+    cql_lagrange: bool = False  # tune alpha_prime, a factor on cql_alpha, for a gap of cql_target_action_gap
+    cql_target_action_gap: float = -1.0  # gap that the Lagrange multiplier aims at
+    # Weights & Biases
+    project: str = "CORL"  # W&B project
+    group: str = "CQL-D4RL"  # W&B group
+    name: str = "CQL"  # first part of the run's name
+
+    def __post_init__(self):
+        check_config(self)
+
+
+# Shapes: B batch, E critics, N sampled actions, O observation, A action. Inside the networks observations are
+# normalised and actions lie in [-1, 1].
+
+
+class TanhGaussianActor(nn.Module):
+    """pi(a|s) = tanh of a Gaussian, with the scaling of observations and actions that acting needs."""
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
+        log_std_multiplier: float = 1.0, orthogonal_init: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.sizes = (observation_dim, action_dim, hidden_dim, n_hidden_layers)
+        layers = linear_layers([observation_dim] + [hidden_dim] * n_hidden_layers + [2 * action_dim], orthogonal_init)
+        self.hidden = nn.Sequential(*[module for layer in layers[:-1] for module in (layer, nn.ReLU())])
+        self.head = layers[-1]
+        self.log_std_multiplier = nn.Parameter(torch.tensor(log_std_multiplier))
+        self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
+        self.register_buffer("observation_mean", torch.zeros(observation_dim))
+        self.register_buffer("observation_std", torch.ones(observation_dim))
+        self.register_buffer("action_low", -torch.ones(action_dim))
+        self.register_buffer("action_high", torch.ones(action_dim))
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation before the tanh: [B, O] -> [B, A], [B, A]."""
+        mean, log_std = self.head(self.hidden(observations)).chunk(2, dim=-1)
+        log_std = self.log_std_multiplier * log_std + self.log_std_offset
+        return mean, log_std.clamp(*LOG_STD_RANGE)
+
+    @torch.no_grad()
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """Deterministic actions in the environment's units for raw observations: [O] -> [A] or [B, O] -> [B, A]."""
+        observations = torch.as_tensor(observations, dtype=torch.float32, device=self.observation_mean.device)
+        mean, _ = self((observations - self.observation_mean) / self.observation_std)
+        actions = self.action_low + (mean.tanh() + 1) / 2 * (self.action_high - self.action_low)
+        return torch.clamp(actions, self.action_low, self.action_high).cpu().numpy()
+
+
+class EnsembleCritic(nn.Module):
+    """Q(s, a) of E critics, a batched product a layer."""
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
+        orthogonal_init: bool = True, n_critics: int = 2,
+    ):  # fmt: skip
+        super().__init__()
+        sizes = [observation_dim + action_dim] + [hidden_dim] * n_hidden_layers + [1]
+        members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
+        self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
+        self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """N actions for each state: [B, O], [B, N, A] -> [E, B, N]."""
+        batch_size, n_actions, _ = actions.shape
+        x = torch.cat([observations.unsqueeze(1).expand(-1, n_actions, -1), actions], dim=-1).flatten(0, 1)
+        x = x.expand(len(self.weights[0]), -1, -1)  # [E, B N, O + A]
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            x = torch.baddbmm(bias, x, weight).relu_()  # [E, B N, hidden]
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).view(-1, batch_size, n_actions)
+
+
+class Batch(NamedTuple):
+    observations: Tensor  # [B, O]
+    actions: Tensor  # [B, A]
+    rewards: Tensor  # [B]
+    next_observations: Tensor  # [B, O]
+    terminals: Tensor  # [B], 1 where the episode ended in a terminal state, 0 elsewhere and at time-outs
+
+
+def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
+    """Layers from size to size; the last starts near zero, so that first values and action means do."""
+    layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
+    if orthogonal:
+        for layer in layers[:-1]:
+            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    init_last = nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_
+    init_last(layers[-1].weight, gain=1e-2)
+    nn.init.zeros_(layers[-1].bias)
+    return layers
+
+
+def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of a = tanh(z), z = mean + std * noise, summed over actions: [..., A] -> [...].
+
+    The Jacobian is exact: log(1 - tanh(z)^2) = 2 (log 2 - z - softplus(-2 z)), finite for every z.
+    """
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_jacobian = 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
+    return (log_normal - log_jacobian).sum(dim=-1)
+
+
+def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """N actions for each state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
+    mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
+    noise = torch.randn(mean.shape[0], n, mean.shape[2], dtype=mean.dtype, device=mean.device)
+    pre_tanh = mean + log_std.exp() * noise  # [B, N, A]
+    return pre_tanh.tanh(), tanh_gaussian_log_prob(pre_tanh, noise, log_std)
+
+
+class CQL(nn.Module):
+    """The agent: a loss a method, then `update`, the algorithm."""
+
+    def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
+        super().__init__()
+        self.config = config
+        sizes = (observation_dim, action_dim, config.hidden_dim)
+        self.actor = TanhGaussianActor(
+            *sizes, config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init
+        )
+        self.critic = EnsembleCritic(*sizes, config.q_n_hidden_layers, config.orthogonal_init)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
+        self.target_entropy = -float(action_dim)
+        self.to(config.device)
+        adam = functools.partial(torch.optim.Adam, fused=True)
+        self.optimizers = {
+            "actor": adam(self.actor.parameters(), lr=config.policy_lr),
+            "alpha": adam([self.log_alpha], lr=config.policy_lr),
+            "critic": adam(self.critic.parameters(), lr=config.qf_lr),
+            "alpha_prime": adam([self.log_alpha_prime], lr=config.qf_lr),
+        }
+        self.n_updates = 0
+
+    @property
+    def alpha(self) -> Tensor:
+        """Entropy coefficient, a constant for every loss but its own."""
+        if not self.config.use_automatic_entropy_tuning:
+            return torch.full_like(self.log_alpha, self.config.alpha_multiplier, requires_grad=False)
+        return self.config.alpha_multiplier * self.log_alpha.detach().exp()
+
+    def alpha_loss(self, log_prob: Tensor) -> Tensor:
+        """Raises alpha while the policy's entropy is below the target: [B] -> []."""
+        return -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
+
+    def policy_loss(self, batch: Batch, actions: Tensor, log_prob: Tensor) -> Tensor:
+        """E[alpha log pi(a|s) - min Q(s, a)], a ~ pi with gradient: [B, A], [B] -> []."""
+        q = self.critic(batch.observations, actions.unsqueeze(1)).squeeze(-1).min(dim=0).values  # [B]
+        return (self.alpha * log_prob - q).mean()
+
+    def cloning_loss(self, batch: Batch, mean: Tensor, log_std: Tensor, log_prob: Tensor) -> Tensor:
+        """Warm start: E[alpha log pi(a|s) - log pi(a_data|s)], the likelihood of the data's own actions."""
+        pre_tanh = batch.actions.clamp(-MAX_DENSITY_ACTION, MAX_DENSITY_ACTION).atanh()
+        data_log_prob = tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)  # [B]
+        return (self.alpha * log_prob - data_log_prob).mean()
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch, next_actions: Tensor, next_log_prob: Tensor) -> Tensor:
+        """r + gamma (1 - terminal) max_n min_e Q'(s', a'_n); N = 1 is the usual target: [B, N, A], [B, N] -> [B]."""
+        next_q = self.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [B, N]
+        next_q, best = next_q.max(dim=1)  # [B]
+        if self.config.backup_entropy:
+            next_q = next_q - self.alpha * next_log_prob.gather(1, best.unsqueeze(1)).squeeze(1)
+        return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
+
+    def critic_loss(
+        self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """TD loss plus the penalty alpha' cql_alpha (T logsumexp_a(Q(s, a) / T - log p(a|s)) - Q(s, a_data)).
+
+        td_target [B]; proposals [B, 3N, A] with their log-densities [B, 3N], in the order random, next, current
+        (all constants, and empty for offline SAC). Returns the loss, the mean gap of each critic [E], and metrics.
+        """
+        config = self.config
+        actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
+        q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
+        q_data, q_proposals = q[..., 0], q[..., 1:]
+        td_loss = (q_data - td_target).square().mean(dim=1)  # [E]
+        metrics = per_critic("qf{}_loss", td_loss) | per_critic("average_qf{}", q_data.mean(dim=1))
+        metrics["average_target_q"] = td_target.mean()
+        if not proposals.shape[1]:
+            return td_loss.sum(), torch.zeros_like(td_loss), metrics
+
+        # Importance sampling estimates the log-integral over all actions; without it the data's action joins the sum.
+        scores = (
+            q_proposals / config.cql_temp - proposal_log_prob if config.cql_importance_sample else q / config.cql_temp
+        )
+        raw_gap = config.cql_temp * scores.logsumexp(dim=-1) - q_data  # [E, B]
+        gap = raw_gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(dim=1)  # [E]
+        weight = config.cql_alpha * (self.log_alpha_prime.detach().exp() if config.cql_lagrange else 1.0)
+        penalty = weight * (gap - (config.cql_target_action_gap if config.cql_lagrange else 0.0))  # [E]
+
+        with torch.no_grad():
+            n_actions, action_dim = scores.shape[-1], actions.shape[-1]
+            log_volume = action_dim * math.log(2) if config.cql_importance_sample else 0.0
+            constant_q_gap = config.cql_temp * (math.log(n_actions) + log_volume)
+            sources = ("rand", "next_actions", "current_actions")
+            shares = scores.softmax(dim=-1)[..., -q_proposals.shape[-1] :].mean(dim=(0, 1)).chunk(3)
+            for source, share, q_source in zip(sources, shares, q_proposals.chunk(3, dim=-1)):
+                metrics |= per_critic(f"cql_q{{}}_{source}", q_source.mean(dim=(1, 2)))
+                metrics[f"cql_weight_{source}"] = share.sum()
+            metrics |= per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
+            metrics |= per_critic("cql_qf{}_diff", gap) | per_critic("cql_min_qf{}_loss", penalty)
+            metrics["cql_net_gap"] = raw_gap.mean() - constant_q_gap
+            clipped = (raw_gap < config.cql_clip_diff_min) | (raw_gap > config.cql_clip_diff_max)
+            metrics["cql_clipped_share"] = clipped.float().mean()
+            metrics["cql_effective_weight"] = torch.as_tensor(weight, device=q.device)
+        return (td_loss + penalty).sum(), gap.detach(), metrics
+
+    def alpha_prime_loss(self, gap: Tensor) -> Tensor:
+        """Raises alpha' while the gap is above cql_target_action_gap: [E] (a constant) -> []."""
+        excess = gap.mean() - self.config.cql_target_action_gap
+        return -self.log_alpha_prime.exp() * self.config.cql_alpha * excess
+
+    @torch.no_grad()
+    def propose(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """TD target [B], and actions [B, 3N, A] and log-densities [B, 3N] for the penalty.
+
+        mean and log_std [2B, A] are the actor's at the observations and at the next observations. As in the public
+        code since the first, next actions are proposals at s, with the density that they have at s'.
+        """
+        config, batch_size, action_dim = self.config, *batch.actions.shape
+        penalised = config.cql_alpha > 0
+        n = config.cql_n_actions if penalised or config.cql_max_target_backup else 1
+        actions, log_prob = sample_actions(mean, log_std, n)
+        current_actions, next_actions = actions.split(batch_size)
+        current_log_prob, next_log_prob = log_prob.split(batch_size)
+        n_backup = n if config.cql_max_target_backup else 1
+        td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
+        if not penalised:
+            return td_target, actions.new_empty(batch_size, 0, action_dim), log_prob.new_empty(batch_size, 0)
+        random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
+        random_log_prob = torch.full_like(current_log_prob, -action_dim * math.log(2))
+        proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
+        return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
+
+    def descend(self, name: str, loss: Tensor) -> Tensor:
+        """Step one optimiser down its loss, which reaches no other parameters. Returns the gradient's norm."""
+        parameters = self.optimizers[name].param_groups[0]["params"]
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        self.optimizers[name].step()
+        return nn.utils.get_total_norm(gradients)
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """All losses at the same parameters, then the steps: alpha, policy, critics, alpha', target critics."""
+        config, batch_size = self.config, len(batch.rewards)
+        mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
+        td_target, proposals, proposal_log_prob = self.propose(batch, mean, log_std)
+        critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob)
+
+        mean, log_std = mean[:batch_size], log_std[:batch_size]
+        actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
+        if self.n_updates < config.bc_steps:
+            policy_loss = self.cloning_loss(batch, mean, log_std, log_prob)
+        else:
+            policy_loss = self.policy_loss(batch, actions, log_prob)
+        metrics |= {"policy_loss": policy_loss.detach(), "log_pi": log_prob.detach().mean(), "alpha": self.alpha}
+
+        if config.use_automatic_entropy_tuning:
+            metrics["alpha_loss"] = alpha_loss = self.alpha_loss(log_prob)
+            self.descend("alpha", alpha_loss)
+        metrics["policy_grad_norm"] = self.descend("actor", policy_loss)
+        metrics["critic_grad_norm"] = self.descend("critic", critic_loss)
+        if config.cql_lagrange:
+            metrics["alpha_prime"] = self.log_alpha_prime.detach().exp()
+            metrics["alpha_prime_loss"] = alpha_prime_loss = self.alpha_prime_loss(gap)
+            self.descend("alpha_prime", alpha_prime_loss)
+        with torch.no_grad():
+            self.log_alpha_prime.clamp_(max=MAX_LOG_ALPHA_PRIME)
+            self.n_updates += 1
+            if self.n_updates % config.target_update_period == 0:
+                for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
+                    target.lerp_(source, config.soft_target_update_rate)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def start_values(self, observations: np.ndarray) -> np.ndarray:
+        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw observations [B, O]."""
+        observations = torch.as_tensor(observations, device=self.config.device)
+        observations = (observations - self.actor.observation_mean) / self.actor.observation_std
+        actions = self.actor(observations)[0].tanh().unsqueeze(1)
+        return self.critic(observations, actions).min(dim=0).values.squeeze(1).cpu().numpy()
+
+    @torch.no_grad()
+    def holdout_metrics(self, batch: Batch) -> dict[str, float]:
+        """TD error, gap and data Q on transitions that are not trained on; leaves the random state as it was."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(self.config.eval_seed)
+            mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
+            _, gap, metrics = self.critic_loss(batch, *self.propose(batch, mean, log_std))
+        td_error = (metrics["qf1_loss"] + metrics["qf2_loss"]) / 2
+        q = (metrics["average_qf1"] + metrics["average_qf2"]) / 2
+        return {"holdout_td_error": td_error.item(), "holdout_gap": gap.mean().item(), "holdout_q": q.item()}
+
+    def checkpoint(self) -> dict[str, Any]:
+        """All that training goes on from, as tensors and plain values."""
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {"networks": self.state_dict(), "optimizers": optimizers, "n_updates": self.n_updates}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state["networks"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.n_updates = state["n_updates"]
+
+
+def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
+    return {name.format(i + 1): value for i, value in enumerate(values)}
+
+
+# Common to all files from here on: configuration, data, evaluation, run folder.
+
+
+class ConfigError(ValueError):
+    status = 2  # exit status of the process
+
+
+class DataError(ValueError):
+    status = 1
+
+
+COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+RANGES = {
+    "max_timesteps bc_steps seed eval_seed policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
+    "eval_freq n_episodes batch_size buffer_size log_interval target_update_period cql_n_actions": (1, 1e12),
+    "hidden_dim policy_n_hidden_layers q_n_hidden_layers": (1, 1e6),
+    "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap": (-1e12, 1e12),
+    "discount soft_target_update_rate": (0, 1),
+    "holdout_fraction": (0, 0.9),
+    "cql_temp": (1e-6, 1e12),
+}
+
+
+def check_config(config: Any) -> None:
+    """Fills in what depends on the machine. Raises ConfigError for a value out of its range."""
+    config.checkpoints_path = config.checkpoints_path or "runs"
+    config.run_id = config.run_id or os.environ.get("WANDB_RUN_ID") or None
+    options = vars(config)
+    for names, (low, high) in RANGES.items():
+        for name in set(names.split()) & options.keys():
+            if not low <= options[name] <= high:
+                raise ConfigError(f"--{name} takes a number from {low} to {high:g}, not {options[name]}")
+    if not options.get("cql_clip_diff_min", 0) <= options.get("cql_clip_diff_max", 0):
+        raise ConfigError("--cql_clip_diff_min must not be above --cql_clip_diff_max")
+    if config.run_id and (config.run_id in (".", "..") or set(config.run_id) & set("/\\")):
+        raise ConfigError(f"--run_id is the name of a folder, without / or \\, not {config.run_id}")
+    if config.max_timesteps == 0 and not config.load_model:
+        raise ConfigError("--max_timesteps 0 evaluates a stored policy: name its file with --load_model")
+    try:
+        known = torch.empty(0, device=config.device).device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):
+        known = False
+    if not known:
+        raise ConfigError(f"--device {config.device} cannot be used here; try --device cpu")
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """An option's value from the command line (text) or YAML (typed). Raises ConfigError where it is none."""
+    text, optional = str(value), kind == Optional[str]
+    if optional and text in ("None", "null"):
+        return None
+    if (kind is str or optional) and isinstance(value, str) and (value or name == "load_model"):
+        return value
+    if kind is bool and text in ("True", "true", "False", "false"):
+        return text in ("True", "true")
+    if kind in (int, float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = int(text) if text.lstrip("+-").isdigit() else float(text.replace(".inf", "inf"))
+            if number == kind(number):
+                return kind(number)
+    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "a text or None")
+    raise ConfigError(f"--{name} takes {takes}, not {value!r}")
+
+
+class ConfigParser(pyrallis.argparsing.ArgumentParser):
+    """pyrallis without its silent conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed)."""
+
+    def __init__(self, config_class: type):
+        super().__init__(config_class=config_class, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message}; --help lists the options")
+
+    def _postprocessing(self, namespace: Any) -> Any:
+        values = vars(namespace)
+        if path := values.pop("config_path", None):
+            try:
+                content = yaml.safe_load(Path(path).read_text())
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise ConfigError(f"--config_path {path} cannot be read: {one_line(error)}") from error
+            if not isinstance(content, dict):
+                raise ConfigError(f"--config_path {path} holds no lines of the form `option: value`")
+            values = content | values
+        kinds = {field.name: field.type for field in dataclasses.fields(self.config_class)}
+        if unknown := [str(name) for name in values if name not in kinds]:
+            raise ConfigError(f"{path} has unknown options: {', '.join(unknown)}; --help lists the known ones")
+        return self.config_class(**{name: convert(name, value, kinds[name]) for name, value in values.items()})
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def flatten(observation: Any, n_leading: int = 0) -> np.ndarray:
+    """A float32 vector an observation; the parts of Dict observations (goal environments) in sorted order of keys."""
+    if isinstance(observation, dict):
+        return np.concatenate([flatten(observation[key], n_leading) for key in sorted(observation)], axis=-1)
+    observation = np.asarray(observation, dtype=np.float32)
+    return observation.reshape(*observation.shape[:n_leading], -1)
+
+
+def open_minari(name: str) -> minari.MinariDataset:
+    """A Minari dataset of the local root, else downloaded. Raises DataError."""
+    try:
+        minari.dataset.minari_dataset.parse_dataset_id(name)  # Minari itself would join a path such as ../..
+        return minari.load_dataset(name, download=True)
+    except Exception as error:  # of the id, the file, the network, the hub's client
+        near = ", ".join(difflib.get_close_matches(name, minari.list_local_datasets(), cutoff=0)) or "none"
+        raise DataError(
+            f"--env {name} is no Minari dataset here or online ({one_line(error)}); near: {near}"
+        ) from error
+
+
+def stored_scores(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
+    scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
+    return {} if None in scores else {"reference_scores": np.array(scores, dtype=np.float64)}
+
+
+def load_dataset(name: str) -> dict[str, np.ndarray]:
+    """The transitions of a dataset, in order: the one function to replace for other data. Raises DataError.
+
+    observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
+    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
+    action_low, action_high [A], reference_scores [2] (returns of a random policy and of an expert).
+    """
+    dataset = open_minari(name)
+    columns = {key: [] for key in COLUMNS}
+    try:
+        for episode in dataset.iterate_episodes():
+            observations = flatten(episode.observations, n_leading=1)  # [T + 1, O]
+            ends = np.asarray(episode.truncations, dtype=bool) | (
+                np.arange(len(episode.rewards)) == len(episode.rewards) - 1
+            )
+            columns["observations"].append(observations[:-1])
+            columns["next_observations"].append(observations[1:])  # known at time-outs too, so that they bootstrap
+            columns["actions"].append(flatten(episode.actions, n_leading=1))
+            columns["rewards"].append(np.asarray(episode.rewards, dtype=np.float32))
+            columns["terminals"].append(np.asarray(episode.terminations, dtype=bool))
+            columns["timeouts"].append(ends & ~columns["terminals"][-1])
+        data = {key: np.concatenate(columns.pop(key)) for key in list(columns)}
+    except Exception as error:  # a damaged HDF5 file raises nearly anything
+        raise DataError(f"--env {name} is damaged: {one_line(error)}") from error
+    if isinstance(dataset.action_space, gym.spaces.Box):
+        data |= {"action_low": dataset.action_space.low.ravel(), "action_high": dataset.action_space.high.ravel()}
+    return data | stored_scores(dataset)
+
+
+def check_dataset(data: dict[str, np.ndarray], name: str) -> None:
+    """Raises DataError for data that cannot be trained on."""
+    n_transitions = len(data["rewards"])
+    if n_transitions == 0:
+        raise DataError(f"--env {name} holds no transition with a known next observation")
+    for key in COLUMNS:
+        n_axes = 2 if key in ("observations", "actions", "next_observations") else 1
+        if data[key].ndim != n_axes or len(data[key]) != n_transitions:
+            raise DataError(f"--env {name}: {key} have shape {data[key].shape}, rewards {n_transitions} rows")
+        if not np.isfinite(data[key]).all():
+            raise DataError(f"--env {name}: {key} hold NaN or infinity")
+    if data["observations"].shape != data["next_observations"].shape:
+        raise DataError(f"--env {name}: observations and next_observations differ in size")
+
+
+def episode_numbers(data: dict[str, np.ndarray]) -> np.ndarray:
+    """Number of the episode of each transition, [T]."""
+    return np.append(0, np.cumsum(data["terminals"] | data["timeouts"])[:-1])
+
+
+def rescale_actions(actions: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> np.ndarray:
+    """From the box [low, high] to [-1, 1]. Raises DataError for actions outside by more than 1e-3 of the range."""
+    if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
+        raise DataError(f"--env {name}: actions need finite bounds, not {low} to {high}")
+    scaled = 2 * (actions.astype(np.float64) - low) / (high.astype(np.float64) - low) - 1
+    if np.abs(scaled).max() > 1 + 2e-3:
+        raise DataError(f"--env {name}: actions from {actions.min()} to {actions.max()} are outside {low} to {high}")
+    return scaled.clip(-1, 1).astype(np.float32)
+
+
+class ReplayBuffer:
+    """All transitions in one table on the device, so that a minibatch is one gather."""
+
+    def __init__(self, data: dict[str, np.ndarray], device: str):
+        columns = [data[key] if data[key].ndim == 2 else data[key][:, None] for key in COLUMNS[:5]]
+        self.widths = [column.shape[1] for column in columns]
+        self.table = torch.empty(len(columns[0]), sum(self.widths), device=device)
+        for target, column in zip(self.table.split(self.widths, dim=1), columns):
+            target.copy_(torch.as_tensor(column))
+
+    def sample(self, batch_size: int) -> Batch:
+        return self.rows(torch.randint(len(self.table), (batch_size,), device=self.table.device))
+
+    def rows(self, indices: Tensor | slice) -> Batch:
+        observations, actions, rewards, next_observations, terminals = self.table[indices].split(self.widths, dim=1)
+        return Batch(observations, actions, rewards.squeeze(1), next_observations, terminals.squeeze(1))
+
+
+# Returns of a random policy and of an expert, by task: D4RL's. Other tasks have those of their dataset, or none.
+REFERENCE_SCORES = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+    "AdroitHandPen": (96.262799, 3076.8331017826877),
+    "AdroitHandHammer": (-274.856578, 12794.134825156867),
+    "AdroitHandDoor": (-56.512833, 2880.5693087298737),
+    "AdroitHandRelocate": (-6.425911, 4233.877797728884),
+    "FrankaKitchen": (0.0, 4.0),
+    "AntMaze": (0.0, 1.0),
+}
+
+
+def make_environments(config: Any) -> list[gym.Env]:
+    """Up to 16 evaluation environments; none where there is no simulator. Raises ConfigError or DataError."""
+    if config.eval_env == "none":
+        return []
+    name, arguments = config.eval_env, {}
+    if name is None:
+        dataset = open_minari(config.env)
+        spec = dataset._eval_env_spec or dataset.env_spec
+        if spec is None:
+            print(f"{config.env} names no environment: no evaluation (--eval_env names one)")
+            return []
+        # Only the id counts: an entry point that stands in a file could be any code.
+        name, arguments = spec.id, dict(spec.kwargs, max_episode_steps=spec.max_episode_steps)
+    if name not in gym.registry:
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+    if name not in gym.registry and config.eval_env is None:
+        print(
+            f"{config.env} was recorded in {name}, which Gymnasium does not know: no evaluation (--eval_env names one)"
+        )
+        return []
+    try:
+        return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
+    except Exception as error:  # Gymnasium's own, a missing simulator, arguments that it does not take
+        raise ConfigError(f"--eval_env {name} cannot be made: {one_line(error)}") from error
+
+
+class Task(NamedTuple):
+    envs: list[gym.Env]  # to evaluate in, may be empty
+    transform: tuple[float, float] = (1.0, 0.0)  # factor and offset of the training rewards
+    reference: Optional[tuple[float, float]] = None  # returns that score 0 and 100
+
+    def score(self, mean_return: float) -> Optional[float]:
+        low, high = self.reference or (0, 0)
+        return 100 * (mean_return - low) / (high - low) if self.reference else None
+
+
+def reference_scores(envs: list[gym.Env], data: dict[str, np.ndarray]) -> Optional[tuple[float, float]]:
+    task = re.split("[-_]", envs[0].spec.id)[0] if envs else ""
+    reference = REFERENCE_SCORES.get(task, data.get("reference_scores"))
+    return None if reference is None else (float(reference[0]), float(reference[1]))
+
+
+def reward_transform(config: Any, data: dict[str, np.ndarray], envs: list[gym.Env]) -> tuple[float, float]:
+    """Factor and offset of the training rewards, (1, 0) unless normalize_reward. Raises DataError."""
+    if not config.normalize_reward:
+        return 1.0, 0.0
+    factor = config.reward_scale
+    task = f"{config.env} {envs[0].spec.id if envs else ''}".lower()
+    if any(name in task for name in ("halfcheetah", "hopper", "walker2d")):
+        returns = np.bincount(episode_numbers(data), weights=data["rewards"])
+        if returns.min() == returns.max():
+            raise DataError(
+                f"--normalize_reward: all episodes of {config.env} have the same return, so there is no range"
+            )
+        factor *= 1000 / (returns.max() - returns.min())
+    return float(factor), config.reward_bias
+
+
+def rollout(
+    config: Any, task: Task, policy: Callable[[np.ndarray], np.ndarray], stop: Callable[[], bool] = lambda: False
+) -> Optional[dict[str, np.ndarray]]:
+    """One episode from each reset seed eval_seed + i, as many side by side as there are environments.
+
+    Returns arrays over the n_episodes: start observation, return, length, success (NaN where the environment reports
+    none) and discounted return of the training rewards; None once `stop` says so.
+    """
+    starts, result = [], {key: np.zeros(config.n_episodes) for key in ("return", "length", "discounted_return")}
+    result["success"] = np.full(config.n_episodes, np.nan)
+    for first in range(0, config.n_episodes, len(task.envs)):
+        running = dict(zip(range(first, config.n_episodes), task.envs))
+        observations = {i: flatten(env.reset(seed=config.eval_seed + i)[0]) for i, env in running.items()}
+        starts.extend(observations.values())
+        while observations:
+            if stop():
+                return None
+            actions = policy(np.stack(list(observations.values())))
+            for i, action in zip(list(observations), actions):
+                space = running[i].action_space
+                action = action.reshape(space.shape).astype(space.dtype)
+                observation, reward, terminated, truncated, info = running[i].step(action)
+                trained_on = reward * task.transform[0] + task.transform[1]
+                result["discounted_return"][i] += config.discount ** result["length"][i] * trained_on
+                result["return"][i] += reward
+                result["length"][i] += 1
+                for key in ("success", "is_success", "goal_achieved"):
+                    if key in info:
+                        result["success"][i] = np.fmax(result["success"][i], float(info[key]))
+                observations[i] = flatten(observation)
+                if terminated or truncated:
+                    del observations[i]
+    return result | {"start": np.stack(starts)}
+
+
+def evaluate(
+    config: Any,
+    task: Task,
+    policy: Callable[[np.ndarray], np.ndarray],
+    value: Callable[[np.ndarray], np.ndarray],
+    stop: Callable[[], bool] = lambda: False,
+) -> Optional[dict[str, Optional[float]]]:
+    """The evaluation's columns of metrics.csv, all None without an environment; None once `stop` says so."""
+    names = ("return", "return_std", "length", "success", "predicted_value", "discounted_return")
+    row = dict.fromkeys([*(f"eval_{name}" for name in names), "d4rl_normalized_score"])
+    if not task.envs:
+        return row
+    episodes = rollout(config, task, policy, stop)
+    if episodes is None:
+        return None
+    episodes["predicted_value"] = value(episodes.pop("start"))
+    means = {f"eval_{name}": float(x.mean()) for name, x in episodes.items() if not np.isnan(x).all()}
+    row |= means | {"eval_return_std": float(episodes["return"].std())}
+    return row | {"d4rl_normalized_score": task.score(row["eval_return"])}
+
+
+def describe(mean: Optional[float], std: Optional[float], score: Optional[float]) -> str:
+    if mean is None:
+        return "not evaluated"
+    text = f"return {mean:.1f} ± {std:.1f}"
+    return text if score is None else f"score {score:.1f} ({text})"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file holds the old content or the new, whenever the process is killed or the disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise DataError(f"{path} cannot be written ({error.strerror}); what was saved before is intact") from error
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: Path | str, device: str = "cpu") -> dict[str, Any]:
+    """A checkpoint.pt or policy.pt: tensors and plain values, nothing that could run. Raises DataError."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist") from error
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        raise DataError(f"{path} is damaged, or no checkpoint.pt or policy.pt of this project") from error
+
+
+def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
+    [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
+    content = load(path, device)
+    try:
+        state = content.get("policy", content)
+        actor = TanhGaussianActor(*state["sizes"]).to(device)
+        actor.load_state_dict(state["weights"])
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{path} holds no policy of this script") from error
+    return actor.act
+
+
+class Means:
+    """Means of metrics since the last row, summed on the device so that no update waits for it."""
+
+    def __init__(self):
+        self.names, self.total, self.count, self.seconds = [], 0.0, 0, 0.0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.names, self.total = list(metrics), self.total + torch.stack(list(metrics.values())).double()
+        self.count += 1
+
+    def read(self, total_before: Any = 0.0, count_before: int = 0) -> dict[str, float]:
+        """Since the last row, or since an earlier (total, count)."""
+        return dict(zip(self.names, ((self.total - total_before) / (self.count - count_before)).tolist()))
+
+
+class RunFolder:
+    """config.yaml, metrics.csv, checkpoint.pt and policy.pt of one run. Raises ConfigError or DataError."""
+
+    def __init__(self, config: Any):
+        """Reads what stands in the folder, and writes nothing."""
+        name = f"{config.name}-{config.env}-{uuid.uuid4().hex[:8]}".replace("/", "-")
+        self.path, self.rows, self.checkpoint = Path(config.checkpoints_path) / (config.run_id or name), [], None
+        if (self.path / "config.yaml").exists():
+            self.check_same(config)
+        if (self.path / "metrics.csv").exists():
+            self.rows = list(csv.DictReader((self.path / "metrics.csv").read_text().splitlines()))
+        if (self.path / "checkpoint.pt").exists():
+            self.checkpoint = load(self.path / "checkpoint.pt", config.device)
+
+    def check_same(self, config: Any) -> None:
+        """A resumed run keeps its configuration, except for a later end and what cannot change its result."""
+        old, new = yaml.safe_load((self.path / "config.yaml").read_text()), yaml.safe_load(pyrallis.dump(config))
+        free = {"device", "n_episodes", "project", "group", "name", "run_id", "checkpoints_path"}
+        if new["max_timesteps"] >= old["max_timesteps"]:
+            free.add("max_timesteps")
+        changed = [f"{key} was {old.get(key)}, is {new[key]}" for key in new.keys() - free if old.get(key) != new[key]]
+        if changed:
+            raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Appends to metrics.csv; the rows that stand in it stay as they are."""
+        row, text = {key: "" if value is None else str(value) for key, value in row.items()}, io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self.rows[0] if self.rows else row), lineterminator="\n")
+        if not self.rows:
+            writer.writeheader()
+        writer.writerow(row)
+        path = self.path / "metrics.csv"
+        write_atomically(path, (path.read_bytes() if self.rows else b"") + text.getvalue().encode())
+        self.rows.append(row)
+
+    @property
+    def last_row(self) -> dict[str, Any]:
+        """As numbers, None where empty; step 0 before the first row."""
+        return {key: float(value) if value else None for key, value in (self.rows or [{"step": "0"}])[-1].items()}
+
+    def describe_last(self) -> str:
+        keys = ("eval_return", "eval_return_std", "d4rl_normalized_score")
+        return describe(*(self.last_row.get(key) for key in keys))
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Yields a list that receives the signals that ask a run to end; they take effect between two updates."""
+    received, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()  # Python allows handlers in the main thread only
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def start_wandb(config: Any, folder: Path) -> wandb.Run:
+    """A W&B run where the user is logged in, an agent started this or WANDB_MODE asks for it, else one that does
+    nothing. It never stops or delays training: the run folder has everything."""
+    options = {"project": config.project, "group": config.group, "name": folder.name, "id": config.run_id}
+    limits = wandb.Settings(init_timeout=30, finish_timeout=30)
+    try:
+        asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
+        if asked or wandb.login(prompt=False, verify=False):
+            return wandb.init(**options, config=dataclasses.asdict(config), resume="allow", settings=limits)
+    except Exception as error:  # no account, no network, no disk
+        print(f"warning: W&B is off for this run: {one_line(error)}", file=sys.stderr)
+    return wandb.init(mode="disabled")
+
+
+def log_wandb(run: wandb.Run, metrics: dict[str, Any], step: int) -> None:
+    if step >= run.step:  # a resumed run repeats steps that W&B holds already
+        run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+
+def set_seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def prepare_data(
+    config: Any, envs: list[gym.Env], statistics: Optional[list[np.ndarray]]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Tensor], Task]:
+    """Transitions for training and held out, as the networks see them, the scaling that led there (`statistics`, the
+    mean and std of observations, where given), and the task."""
+    data = load_dataset(config.env)
+    check_dataset(data, config.env)
+    n_transitions, numbers = len(data["rewards"]), episode_numbers(data)
+    if n_transitions > config.buffer_size:
+        raise ConfigError(
+            f"--buffer_size {config.buffer_size} is less than the {n_transitions} transitions of the data"
+        )
+    low, high = (data.get(key, default * np.ones(1)) for key, default in (("action_low", -1), ("action_high", 1)))
+    if envs:
+        env, sizes = envs[0], {key: data[key].shape[1] for key in ("observations", "actions")}
+        if not isinstance(env.action_space, gym.spaces.Box):
+            raise DataError(f"{env.spec.id} has actions {env.action_space}; this script takes continuous ones (Box)")
+        low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
+        env_sizes = {"observations": flatten(env.observation_space.sample()).size, "actions": low.size}
+        if sizes != env_sizes:
+            raise DataError(
+                f"--env {config.env} has sizes {sizes}, but {env.spec.id} {env_sizes}: name another --eval_env"
+            )
+    low, high = (np.broadcast_to(bound, data["actions"].shape[1:]) for bound in (low, high))
+
+    task = Task(envs, reward_transform(config, data, envs), reference_scores(envs, data))
+    returns = np.bincount(numbers, weights=data["rewards"])
+    text = describe(returns.mean(), returns.std(), task.score(returns.mean()))
+    print(f"{config.env}: {n_transitions:,} transitions, {len(returns):,} episodes, behaviour {text}")
+
+    data["actions"] = rescale_actions(data["actions"], low, high, config.env)
+    data["rewards"] = data["rewards"] * np.float32(task.transform[0]) + np.float32(task.transform[1])
+    n_held_out = math.ceil(config.holdout_fraction * len(returns))
+    if n_held_out == len(returns):
+        raise ConfigError(
+            f"--holdout_fraction {config.holdout_fraction} leaves none of {n_held_out} episodes to train on"
+        )
+    held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(len(returns))[:n_held_out])
+    holdout = {key: data[key][held_out] for key in COLUMNS}
+    if n_held_out:
+        data = {key: data[key][~held_out] for key in COLUMNS}
+    mean, std = np.zeros_like(data["observations"][0]), np.ones_like(data["observations"][0])
+    if config.normalize:
+        mean, std = data["observations"].mean(0, dtype=np.float64), data["observations"].std(0, dtype=np.float64) + 1e-3
+    mean, std = (x.astype(np.float32) for x in (statistics or (mean, std)))
+    for part in (data, holdout):
+        for key in ("observations", "next_observations"):
+            part[key] = (part[key] - mean) / std
+    scaling = {"observation_mean": mean, "observation_std": std, "action_low": low, "action_high": high}
+    return data, holdout, {name: torch.tensor(x, dtype=torch.float32) for name, x in scaling.items()}, task
+
+
+def evaluate_stored(config: Any) -> dict[str, Any]:
+    """The return of the policy in load_model, as a row in a new run folder."""
+    policy, envs, folder = load_policy(config.load_model, config.device), make_environments(config), RunFolder(config)
+    if not envs:
+        raise ConfigError("--max_timesteps 0 needs an environment to evaluate in: name one with --eval_env")
+    data = {} if config.eval_env else stored_scores(open_minari(config.env))
+    task = Task(envs, reference=reference_scores(envs, data))
+    row = evaluate(config, task, policy, value=lambda starts: np.full(len(starts), np.nan))
+    write_atomically(folder.path / "config.yaml", pyrallis.dump(config).encode())
+    folder.add_row({"step": 0, **row})
+    print(f"{folder.describe_last()} over {config.n_episodes} episodes, in {folder.path}")
+    return folder.last_row
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains and evaluates; returns the last row of metrics.csv. A run folder that holds part of the run is continued.
+
+    Raises ConfigError, DataError, and SystemExit(128 + signal) after a signal, with everything saved.
+    """
+    if config.max_timesteps == 0:
+        return evaluate_stored(config)
+    folder = RunFolder(config)
+    if folder.checkpoint and folder.last_row["step"] == folder.checkpoint["agent"]["n_updates"] == config.max_timesteps:
+        print(f"{folder.path} is complete: {folder.describe_last()}")
+        return folder.last_row
+    start = folder.checkpoint or (load(config.load_model, config.device) if config.load_model else None)
+    if start and "agent" not in start:
+        raise DataError(f"--load_model {config.load_model} holds a policy alone; training starts from a checkpoint.pt")
+
+    envs = make_environments(config)
+    statistics = (
+        [start["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std")] if start else None
+    )
+    data, holdout, scaling, task = prepare_data(config, envs, statistics)
+    set_seed(config.seed)
+    agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
+    agent.actor.load_state_dict(scaling, strict=False)
+    buffer, means, rng = ReplayBuffer(data, config.device), Means(), torch.cuda if "cuda" in config.device else torch
+    shown = np.random.default_rng(config.seed).permutation(len(holdout["rewards"]))[: 10 * config.batch_size]
+    holdout = ReplayBuffer({key: column[shown] for key, column in holdout.items()}, config.device).rows(slice(None))
+    if start:
+        try:
+            agent.restore(start["agent"])
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"--load_model {config.load_model} has networks of other sizes than this run") from error
+    if folder.checkpoint:
+        vars(means).update(start["means"])
+        rng.set_rng_state(start["random"].cpu())
+    else:
+        agent.n_updates = 0
+
+    def save_checkpoint() -> None:
+        policy = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}
+        state = {"agent": agent.checkpoint(), "means": vars(means), "random": rng.get_rng_state(), "policy": policy}
+        save(folder.path / "policy.pt", policy)
+        save(folder.path / "checkpoint.pt", state)
+
+    write_atomically(folder.path / "config.yaml", pyrallis.dump(config).encode())
+    run, window = start_wandb(config, folder.path), (0.0, 0)  # window: total and count at the last record of W&B
+    progress = tqdm(total=config.max_timesteps, initial=agent.n_updates, unit="update", disable=None)
+    try:
+        with catch_signals() as received, progress:
+            while True:
+                step = agent.n_updates
+                if means.count and (step % config.eval_freq == 0 or step == config.max_timesteps):
+                    started = time.perf_counter()
+                    averages = means.read()  # waits for the device
+                    means.seconds += time.perf_counter() - started
+                    row = {}
+                    if folder.last_row["step"] < step:  # else it was written just before a kill
+                        row = evaluate(config, task, agent.actor.act, agent.start_values, lambda: bool(received))
+                    if row:
+                        row |= {"updates_per_second": means.count / means.seconds}
+                        row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
+                        folder.add_row({"step": step} | row | averages)
+                        log_wandb(run, row, step)
+                        progress.write(
+                            f"update {step:,}: {folder.describe_last()}, {row['updates_per_second']:.0f} updates/s"
+                        )
+                    if row is not None:
+                        progress.set_postfix_str(folder.describe_last())
+                        means, window = Means(), (0.0, 0)
+                        save_checkpoint()
+                if received:
+                    save_checkpoint()
+                    progress.write(f"signal {received[0]} at update {step:,}: saved in {folder.path}")
+                    raise SystemExit(128 + received[0])
+                if step == config.max_timesteps:
+                    break
+                started = time.perf_counter()
+                means.add(agent.update(buffer.sample(config.batch_size)))
+                means.seconds += time.perf_counter() - started
+                progress.update()
+                if run.id and agent.n_updates % config.log_interval == 0:
+                    log_wandb(run, means.read(*window), agent.n_updates)
+                    window = (means.total, means.count)
+    finally:
+        with contextlib.suppress(Exception):  # W&B's failures are not the run's
+            run.finish(exit_code=int(agent.n_updates < config.max_timesteps))
+        for env in envs:
+            env.close()
+    print(f"{folder.describe_last()} after {config.max_timesteps:,} updates, in {folder.path}")
+    return folder.last_row
+
+
+if __name__ == "__main__":
+    try:
+        train(ConfigParser(TrainConfig).parse_args())
+    except (ConfigError, DataError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(error.status)
