@@ -1,0 +1,258 @@
+"""Record a Minari dataset with random actions, Gymnasium's own LunarLander controller, or the policy.pt of a run.
+
+    python benchmarks/collect.py --env LunarLanderContinuous-v3 --policy heuristic --noise 0.9 --steps 100000 \
+        --id lunarlander-continuous/medium-v0
+
+It goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets), lossless and with exactly --steps steps: the last episode
+is cut there and marked truncated. Exit status: 0 stored, 1 cannot be done, 2 a bad value on the command line; an error
+is one line on stderr and stores nothing.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from unittest.mock import patch
+
+import gymnasium as gym
+import minari
+import numpy as np
+from gymnasium.vector.utils import concatenate, create_empty_array
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
+from minari.namespace import create_namespace, list_local_namespaces
+from minari.storage import get_dataset_path
+from tqdm import tqdm
+
+N_ENVS = 16  # side by side, so that a network acts for all of them in one call
+REFERENCE_SCORES = {  # environment, any version -> returns that score 0 and 100; D4RL's for MuJoCo
+    "LunarLander": (-180.0, 250.0),
+    "LunarLanderContinuous": (-200.0, 280.0),
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+}
+
+
+def fail(status, message):
+    print(f"collect.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+class Episode:
+    """An episode in the making. Its chance depends on (seed, index) alone, not on the episodes at its side."""
+
+    def __init__(self, env, seed, index):
+        self.env, self.index, self.rng = env, index, np.random.default_rng((seed, index))
+        self.seed = int(self.rng.integers(2**31))  # seed + index would let two seeds share most of their episodes
+        self.action_space = deepcopy(env.action_space)  # an environment may share its space with all its copies
+        self.action_space.seed(int(self.rng.integers(2**31)))
+        self.observations = [deepcopy(env.reset(seed=self.seed)[0])]  # an environment may reuse its arrays
+        self.actions, self.rewards, self.terminated, self.truncated = [], [], False, False
+
+    def step(self, action):
+        observation, reward, self.terminated, self.truncated, _ = self.env.step(action)
+        self.observations.append(deepcopy(observation))
+        self.actions.append(action)
+        self.rewards.append(reward)
+
+    def complete(self, length):
+        return length == len(self.rewards) and (self.terminated or self.truncated)
+
+    def buffer(self, length):
+        """The first `length` steps: [length + 1] observations, [length] of the rest; a cut is a truncation."""
+
+        def stack(space, items):
+            return concatenate(space, items, create_empty_array(space, len(items)))
+
+        complete, last = self.complete(length), np.arange(length) == length - 1
+        return EpisodeBuffer(
+            seed=self.seed,
+            observations=stack(self.env.observation_space, self.observations[: length + 1]),
+            actions=stack(self.env.action_space, self.actions[:length]),
+            rewards=np.array(self.rewards[:length], dtype=np.float64),
+            terminations=last & (complete and self.terminated),
+            truncations=last & (not complete or self.truncated),
+        )
+
+
+def record(envs, policy, steps, seed, noise=0.0, epsilon=0.0):
+    """Record `steps` steps of `policy`, a function from running episodes to a sequence of actions, one for each.
+
+    envs: copies of one environment; how many changes only the speed (and, by its batch size, a network's last bits).
+    Returns the episodes as EpisodeBuffers, and the returns of those that are complete.
+    """
+    space = envs[0].action_space
+    free, running, episodes, recorded = list(envs), [], [], 0
+    with tqdm(total=steps, unit="step") as bar:
+        # ends when the episodes up to the first that still runs suffice: no later step can change the dataset
+        while recorded < steps or running and sum(len(e.rewards) for e in episodes[: running[0].index + 1]) < steps:
+            while free and recorded < steps:
+                episodes.append(Episode(free.pop(), seed, len(episodes)))
+                running.append(episodes[-1])
+            actions = policy(running)
+            if noise:
+                normal = np.stack([episode.rng.standard_normal(space.shape) for episode in running])
+                actions = np.clip(actions + noise * (space.high - space.low) / 2 * normal, space.low, space.high)
+            if isinstance(space, gym.spaces.Box):
+                actions = np.asarray(actions, dtype=space.dtype)  # before the step: what is stored is what was done
+            for episode, action in zip(running, actions):
+                uniform = epsilon and episode.rng.random() < epsilon
+                episode.step(episode.action_space.sample() if uniform else action)
+            recorded += len(running)
+            bar.update(min(recorded, steps) - bar.n)
+            free += [episode.env for episode in running if episode.complete(len(episode.rewards))]
+            running = [episode for episode in running if not episode.complete(len(episode.rewards))]
+    buffers, returns = [], []
+    while steps:
+        episode = episodes[len(buffers)]
+        length = min(steps, len(episode.rewards))
+        buffers.append(episode.buffer(length))
+        if episode.complete(length):
+            returns.append(sum(episode.rewards))
+        steps -= length
+    return buffers, returns
+
+
+def make_policy(name, env):
+    """'random', 'heuristic' or the path of a policy.pt -> a function from running episodes to their actions."""
+    if name == "random":
+        return lambda episodes: [episode.action_space.sample() for episode in episodes]
+    if name == "heuristic":
+        if env.spec.id not in ("LunarLander-v3", "LunarLanderContinuous-v3"):
+            fail(1, f"--policy heuristic is for LunarLander-v3 and LunarLanderContinuous-v3, not for {env.spec.id}")
+        from gymnasium.envs.box2d.lunar_lander import heuristic
+
+        return lambda episodes: [heuristic(env, episode.observations[-1].tolist()) for episode in episodes]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from algorithms.offline.cql import flatten, load_policy
+
+    try:
+        network = load_policy(name)
+        shape = np.shape(network(np.stack([flatten(env.observation_space.sample())])))
+        if shape != (1, *env.action_space.shape):
+            raise ValueError(f"its actions have shape {shape[1:]}, the environment's {env.action_space.shape}")
+    except Exception as error:  # whatever torch raises for another file, or for observations of another size
+        fail(1, f"--policy {name} cannot act in {env.spec.id}: {error}")
+    return lambda episodes: network(np.stack([flatten(episode.observations[-1]) for episode in episodes]))
+
+
+def store(dataset_id, buffers, root, **metadata):
+    """Write the dataset in a hidden folder of `root`, then move it to its place: there it is whole or absent."""
+    target = root / dataset_id
+    replaced = target.with_name(f".{target.name}.replaced")  # hidden from Minari, and there only for a moment
+    with tempfile.TemporaryDirectory(prefix=".collect-", dir=root) as staging:
+        # Minari's warnings ask for an author and a permalink; its default for images is lossy JPEG
+        with patch.dict(os.environ, MINARI_DATASETS_PATH=staging), warnings.catch_warnings(action="ignore"):
+            minari.create_dataset_from_buffers(dataset_id, buffers, jpeg_encoding=False, **metadata)
+        namespace = parse_dataset_id(dataset_id)[0]
+        if namespace and namespace not in list_local_namespaces():
+            create_namespace(namespace)
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        Path(staging, dataset_id).rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="collect.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail(2, message)
+    add = parser.add_argument
+    add("--env", required=True, metavar="GYM_ID", help="Gymnasium id; MODULE:ID imports the module that registers it")
+    add("--policy", required=True, help="random, heuristic (LunarLander's controller), or the path of a policy.pt")
+    add("--id", required=True, metavar="DATASET_ID", help="Minari id of the new dataset: namespace/name-v0")
+    add("--steps", type=int, default=100_000, help="size of the dataset (default %(default)s)")
+    add("--noise", type=float, default=0.0, metavar="STD", help="Gaussian, where the action range is [-1, 1]; clipped")
+    add("--epsilon", type=float, default=0.0, metavar="P", help="probability that a step's action is a uniform one")
+    add("--seed", type=int, default=0, help="seed of episodes, noise and epsilon (default %(default)s)")
+    add("--ref_min_score", type=float, help="return of score 0; LunarLander and D4RL's MuJoCo tasks have a default")
+    add("--ref_max_score", type=float, help="return of score 100; give both or neither")
+    add("--force", action="store_true", help="replace an existing dataset")
+    args = parser.parse_args(argv)
+    known, low, high = args.policy in ("random", "heuristic"), args.ref_min_score, args.ref_max_score
+    rules = {
+        "--policy must be random, heuristic or a file": known or Path(args.policy).is_file(),
+        "--steps must be at least 1": args.steps >= 1,
+        "--noise must be a finite number of at least 0": 0 <= args.noise < math.inf,
+        "--epsilon must be a probability, from 0 to 1": 0 <= args.epsilon <= 1,
+        "--seed must be at least 0": args.seed >= 0,
+        "--ref_min_score and --ref_max_score go together: give both or neither": (low is None) == (high is None),
+        "--ref_min_score must be below --ref_max_score": None in (low, high) or -math.inf < low < high < math.inf,
+    }
+    for rule, kept in rules.items():
+        if not kept:
+            parser.error(rule)
+    try:
+        parse_dataset_id(args.id)
+    except (ValueError, TypeError):  # TypeError: without a version, minari 0.5.4
+        parser.error(f"--id {args.id} is no Minari id: it looks like namespace/name-v0")
+    return args
+
+
+def collect(args):
+    root = get_dataset_path()
+    target = root / args.id
+    if not os.access(root, os.W_OK):
+        fail(1, f"--id {args.id} cannot be stored: no permission to write in {root}")
+    if target.exists() and not (args.force and (target / "data").is_dir()):
+        fail(1, f"--id {args.id} is taken: {target}; --force replaces a dataset")
+    gym.logger.min_level = gym.logger.ERROR  # an error is one line, without warnings above it
+    if args.env not in gym.registry:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+            import gymnasium_robotics
+        gym.register_envs(gymnasium_robotics)
+    try:
+        envs = [gym.make(args.env, disable_env_checker=True) for _ in range(N_ENVS)]
+        env_id, space = envs[0].spec.id, envs[0].action_space
+        gym.spec(env_id).to_json()  # Minari will store it, and fails where the entry point is no string
+    except Exception as error:  # Gymnasium's own errors, a missing package, a simulator of another version
+        fail(2, f"--env {args.env} cannot be used: {str(error) or repr(error)}")
+    for kind in (space, envs[0].observation_space):
+        if not kind.is_np_flattenable:
+            fail(1, f"--env {env_id} has a space that cannot be stored as arrays: {kind}")
+    if args.noise and not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
+        fail(2, f"--noise {args.noise:g} needs a bounded range of real actions, which {env_id} lacks: use --epsilon")
+    policy = make_policy(args.policy, envs[0])
+    if args.ref_min_score is None:
+        args.ref_min_score, args.ref_max_score = REFERENCE_SCORES.get(env_id.rsplit("-v", 1)[0], (None, None))
+    options = {name: value for name, value in vars(args).items() if value is not None and name != "force"}
+    extras = [f"{name} {options[name]:g}" for name in ("noise", "epsilon") if options[name]]
+    buffers, returns = record(envs, policy, args.steps, args.seed, args.noise, args.epsilon)
+    store(
+        args.id,
+        buffers,
+        root,
+        env=gym.spec(env_id),
+        algorithm_name=", ".join([args.policy, *extras]),
+        description=shlex.join(["collect.py", *(f"--{name}={value}" for name, value in options.items())]),
+        ref_min_score=args.ref_min_score,
+        ref_max_score=args.ref_max_score,
+    )
+    for env in envs:
+        env.close()
+    outcome = f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "no complete episode"
+    print(f"{args.id}: {args.steps} steps, {len(buffers)} episodes, {outcome}, stored in {target}")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        collect(args)
+    except OSError as error:
+        fail(1, f"--id {args.id} cannot be stored: {error}")
+    except KeyboardInterrupt:
+        fail(130, "interrupted: nothing was stored")
+
+
+if __name__ == "__main__":
+    main()
