@@ -241,6 +241,12 @@ class CQL(nn.Module):
             return torch.full_like(self.log_alpha, self.config.alpha_multiplier, requires_grad=False)
         return self.config.alpha_multiplier * self.log_alpha.detach().exp()
 
+    @property
+    def penalty_weight(self) -> Tensor:
+        """alpha' cql_alpha, with alpha' = 1 unless it is tuned; a constant for every loss but the multiplier's own."""
+        alpha_prime = self.log_alpha_prime.detach().exp() if self.config.cql_lagrange else torch.ones_like(self.alpha)
+        return self.config.cql_alpha * alpha_prime
+
     def alpha_loss(self, log_prob: Tensor) -> Tensor:
         """Raises alpha while the policy's entropy is below the target: [B] -> []."""
         return -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
@@ -284,30 +290,29 @@ class CQL(nn.Module):
             return td_loss.sum(), torch.zeros_like(td_loss), metrics
 
         # Importance sampling estimates the log-integral over all actions; without it the data's action joins the sum.
-        scores = (
-            q_proposals / config.cql_temp - proposal_log_prob if config.cql_importance_sample else q / config.cql_temp
-        )
-        raw_gap = config.cql_temp * scores.logsumexp(dim=-1) - q_data  # [E, B]
-        gap = raw_gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(dim=1)  # [E]
-        weight = config.cql_alpha * (self.log_alpha_prime.detach().exp() if config.cql_lagrange else 1.0)
-        penalty = weight * (gap - (config.cql_target_action_gap if config.cql_lagrange else 0.0))  # [E]
+        temperature, importance_sample = config.cql_temp, config.cql_importance_sample
+        scores = q_proposals / temperature - proposal_log_prob if importance_sample else q / temperature
+        state_gap = temperature * scores.logsumexp(dim=-1) - q_data  # [E, B]
+        gap = state_gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(dim=1)  # [E]
+        target_gap = config.cql_target_action_gap if config.cql_lagrange else 0.0
+        penalty = self.penalty_weight * (gap - target_gap)  # [E]
+        metrics |= per_critic("cql_qf{}_diff", gap) | per_critic("cql_min_qf{}_loss", penalty)
+        return (td_loss + penalty).sum(), gap.detach(), metrics | self.penalty_metrics(q, scores, state_gap)
 
-        with torch.no_grad():
-            n_actions, action_dim = scores.shape[-1], actions.shape[-1]
-            log_volume = action_dim * math.log(2) if config.cql_importance_sample else 0.0
-            constant_q_gap = config.cql_temp * (math.log(n_actions) + log_volume)
-            sources = ("rand", "next_actions", "current_actions")
-            shares = scores.softmax(dim=-1)[..., -q_proposals.shape[-1] :].mean(dim=(0, 1)).chunk(3)
-            for source, share, q_source in zip(sources, shares, q_proposals.chunk(3, dim=-1)):
-                metrics |= per_critic(f"cql_q{{}}_{source}", q_source.mean(dim=(1, 2)))
-                metrics[f"cql_weight_{source}"] = share.sum()
-            metrics |= per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
-            metrics |= per_critic("cql_qf{}_diff", gap) | per_critic("cql_min_qf{}_loss", penalty)
-            metrics["cql_net_gap"] = raw_gap.mean() - constant_q_gap
-            clipped = (raw_gap < config.cql_clip_diff_min) | (raw_gap > config.cql_clip_diff_max)
-            metrics["cql_clipped_share"] = clipped.float().mean()
-            metrics["cql_effective_weight"] = torch.as_tensor(weight, device=q.device)
-        return (td_loss + penalty).sum(), gap.detach(), metrics
+    @torch.no_grad()
+    def penalty_metrics(self, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
+        """What the penalty acts on: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B]."""
+        config, n_proposals = self.config, q.shape[-1] - 1
+        shares = scores.softmax(dim=-1)[..., -n_proposals:].mean(dim=(0, 1)).chunk(3)
+        metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
+        for i, source in enumerate(("rand", "next_actions", "current_actions")):
+            metrics |= per_critic(f"cql_q{{}}_{source}", q[..., 1:].chunk(3, dim=-1)[i].mean(dim=(1, 2)))
+            metrics[f"cql_weight_{source}"] = shares[i].sum()
+        log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
+        constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
+        clipped = (state_gap < config.cql_clip_diff_min) | (state_gap > config.cql_clip_diff_max)
+        metrics["cql_net_gap"], metrics["cql_clipped_share"] = state_gap.mean() - constant_q_gap, clipped.float().mean()
+        return metrics | {"cql_effective_weight": self.penalty_weight}
 
     def alpha_prime_loss(self, gap: Tensor) -> Tensor:
         """Raises alpha' while the gap is above cql_target_action_gap: [E] (a constant) -> []."""
@@ -369,12 +374,11 @@ class CQL(nn.Module):
             metrics["alpha_prime"] = self.log_alpha_prime.detach().exp()
             metrics["alpha_prime_loss"] = alpha_prime_loss = self.alpha_prime_loss(gap)
             self.descend("alpha_prime", alpha_prime_loss)
-        with torch.no_grad():
-            self.log_alpha_prime.clamp_(max=MAX_LOG_ALPHA_PRIME)
-            self.n_updates += 1
-            if self.n_updates % config.target_update_period == 0:
-                for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
-                    target.lerp_(source, config.soft_target_update_rate)
+            self.log_alpha_prime.data.clamp_(max=MAX_LOG_ALPHA_PRIME)
+        self.n_updates += 1
+        if self.n_updates % config.target_update_period == 0:
+            for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
+                target.lerp_(source.detach(), config.soft_target_update_rate)
         return {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
@@ -404,7 +408,9 @@ class CQL(nn.Module):
     def restore(self, state: dict[str, Any]) -> None:
         self.load_state_dict(state["networks"])
         for name, optimizer in self.optimizers.items():
+            rate = optimizer.param_groups[0]["lr"]
             optimizer.load_state_dict(state["optimizers"][name])
+            optimizer.param_groups[0]["lr"] = rate  # the configuration's, not the checkpoint's
         self.n_updates = state["n_updates"]
 
 
@@ -725,8 +731,8 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
 ) -> Optional[dict[str, Optional[float]]]:
     """The evaluation's columns of metrics.csv, all None without an environment; None once `stop` says so."""
-    names = ("return", "return_std", "length", "success", "predicted_value", "discounted_return")
-    row = dict.fromkeys([*(f"eval_{name}" for name in names), "d4rl_normalized_score"])
+    row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
+    row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
     if not task.envs:
         return row
     episodes = rollout(config, task, policy, stop)
@@ -1034,7 +1040,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 means.add(agent.update(buffer.sample(config.batch_size)))
                 means.seconds += time.perf_counter() - started
                 progress.update()
-                if run.id and agent.n_updates % config.log_interval == 0:
+                if agent.n_updates % config.log_interval == 0:
                     log_wandb(run, means.read(*window), agent.n_updates)
                     window = (means.total, means.count)
     finally:

@@ -1,0 +1,230 @@
+"""CQL's theorems on tabular problems: what the script's own critic loss converges to is the closed form.
+
+A set of transitions is a tabular MDP: its counts are the probabilities P and beta, and its mean rewards are r. The loss
+has no 1/2, so the alpha of the theorems is cql_alpha / 2.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from algorithms.offline import cql
+
+S, A, N_NEXT = 4, 3, 6  # states, actions, next actions for each transition
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Table(nn.Module):
+    """Q(s, a) as a table [E, S, A]; observations are one-hot, an action is its number."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = torch.randn(2, S, A)
+
+    def forward(self, observations, actions):
+        return self.values[:, observations.argmax(dim=1, keepdim=True), actions.squeeze(-1).long()]
+
+
+class Problem:
+    """A random MDP, as transitions and in numbers, with a policy pi and another distribution mu of actions."""
+
+    def __init__(self, seed, discount=0.9):
+        rng = np.random.default_rng(seed)
+        pairs = np.concatenate([np.arange(S * A), rng.integers(S * A, size=40)])  # numbers of (s, a), each one visited
+        rewards, next_states = rng.normal(size=len(pairs)), rng.integers(S, size=len(pairs))
+        terminals = rng.random(len(pairs)) < 0.1
+        n_pi = 1 + rng.multinomial(N_NEXT - A, np.full(A, 1 / A), size=S)  # of N_NEXT actions in each state
+
+        counts = np.bincount(pairs)
+        transition = np.zeros((S * A, S))
+        np.add.at(transition, (pairs, next_states), ~terminals / counts[pairs])
+        self.discount, self.pi, self.mu = discount, n_pi / N_NEXT, rng.dirichlet(np.ones(A), size=S)
+        self.beta = counts.reshape(S, A) / counts.reshape(S, A).sum(axis=1, keepdims=True)
+        self.mean_rewards = np.bincount(pairs, weights=rewards) / counts
+        self.transition = (transition[:, :, None] * self.pi).reshape(S * A, S * A)  # P^pi, [(s, a), (s', a')]
+
+        rows = np.repeat(np.arange(len(pairs)), N_NEXT)  # a copy for each next action
+        next_actions = np.concatenate([np.repeat(np.arange(A), n_pi[state]) for state in next_states])
+        columns = np.eye(S)[pairs // A], pairs[:, None] % A, rewards, np.eye(S)[next_states], terminals
+        self.batch = cql.Batch(*(torch.tensor(column[rows], dtype=torch.float64) for column in columns))
+        self.next_actions = torch.tensor(next_actions).view(-1, 1, 1)
+
+    def backup(self, q):
+        """r + gamma P^pi q."""
+        return (self.mean_rewards + self.discount * self.transition @ q.ravel()).reshape(S, A)
+
+    def solve(self, rewards):
+        """(I - gamma P^pi)^-1 rewards: Q^pi for the mean rewards."""
+        return np.linalg.solve(np.eye(S * A) - self.discount * self.transition, rewards.ravel()).reshape(S, A)
+
+    @property
+    def q_pi(self):
+        return self.solve(self.mean_rewards)
+
+    def value(self, q):
+        return (self.pi * q).sum(axis=1)
+
+    def agent(self, **options):
+        agent = cql.CQL(cql.TrainConfig(device="cpu", discount=self.discount, **options), S, 1)
+        agent.critic, agent.target_critic = Table(), Table()
+        return agent
+
+
+def minimise(agent, problem, mu=None, n_steps=1):
+    """Newton steps down the loss, one of which is exact where it is quadratic. Proposals are all actions, with
+    weights exp(Q / T) (the integral of CQL(H)), or mu times as much."""
+    batch = problem.batch
+    log_prob = -torch.tensor(np.ones((S, A)) if mu is None else mu).log()[batch.observations.argmax(dim=1)]
+    proposals = torch.arange(A).view(1, A, 1).expand(len(log_prob), A, 1)
+    n = A if agent.config.cql_alpha else 0
+    td_target = agent.td_target(batch, problem.next_actions, torch.zeros(len(log_prob), 1))
+    for _ in range(n_steps):
+        values = agent.critic.values = agent.critic.values.detach().requires_grad_()
+        loss, _, _ = agent.critic_loss(batch, td_target, proposals[:, :n], log_prob[:, :n])
+        (gradient,) = torch.autograd.grad(loss, values, create_graph=True)
+        rows = [torch.autograd.grad(gradient[..., a].sum(), values, retain_graph=True)[0] for a in range(A)]
+        agent.critic.values = (values - torch.linalg.solve(torch.stack(rows, dim=2), gradient)).detach()
+    return agent.critic.values[0].numpy()
+
+
+def fixed_point(problem, mu=None, n_iterations=300, **options):
+    """The Q on which copying the target and minimising the loss settles, the same for both critics."""
+    agent = problem.agent(**options)
+    for _ in range(n_iterations):
+        minimise(agent, problem, mu)
+        agent.target_critic.values = agent.critic.values
+    assert torch.allclose(agent.critic.values[0], agent.critic.values[1], rtol=0, atol=1e-9)
+    return agent.critic.values[0].numpy()
+
+
+def pushed_down(problem, mu, alpha, rewards_shift=0.0):
+    """The fixed point for a given mu: weights mu exp(Q / T) are mu in the limit of a large T."""
+    problem.batch = problem.batch._replace(rewards=problem.batch.rewards + rewards_shift)
+    q = fixed_point(problem, mu, cql_alpha=2 * alpha, cql_temp=1e12)
+    problem.batch = problem.batch._replace(rewards=problem.batch.rewards - rewards_shift)
+    return q
+
+
+def chi2(mu, beta):
+    return ((mu - beta) ** 2 / beta).sum(axis=1)
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def assert_equal(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-8)
+
+
+SEEDS = pytest.mark.parametrize("seed", range(3))
+ALPHAS = pytest.mark.parametrize("alpha", (0.1, 1.0, 5.0))
+
+
+@SEEDS
+def test_without_the_penalty_q_is_that_of_the_policy(seed):
+    problem = Problem(seed)
+    assert_equal(fixed_point(problem, cql_alpha=0.0), problem.q_pi)
+
+
+@SEEDS
+@ALPHAS
+def test_pushing_down_alone_bounds_q_in_every_pair(seed, alpha):
+    """Theorem 3.1, for any mu. Its penalty mu / beta is (mu - beta) / beta of the loss with rewards lower by alpha."""
+    problem = Problem(seed)
+    q = pushed_down(problem, problem.mu, alpha, rewards_shift=-alpha)
+    assert_equal(q, problem.q_pi - alpha * problem.solve(problem.mu / problem.beta))
+    assert (q < problem.q_pi).all()
+
+
+@SEEDS
+@ALPHAS
+def test_pushing_data_up_too_bounds_the_value(seed, alpha):
+    """Theorem 3.2, mu = pi: the value is a lower bound, and a tighter one than that of theorem 3.1."""
+    problem = Problem(seed)
+    q = pushed_down(problem, problem.pi, alpha)
+    assert_equal(q, problem.q_pi - alpha * problem.solve(problem.pi / problem.beta - 1))
+    assert_equal(problem.value(problem.pi / problem.beta - 1), chi2(problem.pi, problem.beta))
+    assert (problem.value(q) <= problem.value(problem.q_pi)).all()
+    assert (problem.value(q) >= problem.value(pushed_down(problem, problem.pi, alpha, rewards_shift=-alpha))).all()
+
+
+@SEEDS
+def test_pushing_data_up_too_does_not_bound_q(seed):
+    """Without a future, Q moves by -alpha (pi / beta - 1), which is up where the data acts more often than pi."""
+    problem = Problem(seed, discount=0.0)
+    q = pushed_down(problem, problem.pi, alpha=1.0)
+    assert_equal(q - problem.q_pi, 1 - problem.pi / problem.beta)
+    assert (q > problem.q_pi).any() and (problem.value(q) <= problem.value(problem.q_pi)).all()
+
+
+def test_pushing_down_elsewhere_need_not_bound_the_value():
+    """With mu other than pi the value may end above the true one."""
+    problem = Problem(0, discount=0.0)
+    mu = problem.beta**2 / (problem.beta**2 / problem.pi).sum(axis=1, keepdims=True) / problem.pi
+    q = pushed_down(problem, mu, alpha=1.0)
+    assert_equal(problem.value(q - problem.q_pi), 1 - (problem.pi * mu / problem.beta).sum(axis=1))
+
+
+@SEEDS
+@ALPHAS
+@pytest.mark.parametrize("temperature", (1.0, 0.5))
+def test_entropy_variant(seed, alpha, temperature):
+    """CQL(H): mu is the softmax of Q itself."""
+    problem = Problem(seed)
+    q = fixed_point(problem, cql_alpha=2 * alpha, cql_temp=temperature)
+    assert_equal(q, problem.backup(q) - alpha * (softmax(q / temperature) / problem.beta - 1))
+
+
+@SEEDS
+def test_without_importance_sampling_the_data_action_counts_twice(seed):
+    """The plain logsumexp is over all actions and the one in the data."""
+    problem = Problem(seed)
+    q = fixed_point(problem, cql_alpha=2.0, cql_importance_sample=False)
+    doubled = softmax(q[:, None] + np.log1p(np.eye(A)))  # [S, data action, action]
+    mu = np.einsum("sd,sda->sa", problem.beta, doubled)
+    assert_equal(q, problem.backup(q) - (mu / problem.beta - 1))
+
+
+@SEEDS
+def test_lagrange_multiplier_multiplies_alpha(seed):
+    """alpha' is e at first, so alpha is e cql_alpha / 2; the target of the gap does not move Q."""
+    problem = Problem(seed)
+    q = fixed_point(problem, cql_alpha=2.0, cql_lagrange=True, cql_target_action_gap=3.0)
+    assert_equal(q, problem.backup(q) - math.e * (softmax(q) / problem.beta - 1))
+
+
+@SEEDS
+@ALPHAS
+def test_one_backup_expands_the_gap_by_alpha_chi2(seed, alpha):
+    """Theorem 3.4: E_beta Q - E_mu Q grows beyond that of the plain backup of the same Q_k."""
+    problem = Problem(seed)
+    plain, agent = problem.agent(cql_alpha=0.0), problem.agent(cql_alpha=2 * alpha, cql_temp=1e12)
+    plain.target_critic = agent.target_critic
+    expansion = minimise(agent, problem, problem.mu) - minimise(plain, problem)
+    assert_equal(((problem.beta - problem.mu) * expansion).sum(axis=1), alpha * chi2(problem.mu, problem.beta))
+
+
+@ALPHAS
+def test_every_backup_of_the_entropy_variant_expands_the_gap(alpha):
+    problem = Problem(0)
+    plain, agent = problem.agent(cql_alpha=0.0), problem.agent(cql_alpha=2 * alpha)
+    for _ in range(60):
+        plain.target_critic.values = agent.target_critic.values
+        q, q_plain = minimise(agent, problem, n_steps=10), minimise(plain, problem)
+        mu = softmax(q)
+        expansion = ((problem.beta - mu) * (q - q_plain)).sum(axis=1)
+        assert_equal(expansion, alpha * chi2(mu, problem.beta))
+        assert (expansion > 0).all()
+        agent.target_critic.values = agent.critic.values
