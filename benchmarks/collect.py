@@ -93,7 +93,7 @@ def record(envs, policy, steps, seed, noise=0.0, epsilon=0.0):
     """
     space = envs[0].action_space
     free, running, episodes, recorded = list(envs), [], [], 0
-    with tqdm(total=steps, unit="step") as bar:
+    with tqdm(total=steps, unit="step", disable=None) as bar:
         # ends when the episodes up to the first that still runs suffice: no later step can change the dataset
         while recorded < steps or running and sum(len(e.rewards) for e in episodes[: running[0].index + 1]) < steps:
             while free and recorded < steps:

@@ -35,6 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+# A thread that waits may spin only briefly: beside another busy process an update would take many times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import gymnasium as gym
 import minari
 import numpy as np
@@ -53,7 +56,6 @@ MAX_LOG_ALPHA_PRIME = math.log(1e6)
 
 @dataclass
 class TrainConfig:
-    # Experiment
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
     env: str = "halfcheetah-medium-expert-v2"  # dataset: a Minari id
     eval_env: Optional[str] = None  # Gymnasium id to evaluate in; None: the dataset's own; none: no evaluation
@@ -66,7 +68,7 @@ class TrainConfig:
     run_id: Optional[str] = None  # name of the run folder; the same name again resumes it (default: $WANDB_RUN_ID)
     load_model: str = ""  # checkpoint.pt to start from, or a policy.pt to evaluate; "" starts afresh
     log_interval: int = 1000  # updates between two W&B records
-    # Data
+
     buffer_size: int = 2_000_000  # most transitions that are accepted; memory follows the data
     batch_size: int = 256  # transitions a minibatch
     normalize: bool = True  # shift and scale observations by the data's mean and standard deviation
@@ -74,13 +76,13 @@ class TrainConfig:
     reward_scale: float = 5.0  # factor on rewards (only with normalize_reward)
     reward_bias: float = -1.0  # added to scaled rewards (only with normalize_reward)
     holdout_fraction: float = 0.0  # share of episodes kept from training, for the holdout metrics
-    # Networks
+
     hidden_dim: int = 256  # width of hidden layers
     policy_n_hidden_layers: int = 3  # hidden layers of the actor
     q_n_hidden_layers: int = 3  # hidden layers of each critic
     orthogonal_init: bool = True  # orthogonal initialisation of all networks
     policy_log_std_multiplier: float = 1.0  # initial factor on the actor's log standard deviation (learned)
-    # Soft actor-critic
+
     discount: float = 0.99  # discount factor
     policy_lr: float = 3e-5  # learning rate of the actor and the entropy coefficient
     qf_lr: float = 3e-4  # learning rate of the critics and alpha_prime
@@ -90,7 +92,7 @@ class TrainConfig:
     use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient for an entropy of -A
     backup_entropy: bool = False  # subtract alpha log pi from the TD target's next value
     bc_steps: int = 0  # first updates in which the policy clones the data's actions
-    # Conservatism
+
     cql_alpha: float = 10.0  # weight of the penalty; 0 is offline SAC
     cql_n_actions: int = 10  # actions sampled from each of the three proposals
     cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
@@ -100,7 +102,7 @@ class TrainConfig:
     cql_clip_diff_max: float = math.inf  # upper clip of the gap of each state
     cql_lagrange: bool = False  # tune alpha_prime, a factor on cql_alpha, for a gap of cql_target_action_gap
     cql_target_action_gap: float = -1.0  # gap that the Lagrange multiplier aims at
-    # Weights & Biases
+
     project: str = "CORL"  # W&B project
     group: str = "CQL-D4RL"  # W&B group
     name: str = "CQL"  # first part of the run's name

@@ -1,0 +1,261 @@
+"""Toy environments and datasets, and ways to run a script as its users do: from Python, the command line, and until it
+is killed. Tests that take `script` run once for each file under algorithms/.
+"""
+
+import contextlib
+import csv
+import importlib
+import itertools
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+os.environ |= {"WANDB_MODE": "disabled", "MINARI_REMOTE": "none://none"}  # no test reaches a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("algorithms/**/*.py"))]
+DATASET = "toy/counter-v0"
+TINY = {
+    "device": "cpu", "env": DATASET, "max_timesteps": 25, "eval_freq": 10, "n_episodes": 2, "batch_size": 32,
+    "hidden_dim": 16, "policy_n_hidden_layers": 1, "q_n_hidden_layers": 1, "cql_n_actions": 2, "run_id": "run",
+}  # fmt: skip
+
+
+class Counter(gym.Env):
+    """Episode of seed s: 3 + s % 5 steps, observations (s, t, sum of actions), reward s + t for the t-th step; ends in
+    a terminal state where s is even, else by time-out. Success is reported on the way, by multiples of 3."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([1, 0.5], np.float32))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.number, self.t, self.total = seed, 0, 0.0
+        return self.observe(), {}
+
+    def observe(self):
+        return np.array([self.number, self.t, self.total], np.float32)
+
+    def step(self, action):
+        assert self.t < self.length(self.number) and self.action_space.contains(action), action
+        self.t, self.total = self.t + 1, self.total + float(np.sum(action))
+        end, time_out = self.t == self.length(self.number), self.number % 2 == 1
+        success = self.number % 3 == 0 and self.t == 2
+        return self.observe(), self.number + self.t, end and not time_out, end and time_out, {"success": success}
+
+    @staticmethod
+    def length(seed):
+        return 3 + seed % 5
+
+
+class DictCounter(Counter):
+    """The same in parts, whose names are in no order."""
+
+    box = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    observation_space = gym.spaces.Dict({"time": box, "goal": gym.spaces.Dict({"z": box, "y": box})})
+    observation_space.spaces = dict(reversed(observation_space.spaces.items()))  # Gymnasium sorts them
+
+    def observe(self):
+        number, t, total = super().observe().astype(np.float64)[:, None]
+        return {"time": t, "goal": {"z": total, "y": number}}
+
+
+class Plain(Counter):
+    """Reports no success."""
+
+    def step(self, action):
+        return *super().step(action)[:4], {}
+
+
+class Fine(Counter):
+    """Bounds that float32 rounds away from the middle."""
+
+    action_space = gym.spaces.Box(-0.1, 0.1, (2,), np.float64)
+
+
+class Words(Counter):
+    action_space = gym.spaces.Discrete(2)
+
+
+ENVIRONMENTS = {
+    "Counter": Counter, "DictCounter": DictCounter, "Plain": Plain, "Fine": Fine, "Words": Words,
+    "Hopper-Toy": Counter, "HalfCheetah_Toy": Counter,
+}  # fmt: skip
+for name, kind in ENVIRONMENTS.items():
+    gym.register(f"{name}-v0", entry_point=f"{__name__}:{kind.__name__}")
+
+
+def record(env, seeds, policy=None):
+    """An episode from each seed, as EpisodeBuffers; random actions unless there is a policy."""
+    env, buffers = gym.make(env), []
+    env.action_space.seed(0)
+    for seed in seeds:
+        observations, steps, done = [env.reset(seed=seed)[0]], [], False
+        while not done:
+            action = policy(env, observations[-1]) if policy else env.action_space.sample()
+            observation, reward, terminated, truncated, _ = env.step(action)
+            observations.append(observation)
+            steps.append((action, reward, terminated, truncated))
+            done = terminated or truncated
+        actions, rewards, terminations, truncations = map(np.array, zip(*steps))
+        buffers.append(
+            EpisodeBuffer(None, seed, None, stack(observations), actions, rewards, terminations, truncations)
+        )
+    return buffers
+
+
+def stack(observations):
+    if isinstance(observations[0], dict):
+        return {key: stack([x[key] for x in observations]) for key in observations[0]}
+    return np.stack(observations)
+
+
+def store(name, buffers, **options):
+    with warnings.catch_warnings(action="ignore"):  # no author, no link
+        minari.create_dataset_from_buffers(name, buffers, jpeg_encoding=False, **options)
+    return name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("minari")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
+            patch.delenv(name, raising=False)
+        store(DATASET, record("Counter-v0", range(100, 120)), env="Counter-v0")
+        yield root
+
+
+@pytest.fixture
+def new_dataset(tmp_path, monkeypatch):
+    """Stores buffers under a name in a Minari root of this test alone."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return lambda buffers, name="toy/new-v0", **options: store(name, buffers, **options)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def tiny(script, tmp_path):
+    """The configuration of a tiny run: tiny(option=value, ...). Its run folder is runs/run."""
+
+    def config(**options):
+        known = {field.name for field in script.dataclasses.fields(script.TrainConfig)}
+        values = TINY | {"checkpoints_path": str(tmp_path / "runs")} | options
+        return script.TrainConfig(**{name: value for name, value in values.items() if name in known or name in options})
+
+    return config
+
+
+@pytest.fixture
+def run(script, tiny):
+    """Runs tiny(...) and returns its folder."""
+
+    def train(**options):
+        config = tiny(**options)
+        script.train(config)
+        return Path(config.checkpoints_path, config.run_id)
+
+    return train
+
+
+@pytest.fixture
+def command_line(script, monkeypatch, capsys):
+    """Runs the file as a program with these arguments; returns exit status, stdout, stderr."""
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(script.__file__, run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return start
+
+
+def refusal(function, *arguments, **options):
+    """The exit status and the line of a call that must fail."""
+    with pytest.raises(ValueError) as info:
+        function(*arguments, **options)
+    message = str(info.value)
+    assert hasattr(info.value, "status"), f"a program would end in a traceback: {info.value!r}"
+    assert message and "\n" not in message, f"more than a line: {message}"
+    return info.value.status, message
+
+
+def table(folder):
+    """Rows of metrics.csv as texts, without the only column that two equal runs differ in."""
+    with open(Path(folder, "metrics.csv"), newline="") as file:
+        return [
+            {key: value for key, value in row.items() if key != "updates_per_second"} for row in csv.DictReader(file)
+        ]
+
+
+def weights(folder, name="policy.pt"):
+    """All tensors of a file of a run, by their place in it; in policy.pt everything that acts."""
+    found, todo = {}, [("", torch.load(Path(folder, name), weights_only=True))]
+    while todo:
+        place, item = todo.pop()
+        if isinstance(item, torch.Tensor):
+            found[place] = item
+        elif isinstance(item, (dict, list)):
+            todo += [(f"{place}/{key}", x) for key, x in (item.items() if isinstance(item, dict) else enumerate(item))]
+    return found
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def contents(folder):
+    """Every file below a folder: its bytes and when it was written."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def train_until(script, options, event=None, place=0):
+    """In a process of its own: trains until the place-th event, a function's name or any call, and dies by SIGKILL."""
+    calls = itertools.count()
+
+    def watch(frame, kind, function):
+        hit = kind in ("call", "c_call") if event is None else kind == "c_call" and function.__name__ == event
+        if hit and next(calls) == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module = importlib.import_module(script)
+    config = module.TrainConfig(**options)
+    sys.setprofile(watch if event or place else None)
+    module.train(config)
+
+
+def killed_run(config, event=None, place=0):
+    """The exit code of train_until: -9 where it was killed, 0 where the run ended before."""
+    context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but never used, torch
+    context.set_forkserver_preload(["gymnasium", "minari", "pyrallis", "torch", "wandb"])
+    process = context.Process(target=train_until, args=(type(config).__module__, vars(config), event, place))
+    with contextlib.closing(process):
+        process.start()
+        process.join()
+        return process.exitcode
