@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CQL and offline SAC (cql_alpha 0), five seeds each, on LunarLanderContinuous: a noisy controller's data, and the same mixed
-# with random data. From the root of the repository, about 20 minutes on 2 cores (a run a core):
+# with random data. From the root of the repository, about half an hour on 2 cores (a run a core):
 #   bash benchmarks/lunarlander_continuous.sh && python benchmarks/summarize.py benchmarks/results/lunarlander-continuous
 set -euo pipefail
 domain=lunarlander-continuous

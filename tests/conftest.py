@@ -4,11 +4,15 @@ is killed. Tests that take `script` run once for each file under algorithms/.
 
 import contextlib
 import csv
+import dataclasses
+import functools
 import importlib
+import inspect
 import itertools
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import warnings
@@ -140,27 +144,28 @@ def datasets(tmp_path_factory):
 
 
 @pytest.fixture
-def new_dataset(tmp_path, monkeypatch):
-    """Stores buffers under a name in a Minari root of this test alone."""
+def new_dataset(datasets, tmp_path, monkeypatch):
+    """Stores buffers under a name in a Minari root of this test alone, where DATASET stands too."""
+    shutil.copytree(datasets, tmp_path / "minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     return lambda buffers, name="toy/new-v0", **options: store(name, buffers, **options)
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=SCRIPTS, scope="session")
 def script(request):
     return importlib.import_module(request.param)
 
 
+def tiny_config(script, path, **options):
+    """The configuration of a tiny run, in the folder path/run; options that other scripts lack are left out."""
+    known = {field.name for field in dataclasses.fields(script.TrainConfig)}
+    values = {name: value for name, value in TINY.items() if name in known}
+    return script.TrainConfig(**values | {"checkpoints_path": str(path)} | options)
+
+
 @pytest.fixture
 def tiny(script, tmp_path):
-    """The configuration of a tiny run: tiny(option=value, ...). Its run folder is runs/run."""
-
-    def config(**options):
-        known = {field.name for field in script.dataclasses.fields(script.TrainConfig)}
-        values = TINY | {"checkpoints_path": str(tmp_path / "runs")} | options
-        return script.TrainConfig(**{name: value for name, value in values.items() if name in known or name in options})
-
-    return config
+    return functools.partial(tiny_config, script, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -178,6 +183,8 @@ def run(script, tiny):
 @pytest.fixture
 def command_line(script, monkeypatch, capsys):
     """Runs the file as a program with these arguments; returns exit status, stdout, stderr."""
+
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))  # pyrallis reads it for each option
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
@@ -235,25 +242,28 @@ def contents(folder):
     }
 
 
-def train_until(script, options, event=None, place=0):
-    """In a process of its own: trains until the place-th event, a function's name or any call, and dies by SIGKILL."""
+def train_until(script, options, event, place):
+    """In a process of its own: trains until the place-th call of a function (of any, where event is None), and dies
+    there by SIGKILL."""
     calls = itertools.count()
 
     def watch(frame, kind, function):
-        hit = kind in ("call", "c_call") if event is None else kind == "c_call" and function.__name__ == event
-        if hit and next(calls) == place:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if kind in ("call", "c_call"):
+            name = frame.f_code.co_qualname if kind == "call" else function.__qualname__
+            if event in (None, name) and next(calls) == place:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     module = importlib.import_module(script)
     config = module.TrainConfig(**options)
-    sys.setprofile(watch if event or place else None)
+    if place is not None:
+        sys.setprofile(watch)
     module.train(config)
 
 
-def killed_run(config, event=None, place=0):
-    """The exit code of train_until: -9 where it was killed, 0 where the run ended before."""
+def train_apart(config, event=None, place=None):
+    """The exit code of train_until: -9 where it was killed, 0 where the run ended, as it does without a place."""
     context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but never used, torch
-    context.set_forkserver_preload(["gymnasium", "minari", "pyrallis", "torch", "wandb"])
+    context.set_forkserver_preload(["gymnasium", "minari", "pyrallis", "pytest", "torch._dynamo", "wandb"])
     process = context.Process(target=train_until, args=(type(config).__module__, vars(config), event, place))
     with contextlib.closing(process):
         process.start()

@@ -12,7 +12,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from algorithms.offline import cql
 
-O, A, B, N = 3, 2, 5, 2  # observation, action, batch, actions a proposal
+S, A, B, N = 3, 2, 5, 2  # sizes of states, actions and batches, actions a proposal
 INF = math.inf
 
 
@@ -47,7 +47,7 @@ class Values(nn.Module):
         return self.values
 
 
-def make_agent(observation_dim=O, action_dim=A, **options):
+def make_agent(observation_dim=S, action_dim=A, **options):
     """Small networks with all parameters random, so that values, means and targets differ widely."""
     torch.manual_seed(0)
     options = {"device": "cpu", "hidden_dim": 8, "cql_n_actions": N, "policy_lr": 0.01, "qf_lr": 0.01} | options
@@ -59,7 +59,7 @@ def make_agent(observation_dim=O, action_dim=A, **options):
     return agent
 
 
-def make_batch(observation_dim=O, action_dim=A, batch_size=B):
+def make_batch(observation_dim=S, action_dim=A, batch_size=B):
     observations, next_observations = torch.randn(2, batch_size, observation_dim)
     terminals = (torch.arange(batch_size) == 1).double()
     actions = torch.empty(batch_size, action_dim).uniform_(-1, 1)
@@ -71,7 +71,8 @@ def updated(batches=3, change=None, **options):
     agent = make_agent(**options)
     if change:
         change(agent)
-    for _ in range(batches):
+    for i in range(batches):
+        torch.manual_seed(i)
         metrics = agent.update(make_batch())
     return agent, metrics
 
@@ -89,6 +90,10 @@ def critic_loss(values, log_prob=None, td_target=None, **options):
     td_target = agent.critic.values[0, :, 0].detach() if td_target is None else torch.tensor(td_target)
     log_prob = torch.zeros(batch_size, n_actions - 1) if log_prob is None else torch.as_tensor(log_prob)
     return agent, *agent.critic_loss(batch, td_target, proposals, log_prob)
+
+
+def parameters(agent, name):
+    return agent.optimizers[name].param_groups[0]["params"]
 
 
 def close(actual, expected, tolerance=1e-9):
@@ -152,19 +157,23 @@ def log_integral(formula, temperature):
 def test_estimator_approaches_the_log_integral(temperature):
     """From below, as the number of proposals grows; uniform and tanh-Gaussian ones together, each with its density.
     A formula of (Q - log p) / T would end (1 - T) log 2 and more above."""
-    formula = lambda s, a: torch.sin(3 * a) + s * a  # noqa: E731
+
+    def formula(s, a):
+        return torch.sin(3 * a) + s * a
+
     truth = torch.stack([log_integral(lambda a, s=s: formula(s, a), temperature) for s in (-1.0, 0.0, 2.0)])
-    batch = make_batch(1, 1, 3 * 100)._replace(observations=torch.tensor([-1.0, 0.0, 2.0]).repeat(100)[:, None])
-    mean, log_std = torch.tensor([[0.4], [-0.6]]).repeat_interleave(300, dim=0), torch.full((600, 1), 0.1)
     errors = []
     for n in (1, 10, 1000):
-        agent = make_agent(1, 1, cql_n_actions=n, cql_temp=temperature, discount=0.0)
+        agent = make_agent(1, 1, cql_n_actions=n, cql_temp=temperature)
         agent.critic = agent.target_critic = Formulas(formula, formula)
-        _, proposals, log_prob = agent.propose(batch, mean, log_std)
-        q_data = agent.critic(batch.observations, batch.actions.unsqueeze(1))[0, :, 0]
-        _, gap, _ = agent.critic_loss(batch, batch.rewards, proposals, log_prob)
-        errors.append((gap[0] + q_data.mean() - temperature * math.log(3 * n) - truth.mean()).item())
-    assert errors[0] < errors[1] < -0.004 * temperature and abs(errors[2]) < 0.005 * max(1, temperature)
+        states = torch.tensor([-1.0, 0.0, 2.0]).repeat(30_000 // n).unsqueeze(1)
+        batch = make_batch(1, 1, len(states))._replace(observations=states)
+        mean = torch.tensor([[0.4], [-0.6]]).repeat_interleave(len(states), dim=0)
+        _, proposals, log_prob = agent.propose(batch, mean, torch.full_like(mean, 0.1))
+        _, gap, metrics = agent.critic_loss(batch, batch.rewards, proposals, log_prob)
+        log_mean = gap[0] + metrics["average_qf1"] - temperature * math.log(3 * n)
+        errors.append((log_mean - truth.mean()).item() / max(1, temperature))
+    assert errors[0] < -0.02 and errors[0] < errors[1] < 0.005 and abs(errors[2]) < 0.005
 
 
 @pytest.mark.parametrize("n, action_dim, expected", ((10, 3, 5.48), (10, 6, 7.56), (10, 24, 20.04), (4, 1, 3.18)))
@@ -194,7 +203,7 @@ DENSITIES = [list(map(math.log, (0.5, 0.25, 1)))]
 
 
 def test_importance_sampling_divides_by_the_density():
-    """1 / 0.5 + 2 / 0.25 + 3 = 13 and 4 / 0.5 + 4 / 0.25 + 5 = 29, over all proposals of a state, a critic at a time."""
+    """1 / 0.5 + 2 / 0.25 + 3 = 13 for the first critic, 4 / 0.5 + 4 / 0.25 + 5 = 29 for the second."""
     _, loss, gap, metrics = critic_loss([[Q_1], [Q_2]], DENSITIES, [5.0], cql_alpha=10)
     assert close(gap, [math.log(13) - 5, math.log(29) - 6])
     assert close(loss, 1 + 10 * gap.sum())  # the second critic's TD error is 1
@@ -411,7 +420,7 @@ def test_policy_loss_is_at_the_state_of_the_batch():
 
 @pytest.mark.parametrize("bc_steps", (0, 10))
 def test_losses_of_the_policy_move_neither_critics_nor_alpha(bc_steps):
-    """Critics after an update do not depend on the policy's loss, nor alpha on it; proposals are drawn before."""
+    """After one update the actor has seen another entropy coefficient; the critics and log_alpha have not."""
     (small, _), (large, _) = (
         updated(batches=1, bc_steps=bc_steps, alpha_multiplier=multiplier) for multiplier in (0.1, 10)
     )
@@ -445,14 +454,14 @@ def test_cloning_loss_is_finite_at_the_ends(dtype):
 
 
 def test_cloning_raises_the_likelihood_of_the_data():
-    """100 updates on a batch whose actions are a function of the state: the policy's mean becomes that function."""
-    agent, batch = make_agent(bc_steps=100), make_batch(batch_size=32)
+    """After 100 updates the policy's mean is nearly the function of the state that the data's actions are."""
+    agent, batch = make_agent(bc_steps=100, alpha_multiplier=0.0, hidden_dim=32), make_batch(batch_size=32)
     batch = batch._replace(actions=batch.observations[:, :A].sin() * 0.8)
-    distance, critic = [], copy.deepcopy(agent.critic)
-    for _ in range(100):
+    distance = []
+    for _ in range(101):
         distance.append((agent.actor(batch.observations)[0].tanh() - batch.actions).square().mean().item())
         agent.update(batch)
-    assert distance[-1] < 0.1 * distance[0] and not same(agent.critic, critic)
+    assert distance[-1] < 0.1 * distance[0]
 
 
 def test_cloning_lasts_for_the_first_updates_and_critics_train_as_usual():
@@ -488,7 +497,7 @@ def test_alpha_multiplier_is_a_factor_or_the_coefficient_itself():
 
 @pytest.mark.parametrize("orthogonal", (True, False))
 def test_orthogonal_init_reaches_all_layers_of_all_networks(orthogonal):
-    agent = cql.CQL(cql.TrainConfig(device="cpu", hidden_dim=16, orthogonal_init=orthogonal), O, A)
+    agent = cql.CQL(cql.TrainConfig(device="cpu", hidden_dim=16, orthogonal_init=orthogonal), S, A)
     linear = [layer for layer in agent.actor.hidden if isinstance(layer, nn.Linear)]
     hidden, biases = [layer.weight for layer in linear], [layer.bias for layer in linear] + [agent.actor.head.bias]
     last = [agent.actor.head.weight]
@@ -506,15 +515,15 @@ def test_orthogonal_init_reaches_all_layers_of_all_networks(orthogonal):
 
 
 def test_depths_and_width_reach_all_networks():
-    agent = cql.CQL(cql.TrainConfig(device="cpu", hidden_dim=7, policy_n_hidden_layers=2, q_n_hidden_layers=4), O, A)
+    agent = cql.CQL(cql.TrainConfig(device="cpu", hidden_dim=7, policy_n_hidden_layers=2, q_n_hidden_layers=4), S, A)
     shapes = [tuple(layer.weight.shape) for layer in [*agent.actor.hidden[::2], agent.actor.head]]
-    assert shapes == [(7, O), (7, 7), (2 * A, 7)]
+    assert shapes == [(7, S), (7, 7), (2 * A, 7)]
     for critic in (agent.critic, agent.target_critic):
-        assert [tuple(x.shape) for x in critic.weights] == [(2, O + A, 7)] + [(2, 7, 7)] * 3 + [(2, 7, 1)]
+        assert [tuple(x.shape) for x in critic.weights] == [(2, S + A, 7)] + [(2, 7, 7)] * 3 + [(2, 7, 1)]
 
 
 def test_critics_start_apart_and_their_targets_with_them():
-    agent = cql.CQL(cql.TrainConfig(device="cpu", hidden_dim=16), O, A)
+    agent = cql.CQL(cql.TrainConfig(device="cpu", hidden_dim=16), S, A)
     assert all((weight[0] != weight[1]).all() for weight in agent.critic.weights)
     assert same(agent.critic, agent.target_critic)
     assert not any(
@@ -523,7 +532,7 @@ def test_critics_start_apart_and_their_targets_with_them():
 
 
 def mlp(critic, member):
-    """One critic of the ensemble as a network of its own, (s, a) [..., O + A] -> [..., 1]."""
+    """One critic of the ensemble as a network of its own, (s, a) [..., S + A] -> [..., 1]."""
     layers = []
     for weight, bias in zip(critic.weights, critic.biases):
         layers += [nn.Linear(*weight.shape[1:]), nn.ReLU()]
@@ -546,13 +555,13 @@ def test_log_std_is_scaled_shifted_and_bounded():
     for actor, multiplier in ((agent.actor, 0.5), (plain.actor, 1.0)):
         actor.log_std_multiplier.data.fill_(multiplier)
         actor.log_std_offset.data.fill_(-1)
-    observations = 0.1 * torch.randn(B, O)
+    observations = 0.1 * torch.randn(B, S)
     assert close(agent.actor(observations)[0], plain.actor(observations)[0])
     assert close(agent.actor(observations)[1] + 1, 0.5 * (plain.actor(observations)[1] + 1))
     for bias, bound in ((100, 2), (-100, -20)):
         plain.actor.head.bias.data[A:] = bias
         assert (plain.actor(observations)[1] == bound).all()
-    fresh = cql.CQL(cql.TrainConfig(device="cpu", hidden_dim=8, policy_log_std_multiplier=0.0), O, A)
+    fresh = cql.CQL(cql.TrainConfig(device="cpu", hidden_dim=8, policy_log_std_multiplier=0.0), S, A)
     assert (fresh.actor(observations)[1] == -1).all()
     fresh.update(make_batch())
     assert fresh.actor.log_std_multiplier != 0 and fresh.actor.log_std_offset != -1
@@ -569,14 +578,12 @@ def test_target_critics_follow_by_polyak_averages_every_period():
 
 
 def test_predicted_values_are_the_least_of_the_mean_action():
-    """Of raw observations 5 and 7, which are 1 and 2 after scaling; the mean action is 0.5 s."""
-    agent = make_agent(1, 1)
-    agent.actor.load_state_dict(
-        {"observation_mean": torch.tensor([3.0]), "observation_std": torch.tensor([2.0])}, strict=False
-    )
-    agent.actor.forward = lambda s: ((0.5 * s).atanh() if (s < 2).all() else 0.1 * s, torch.zeros_like(s))
-    agent.critic = Formulas(lambda s, a: 10 * s + a, lambda s, a: 10 * s + 2 * a)
-    assert agent.start_values(np.array([[5.0]])).tolist() == pytest.approx([10.5])
+    """Raw observations 5 and 7 are 1 and 2 after scaling; the mean action is tanh(s / 2), the least value 10 s - a."""
+    agent, scaling = make_agent(1, 1), {"observation_mean": torch.tensor([3.0]), "observation_std": torch.tensor([2.0])}
+    agent.actor.load_state_dict(scaling, strict=False)
+    agent.actor.forward = lambda s: (s / 2, torch.zeros_like(s))
+    agent.critic = Formulas(lambda s, a: 10 * s + a, lambda s, a: 10 * s - a)
+    assert agent.start_values(np.array([[5.0], [7.0]])) == pytest.approx([10 - math.tanh(0.5), 20 - math.tanh(1)])
 
 
 def test_holdout_metrics_leave_training_as_it_was():
@@ -585,8 +592,16 @@ def test_holdout_metrics_leave_training_as_it_was():
     first, second = agent.holdout_metrics(batch), agent.holdout_metrics(batch)
     assert first == second and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, parameters[name]) for name, value in agent.state_dict().items())
-    q = agent.critic(batch.observations, batch.actions.unsqueeze(1)).mean()
-    assert first["holdout_q"] == pytest.approx(q.item()) and first["holdout_td_error"] > 0
+    torch.manual_seed(agent.config.eval_seed)
+    proposed = agent.propose(batch, *agent.actor(torch.cat([batch.observations, batch.next_observations])))
+    q = agent.critic(batch.observations, batch.actions.unsqueeze(1)).squeeze(-1)
+    assert first == pytest.approx(
+        {
+            "holdout_td_error": (q - proposed[0]).square().mean().item(),
+            "holdout_gap": agent.critic_loss(batch, *proposed)[1].mean().item(),
+            "holdout_q": q.mean().item(),
+        }
+    )
 
 
 # The whole update.
@@ -600,7 +615,7 @@ def slow_losses(agent, batch):
     weight = config.cql_alpha * (agent.log_alpha_prime.exp().item() if config.cql_lagrange else 1)
     target_gap = config.cql_target_action_gap if config.cql_lagrange else 0
     noise = torch.randn(2 * B, config.cql_n_actions if config.cql_alpha or config.cql_max_target_backup else 1, A)
-    random = torch.empty(B, config.cql_n_actions, A).uniform_(-1, 1) if config.cql_alpha else []
+    random = torch.empty(B, config.cql_n_actions, A).uniform_(-1, 1) if config.cql_alpha else torch.empty(B, 0, A)
     policy_noise = torch.randn(B, A)
 
     def act(s, noise):
@@ -619,9 +634,7 @@ def slow_losses(agent, batch):
         value, log_prob = max((q_values(agent.target_critic, next_s, x).min(), log_p) for x, log_p in backups)
         value = value - alpha * log_prob if config.backup_entropy else value
         y = r + config.discount * (1 - terminal) * value
-        proposals = (
-            [(x, torch.tensor(-A * math.log(2))) for x in random[b]] + following + current if len(random) else []
-        )
+        proposals = [(x, torch.tensor(-A * math.log(2))) for x in random[b]] + following + current
         for e in (0, 1):
             q_data = q_values(agent.critic, s, a)[e]
             critic_loss += (q_data - y.detach()) ** 2 / B
@@ -629,7 +642,7 @@ def slow_losses(agent, batch):
                 terms = [(q_values(agent.critic, s, x)[e] / temperature).exp() / log_p.exp() for x, log_p in proposals]
             else:
                 terms = [(q_values(agent.critic, s, x)[e] / temperature).exp() for x in [a] + [x for x, _ in proposals]]
-            if proposals:
+            if config.cql_alpha:
                 gap = (temperature * sum(terms).log() - q_data).clamp(low, high)
                 critic_loss += weight * (gap - target_gap) / B
                 mean_gap += gap.item() / (2 * B)
@@ -652,7 +665,7 @@ def slow_losses(agent, batch):
 
 
 MAX, TUNED = {"cql_max_target_backup": True}, {"cql_lagrange": True, "cql_target_action_gap": 3.0}
-CLIPPED, PLAIN = {"cql_clip_diff_min": 2.5, "cql_clip_diff_max": 3.5}, {"cql_importance_sample": False}
+CLIPPED, PLAIN = {"cql_clip_diff_min": 2.3, "cql_clip_diff_max": 3.0}, {"cql_importance_sample": False}
 ENTROPY, WARM = {"backup_entropy": True}, {"bc_steps": 10}
 
 
@@ -673,20 +686,30 @@ def test_update_is_that_of_the_formulas(options):
     metrics = agent.update(batch)
     torch.manual_seed(1)
     losses = slow_losses(twin, batch)
-    assert close(metrics["policy_loss"], losses["actor"])
-    assert ("alpha_loss" in metrics, "alpha_prime_loss" in metrics) == ("alpha" in losses, "alpha_prime" in losses)
     for name, loss in losses.items():
-        parameters = twin.optimizers[name].param_groups[0]["params"]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True)):
+        gradients = torch.autograd.grad(loss, parameters(twin, name), retain_graph=True)
+        for parameter, gradient in zip(parameters(twin, name), gradients):
             parameter.grad = gradient
-    for name, optimizer in twin.optimizers.items():
-        optimizer.step()
-        for actual, expected in zip(
-            agent.optimizers[name].param_groups[0]["params"], optimizer.param_groups[0]["params"]
-        ):
-            assert close(actual, expected), name
-            assert name not in losses or close(actual.grad, expected.grad), name
-    assert CLIPPED.keys() - options.keys() or 0 < metrics["cql_clipped_share"] < 1
+    for name in losses:
+        twin.optimizers[name].step()
+        for actual, expected in zip(parameters(agent, name), parameters(twin, name)):
+            assert close(actual.grad, expected.grad) and close(actual, expected), name
+    logged = {"actor": "policy_loss", "alpha": "alpha_loss", "alpha_prime": "alpha_prime_loss"}
+    assert {name for name in logged.keys() & losses.keys() if not close(metrics[logged[name]], losses[name])} == set()
+    for name, key in (("actor", "policy_grad_norm"), ("critic", "critic_grad_norm")):
+        assert close(metrics[key], torch.cat([x.grad.flatten() for x in parameters(twin, name)]).norm())
+    if CLIPPED.keys() <= options.keys():
+        assert 0 < metrics["cql_clipped_share"] < 1
+
+
+def test_each_optimiser_has_its_learning_rate():
+    """Adam's first step is as long as the rate."""
+    agent = make_agent(policy_lr=0.03, qf_lr=0.02, cql_lagrange=True)
+    start = copy.deepcopy(agent)
+    agent.update(make_batch())
+    for name, rate in (("actor", 0.03), ("alpha", 0.03), ("critic", 0.02), ("alpha_prime", 0.02)):
+        steps = [(x - y).abs().max().item() for x, y in zip(parameters(agent, name), parameters(start, name))]
+        assert max(steps) == pytest.approx(rate, rel=1e-4), name
 
 
 # A value other than the default, and the other options without which it has no effect.

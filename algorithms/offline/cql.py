@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import json
 import math
 import os
 import random
@@ -423,12 +424,19 @@ def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
 # Common to all files from here on: configuration, data, evaluation, run folder.
 
 
-class ConfigError(ValueError):
-    status = 2  # exit status of the process
-
-
 class DataError(ValueError):
+    """Data or a file that cannot be used, told in one line; `status` is the program's exit status."""
+
     status = 1
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(DataError):
+    """An option that cannot be."""
+
+    status = 2
 
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
@@ -496,21 +504,21 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
     def _postprocessing(self, namespace: Any) -> Any:
         values = vars(namespace)
         if path := values.pop("config_path", None):
-            try:
-                content = yaml.safe_load(Path(path).read_text())
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise ConfigError(f"--config_path {path} cannot be read: {one_line(error)}") from error
-            if not isinstance(content, dict):
-                raise ConfigError(f"--config_path {path} holds no lines of the form `option: value`")
-            values = content | values
+            values = read_yaml(Path(path)) | values
         kinds = {field.name: field.type for field in dataclasses.fields(self.config_class)}
         if unknown := [str(name) for name in values if name not in kinds]:
             raise ConfigError(f"{path} has unknown options: {', '.join(unknown)}; --help lists the known ones")
         return self.config_class(**{name: convert(name, value, kinds[name]) for name, value in values.items()})
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no lines of the form `option: value`")
+    return content
 
 
 def flatten(observation: Any, n_leading: int = 0) -> np.ndarray:
@@ -521,21 +529,31 @@ def flatten(observation: Any, n_leading: int = 0) -> np.ndarray:
     return observation.reshape(*observation.shape[:n_leading], -1)
 
 
-def open_minari(name: str) -> minari.MinariDataset:
+def open_minari(name: str, download: bool = True) -> minari.MinariDataset:
     """A Minari dataset of the local root, else downloaded. Raises DataError."""
     try:
         minari.dataset.minari_dataset.parse_dataset_id(name)  # Minari itself would join a path such as ../..
-        return minari.load_dataset(name, download=True)
+        path = minari.storage.get_dataset_path(name)
+        if download and not path.exists():
+            minari.download_dataset(name)
+        # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
+        if not {"observation_space", "action_space"} <= json.loads((path / "data/metadata.json").read_text()).keys():
+            raise ValueError("its metadata lacks the spaces")
+        return minari.load_dataset(name)
     except Exception as error:  # of the id, the file, the network, the hub's client
-        near = ", ".join(difflib.get_close_matches(name, minari.list_local_datasets(), cutoff=0)) or "none"
-        raise DataError(
-            f"--env {name} is no Minari dataset here or online ({one_line(error)}); near: {near}"
-        ) from error
+        near = "none"
+        with contextlib.suppress(Exception):  # other folders there may be no datasets
+            near = ", ".join(difflib.get_close_matches(name, minari.list_local_datasets(), cutoff=0)) or near
+        root = minari.storage.get_dataset_path()
+        message = (
+            f"--env {name} is no Minari dataset here or online ({str(error)[:200]}); it would stand in {root / name}"
+        )
+        raise DataError(f"{message}; nearest there: {near}") from error
 
 
 def stored_scores(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    return {} if None in scores else {"reference_scores": np.array(scores, dtype=np.float64)}
+    return {} if None in scores or scores[0] == scores[1] else {"reference_scores": np.array(scores, dtype=np.float64)}
 
 
 def load_dataset(name: str) -> dict[str, np.ndarray]:
@@ -550,6 +568,10 @@ def load_dataset(name: str) -> dict[str, np.ndarray]:
     try:
         for episode in dataset.iterate_episodes():
             observations = flatten(episode.observations, n_leading=1)  # [T + 1, O]
+            if not len(observations) - 1 == len(episode.actions) == len(episode.rewards):
+                raise ValueError(
+                    f"episode {episode.id} has {len(observations)} observations, {len(episode.rewards)} rewards"
+                )
             ends = np.asarray(episode.truncations, dtype=bool) | (
                 np.arange(len(episode.rewards)) == len(episode.rewards) - 1
             )
@@ -559,12 +581,13 @@ def load_dataset(name: str) -> dict[str, np.ndarray]:
             columns["rewards"].append(np.asarray(episode.rewards, dtype=np.float32))
             columns["terminals"].append(np.asarray(episode.terminations, dtype=bool))
             columns["timeouts"].append(ends & ~columns["terminals"][-1])
-        data = {key: np.concatenate(columns.pop(key)) for key in list(columns)}
+        data = {key: np.concatenate(columns.pop(key)) for key in list(columns)} | stored_scores(dataset)
     except Exception as error:  # a damaged HDF5 file raises nearly anything
-        raise DataError(f"--env {name} is damaged: {one_line(error)}") from error
-    if isinstance(dataset.action_space, gym.spaces.Box):
-        data |= {"action_low": dataset.action_space.low.ravel(), "action_high": dataset.action_space.high.ravel()}
-    return data | stored_scores(dataset)
+        raise DataError(f"--env {name} is damaged: {error}") from error
+    space = dataset.action_space
+    if not isinstance(space, gym.spaces.Box):
+        raise DataError(f"--env {name} has actions {space}; this script takes continuous ones (Box)")
+    return data | {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
 
 
 def check_dataset(data: dict[str, np.ndarray], name: str) -> None:
@@ -644,8 +667,8 @@ def make_environments(config: Any) -> list[gym.Env]:
         # Only the id counts: an entry point that stands in a file could be any code.
         name, arguments = spec.id, dict(spec.kwargs, max_episode_steps=spec.max_episode_steps)
     if name not in gym.registry:
-        import gymnasium_robotics
-
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+            import gymnasium_robotics
         gym.register_envs(gymnasium_robotics)
     if name not in gym.registry and config.eval_env is None:
         print(
@@ -655,7 +678,7 @@ def make_environments(config: Any) -> list[gym.Env]:
     try:
         return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
     except Exception as error:  # Gymnasium's own, a missing simulator, arguments that it does not take
-        raise ConfigError(f"--eval_env {name} cannot be made: {one_line(error)}") from error
+        raise ConfigError(f"--eval_env {name} cannot be made: {error}") from error
 
 
 class Task(NamedTuple):
@@ -710,7 +733,7 @@ def rollout(
             actions = policy(np.stack(list(observations.values())))
             for i, action in zip(list(observations), actions):
                 space = running[i].action_space
-                action = action.reshape(space.shape).astype(space.dtype)
+                action = action.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
                 observation, reward, terminated, truncated, info = running[i].step(action)
                 trained_on = reward * task.transform[0] + task.transform[1]
                 result["discounted_return"][i] += config.discount ** result["length"][i] * trained_on
@@ -746,20 +769,22 @@ def evaluate(
     return row | {"d4rl_normalized_score": task.score(row["eval_return"])}
 
 
-def describe(mean: Optional[float], std: Optional[float], score: Optional[float]) -> str:
-    if mean is None:
+def describe(row: dict[str, Any]) -> str:
+    if row.get("eval_return") is None:
         return "not evaluated"
-    text = f"return {mean:.1f} ± {std:.1f}"
+    text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
     return text if score is None else f"score {score:.1f} ({text})"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file holds the old content or the new, whenever the process is killed or the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
+def save(path: Path, content: str | dict[str, Any]) -> None:
+    """Text, or tensors and plain values. The file holds the old content or the new, whenever the process is killed or
+    the disk is full. Raises DataError."""
+    buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -769,16 +794,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise DataError(f"{path} cannot be written ({error.strerror}); what was saved before is intact") from error
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
 def load(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     """A checkpoint.pt or policy.pt: tensors and plain values, nothing that could run. Raises DataError."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
+        policy = content.get("policy", content)
+        policy["sizes"], policy["weights"]
+        return content
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
@@ -789,11 +811,11 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
     """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
     [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
     content = load(path, device)
+    state = content.get("policy", content)
     try:
-        state = content.get("policy", content)
         actor = TanhGaussianActor(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError) as error:
         raise DataError(f"{path} holds no policy of this script") from error
     return actor.act
 
@@ -818,20 +840,23 @@ class RunFolder:
 
     def __init__(self, config: Any):
         """Reads what stands in the folder, and writes nothing."""
-        name = f"{config.name}-{config.env}-{uuid.uuid4().hex[:8]}".replace("/", "-")
-        self.path, self.rows, self.checkpoint = Path(config.checkpoints_path) / (config.run_id or name), [], None
-        if (self.path / "config.yaml").exists():
+        root, name = Path(config.checkpoints_path), f"{config.name}-{config.env}".replace("/", "-")
+        self.path = root / (config.run_id or f"{name}-{uuid.uuid4().hex[:8]}")
+        while not config.run_id and os.path.exists(self.path):
+            self.path = root / f"{name}-{uuid.uuid4().hex[:8]}"
+        self.rows, self.checkpoint = [], None
+        if os.path.exists(self.path / "config.yaml"):
             self.check_same(config)
-        if (self.path / "metrics.csv").exists():
+        if os.path.exists(self.path / "metrics.csv"):
             self.rows = list(csv.DictReader((self.path / "metrics.csv").read_text().splitlines()))
-        if (self.path / "checkpoint.pt").exists():
+        if os.path.exists(self.path / "checkpoint.pt"):
             self.checkpoint = load(self.path / "checkpoint.pt", config.device)
 
     def check_same(self, config: Any) -> None:
         """A resumed run keeps its configuration, except for a later end and what cannot change its result."""
-        old, new = yaml.safe_load((self.path / "config.yaml").read_text()), yaml.safe_load(pyrallis.dump(config))
+        old, new = read_yaml(self.path / "config.yaml"), yaml.safe_load(pyrallis.dump(config))
         free = {"device", "n_episodes", "project", "group", "name", "run_id", "checkpoints_path"}
-        if new["max_timesteps"] >= old["max_timesteps"]:
+        if new["max_timesteps"] >= old.get("max_timesteps", math.inf):
             free.add("max_timesteps")
         changed = [f"{key} was {old.get(key)}, is {new[key]}" for key in new.keys() - free if old.get(key) != new[key]]
         if changed:
@@ -845,17 +870,13 @@ class RunFolder:
             writer.writeheader()
         writer.writerow(row)
         path = self.path / "metrics.csv"
-        write_atomically(path, (path.read_bytes() if self.rows else b"") + text.getvalue().encode())
+        save(path, (path.read_text() if self.rows else "") + text.getvalue())
         self.rows.append(row)
 
     @property
     def last_row(self) -> dict[str, Any]:
         """As numbers, None where empty; step 0 before the first row."""
         return {key: float(value) if value else None for key, value in (self.rows or [{"step": "0"}])[-1].items()}
-
-    def describe_last(self) -> str:
-        keys = ("eval_return", "eval_return_std", "d4rl_normalized_score")
-        return describe(*(self.last_row.get(key) for key in keys))
 
 
 @contextlib.contextmanager
@@ -882,13 +903,14 @@ def start_wandb(config: Any, folder: Path) -> wandb.Run:
         if asked or wandb.login(prompt=False, verify=False):
             return wandb.init(**options, config=dataclasses.asdict(config), resume="allow", settings=limits)
     except Exception as error:  # no account, no network, no disk
-        print(f"warning: W&B is off for this run: {one_line(error)}", file=sys.stderr)
+        print(f"warning: W&B is off for this run: {' '.join(str(error).split())}", file=sys.stderr)
     return wandb.init(mode="disabled")
 
 
 def log_wandb(run: wandb.Run, metrics: dict[str, Any], step: int) -> None:
-    if step >= run.step:  # a resumed run repeats steps that W&B holds already
-        run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+    with contextlib.suppress(Exception):
+        if step >= run.step:  # a resumed run repeats steps that W&B holds already
+            run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
 
 def set_seed(seed: int) -> None:
@@ -924,7 +946,8 @@ def prepare_data(
 
     task = Task(envs, reward_transform(config, data, envs), reference_scores(envs, data))
     returns = np.bincount(numbers, weights=data["rewards"])
-    text = describe(returns.mean(), returns.std(), task.score(returns.mean()))
+    behaviour = {"eval_return": returns.mean(), "eval_return_std": returns.std()}
+    text = describe(behaviour | {"d4rl_normalized_score": task.score(returns.mean())})
     print(f"{config.env}: {n_transitions:,} transitions, {len(returns):,} episodes, behaviour {text}")
 
     data["actions"] = rescale_actions(data["actions"], low, high, config.env)
@@ -942,6 +965,8 @@ def prepare_data(
     if config.normalize:
         mean, std = data["observations"].mean(0, dtype=np.float64), data["observations"].std(0, dtype=np.float64) + 1e-3
     mean, std = (x.astype(np.float32) for x in (statistics or (mean, std)))
+    if mean.shape != data["observations"].shape[1:]:
+        raise DataError(f"--load_model {config.load_model} takes observations of size {mean.size}")
     for part in (data, holdout):
         for key in ("observations", "next_observations"):
             part[key] = (part[key] - mean) / std
@@ -954,12 +979,17 @@ def evaluate_stored(config: Any) -> dict[str, Any]:
     policy, envs, folder = load_policy(config.load_model, config.device), make_environments(config), RunFolder(config)
     if not envs:
         raise ConfigError("--max_timesteps 0 needs an environment to evaluate in: name one with --eval_env")
-    data = {} if config.eval_env else stored_scores(open_minari(config.env))
+    data = {}
+    with contextlib.suppress(DataError):  # the scores' dataset may not be here
+        data = stored_scores(open_minari(config.env, download=False))
     task = Task(envs, reference=reference_scores(envs, data))
-    row = evaluate(config, task, policy, value=lambda starts: np.full(len(starts), np.nan))
-    write_atomically(folder.path / "config.yaml", pyrallis.dump(config).encode())
+    try:
+        row = evaluate(config, task, policy, value=lambda starts: np.full(len(starts), np.nan))
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"--load_model {config.load_model} does not fit {envs[0].spec.id}: {error}") from error
+    save(folder.path / "config.yaml", pyrallis.dump(config))
     folder.add_row({"step": 0, **row})
-    print(f"{folder.describe_last()} over {config.n_episodes} episodes, in {folder.path}")
+    print(f"{describe(folder.last_row)} over {config.n_episodes} episodes, in {folder.path}")
     return folder.last_row
 
 
@@ -972,7 +1002,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return evaluate_stored(config)
     folder = RunFolder(config)
     if folder.checkpoint and folder.last_row["step"] == folder.checkpoint["agent"]["n_updates"] == config.max_timesteps:
-        print(f"{folder.path} is complete: {folder.describe_last()}")
+        print(f"{folder.path} is complete: {describe(folder.last_row)}")
         return folder.last_row
     start = folder.checkpoint or (load(config.load_model, config.device) if config.load_model else None)
     if start and "agent" not in start:
@@ -1006,7 +1036,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         save(folder.path / "policy.pt", policy)
         save(folder.path / "checkpoint.pt", state)
 
-    write_atomically(folder.path / "config.yaml", pyrallis.dump(config).encode())
+    save(folder.path / "config.yaml", pyrallis.dump(config))
     run, window = start_wandb(config, folder.path), (0.0, 0)  # window: total and count at the last record of W&B
     progress = tqdm(total=config.max_timesteps, initial=agent.n_updates, unit="update", disable=None)
     try:
@@ -1026,10 +1056,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
                         folder.add_row({"step": step} | row | averages)
                         log_wandb(run, row, step)
                         progress.write(
-                            f"update {step:,}: {folder.describe_last()}, {row['updates_per_second']:.0f} updates/s"
+                            f"update {step:,}: {describe(folder.last_row)}, {row['updates_per_second']:.0f} updates/s"
                         )
                     if row is not None:
-                        progress.set_postfix_str(folder.describe_last())
+                        progress.set_postfix_str(describe(folder.last_row))
                         means, window = Means(), (0.0, 0)
                         save_checkpoint()
                 if received:
@@ -1050,13 +1080,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
             run.finish(exit_code=int(agent.n_updates < config.max_timesteps))
         for env in envs:
             env.close()
-    print(f"{folder.describe_last()} after {config.max_timesteps:,} updates, in {folder.path}")
+    print(f"{describe(folder.last_row)} after {config.max_timesteps:,} updates, in {folder.path}")
     return folder.last_row
 
 
 if __name__ == "__main__":
     try:
         train(ConfigParser(TrainConfig).parse_args())
-    except (ConfigError, DataError) as error:
+    except DataError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(error.status)

@@ -1,0 +1,464 @@
+"""Command line and YAML: CORL's options, strict parsing, and that every option changes something; and whether the
+configurations, README and docs agree with the scripts."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+import pytest
+import torch
+import yaml
+from conftest import DATASET, ROOT, SCRIPTS, TINY, record, refusal, table, weights
+
+# Name, type and default of CORL's options. Its checkpoints_path None writes nothing, here it is "runs"; its device is
+# "cuda"; buffer_size is a limit here.
+CORL = {
+    "algorithms.offline.cql": {
+        "device": (str, "cuda" if torch.cuda.is_available() else "cpu"), "env": (str, "halfcheetah-medium-expert-v2"),
+        "seed": (int, 0), "eval_freq": (int, 5000), "n_episodes": (int, 10), "max_timesteps": (int, 1_000_000),
+        "checkpoints_path": (Optional[str], "runs"), "load_model": (str, ""), "buffer_size": (int, 2_000_000),
+        "batch_size": (int, 256), "discount": (float, 0.99), "alpha_multiplier": (float, 1.0),
+        "use_automatic_entropy_tuning": (bool, True), "backup_entropy": (bool, False), "policy_lr": (float, 3e-5),
+        "qf_lr": (float, 3e-4), "soft_target_update_rate": (float, 5e-3), "target_update_period": (int, 1),
+        "cql_n_actions": (int, 10), "cql_importance_sample": (bool, True), "cql_lagrange": (bool, False),
+        "cql_target_action_gap": (float, -1.0), "cql_temp": (float, 1.0), "cql_alpha": (float, 10.0),
+        "cql_max_target_backup": (bool, False), "cql_clip_diff_min": (float, -math.inf),
+        "cql_clip_diff_max": (float, math.inf), "orthogonal_init": (bool, True), "normalize": (bool, True),
+        "normalize_reward": (bool, False), "q_n_hidden_layers": (int, 3), "reward_scale": (float, 5.0),
+        "reward_bias": (float, -1.0), "bc_steps": (int, 0), "policy_log_std_multiplier": (float, 1.0),
+        "project": (str, "CORL"), "group": (str, "CQL-D4RL"), "name": (str, "CQL"),
+    },
+}  # fmt: skip
+
+
+def options_of(script):
+    return {field.name: field for field in dataclasses.fields(script.TrainConfig)}
+
+
+@functools.cache
+def parser_of(script):  # pyrallis takes a second to read the comments
+    return script.ConfigParser(script.TrainConfig)
+
+
+@pytest.fixture
+def parse(script, tmp_path):
+    """The configuration from command-line arguments and, where given, a YAML text."""
+
+    def parse(*arguments, text=None):
+        if text is not None:
+            (tmp_path / "options.yaml").write_text(text)
+            arguments = ("--config_path", str(tmp_path / "options.yaml"), *arguments)
+        return parser_of(script).parse_args(arguments)
+
+    return parse
+
+
+def test_options_of_corl_keep_name_type_and_default(script):
+    options = options_of(script)
+    for name, (kind, default) in CORL[script.__name__].items():
+        assert options[name].type == kind and vars(script.TrainConfig())[name] == default, name
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("--normalize=True", True), ("--normalize=False", False), ("--normalize=true", True),
+        ("--normalize=false", False), ("--seed=7", 7), ("--seed=1e6", 1_000_000), ("--seed=1_000", 1000),
+        ("--seed=2.0", 2), ("--seed=010", 10), ("--discount=1", 1.0), ("--policy_lr=1e-05", 1e-5),
+        ("--policy_lr=0.0003", 3e-4), ("--cql_clip_diff_min=-inf", -math.inf), ("--cql_clip_diff_max=.inf", math.inf),
+        ("--cql_clip_diff_min=-200", -200.0), ("--checkpoints_path=None", "runs"), ("--checkpoints_path=null", "runs"),
+        ("--eval_env=None", None), ("--eval_env=none", "none"), ("--run_id=01234567", "01234567"),
+        ("--run_id=1e5", "1e5"), ("--run_id=None", None), ("--run_id=true", "true"), ("--name=None", "None"),
+        ("--name=null", "null"), ("--name=[a, b]", "[a, b]"), ("--name=a: b", "a: b"), ("--name= x ", " x "),
+        ("--name=-", "-"), ("--group=False", "False"), ("--load_model=", ""), ("--env=0x10", "0x10"),
+    ],
+)  # fmt: skip
+def test_command_line_says_what_it_says(argument, value, parse):
+    name = argument[2:].split("=")[0]
+    for arguments in ([argument], [f"--{name}={value}", argument]):  # the last one counts
+        parsed = vars(parse(*arguments))[name]
+        assert parsed == value and type(parsed) is type(value)
+
+
+def test_option_and_value_may_be_two_words(parse):
+    config = parse("--seed", "3", "--cql_target_action_gap", "-5", "--normalize", "False", "--name", "a b")
+    assert (config.seed, config.cql_target_action_gap, config.normalize, config.name) == (3, -5.0, False, "a b")
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("policy_lr: 1e-4", "policy_lr", 1e-4),  # a text to YAML 1.1
+        ("seed: 1e6", "seed", 1_000_000),
+        ("seed: 1_000_000", "seed", 1_000_000),
+        ("normalize: no", "normalize", False),
+        ("normalize: 'False'", "normalize", False),
+        ("cql_clip_diff_min: -.inf", "cql_clip_diff_min", -math.inf),
+        ("checkpoints_path: null", "checkpoints_path", "runs"),
+        ("checkpoints_path:", "checkpoints_path", "runs"),
+        ("eval_env: ~", "eval_env", None),
+        ("run_id: '0123'", "run_id", "0123"),
+        ("discount: 1", "discount", 1.0),
+        ("seed: 1\nseed: 2", "seed", 2),  # as YAML has it
+        ("load_model: ''", "load_model", ""),
+    ],
+)
+def test_yaml_says_what_it_says(line, name, value, parse):
+    parsed = vars(parse(text=f"batch_size: 7\n{line}"))
+    assert parsed[name] == value and type(parsed[name]) is type(value) and parsed["batch_size"] == 7
+    assert vars(parse("--batch_size=8", text="batch_size: 7"))["batch_size"] == 8  # the command line counts
+
+
+BAD_VALUES = [
+    "normalize=maybe", "normalize=1", "normalize=None", "normalize=", "seed=1.9", "seed=true", "seed=None", "seed=x",
+    "seed=-1", "seed=1e400", "seed=nan", "seed=", "seed=1,000", "eval_seed=-1", "eval_freq=0", "n_episodes=0",
+    "batch_size=0", "batch_size=-256", "buffer_size=0", "max_timesteps=-1", "log_interval=0", "discount=1.01",
+    "discount=-0.1", "discount=nan", "discount=none", "policy_lr=-1e-3", "qf_lr=-1", "qf_lr=inf", "qf_lr=nan",
+    "soft_target_update_rate=1.5", "soft_target_update_rate=-1", "target_update_period=0", "cql_n_actions=0",
+    "cql_temp=0", "cql_temp=-1", "cql_alpha=-1", "cql_alpha=inf", "cql_target_action_gap=nan", "hidden_dim=0",
+    "policy_n_hidden_layers=0", "q_n_hidden_layers=0", "bc_steps=-1", "alpha_multiplier=-1", "reward_scale=nan",
+    "reward_bias=inf", "cql_clip_diff_min=nan", "cql_clip_diff_max=nan", "holdout_fraction=1",
+    "holdout_fraction=-0.1", "policy_log_std_multiplier=nan", "env=", "name=", "run_id=a/b", "run_id=..", "run_id=.",
+    "device=gpu", "device=meta", "device=cuda:99", "device=", "max_timesteps=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", BAD_VALUES)
+def test_bad_value_is_one_line_that_names_the_option(argument, parse):
+    status, line = refusal(parse, f"--{argument}")
+    name, value = argument.split("=")
+    assert status == 2 and f"--{name} " in line
+    text = f"{name}: {value or repr('')}"
+    if yaml.safe_load(text)[name] not in (True, None):
+        status, line = refusal(parse, text=text)
+        assert status == 2 and f"--{name} " in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--see=4"], "--see"),
+        (["--no_such_option=4"], "--no_such_option"),
+        (["seed=4"], "seed=4"),
+        (["--seed"], "--seed"),
+        (["--normalize"], "--normalize"),
+        (["--cql_clip_diff_min=2", "--cql_clip_diff_max=1"], "--cql_clip_diff_min"),
+        (["--config_path=missing.yaml"], "missing.yaml"),
+        (["--config_path=."], "--config_path ."),
+    ],
+)
+def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, line = refusal(parse, *arguments)
+    assert status == 2 and word in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "# nothing\n", "- seed\n", "seed", "seed: [1]\n", "seed: {a: 1}\n", "sed: 1\n", "1: 2\n", "null: 1\n",
+        "{", "a: b: c", "\tseed: 1", "seed: !!python/object/apply:os.getcwd []\n", "normalize: 1\n", "name: 5\n",
+        "env: null\n", "name: true\n", "seed: 2001-13-45\n", "seed: !!int x\n", "\0", "seed: true", "run_id: 0123",
+    ],
+)  # fmt: skip
+def test_bad_yaml_is_one_line(text, parse):
+    status, line = refusal(parse, text=text)
+    assert status == 2 and ("options.yaml" in line or "--" in line)
+
+
+def test_yaml_of_other_bytes_is_one_line(parse, tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xfcber\n")
+    assert refusal(parse, "--config_path", str(tmp_path / "latin.yaml"))[0] == 2
+
+
+def test_unknown_keys_are_named(parse):
+    line = refusal(parse, text="sed: 1\nseed: 2\nbatch: 3\n")[1]
+    assert "sed" in line and "batch" in line and "options.yaml" in line and "seed," not in line
+
+
+def test_help_lists_every_option_with_its_comment(script, command_line):
+    status, out, err = command_line("--help")
+    assert (status, err) == (0, "")
+    text, source = " ".join(out.split()), Path(script.__file__).read_text()
+    for name in options_of(script):
+        comment = re.search(rf"^    {name}: .*?  # (.+)$", source, re.MULTILINE)[1]
+        assert f"--{name} " in text and " ".join(comment.split()) in text, name
+
+
+def test_program_exits_with_0_1_and_2_and_says_why_in_a_line(script, command_line, run, tmp_path):
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [f"--checkpoints_path={tmp_path / 'runs'}"]
+    status, out, err = command_line(*arguments)
+    assert (status, err) == (0, "") and str(tmp_path / "runs" / "run") in out.splitlines()[-1]
+    for bad, code in (("--seed=x", 2), ("--buffer_size=99", 2), ("--env=toy/nothing-v0", 1)):
+        status, out, err = command_line(*arguments, "--run_id=bad", bad)
+        assert status == code and out == "" and err.startswith(f"{Path(script.__file__).name}: ")
+        assert err.count("\n") == 1 and bad.split("=")[1] in err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+
+
+def test_unknown_environment_is_one_line_in_a_fresh_process(script, tmp_path):
+    """gymnasium-robotics, which is imported to look for it, prints a notice of its own."""
+    command = [sys.executable, script.__file__, "--env", DATASET, "--eval_env", "NoSuchEnvironment-v0", "--device=cpu"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+
+
+def test_stored_configuration_is_a_config_file(parse, tiny, run):
+    options = {
+        "name": "1e3",
+        "group": "no",
+        "reward_bias": -1e-7,
+        "cql_clip_diff_min": -3.5,
+        "checkpoints_path": "null x",
+    }
+    folder = run(**options | {"checkpoints_path": tiny().checkpoints_path})
+    assert parse("--config_path", str(folder / "config.yaml")) == tiny(
+        **options | {"checkpoints_path": tiny().checkpoints_path}
+    )
+
+
+def test_configuration_of_corl_loads(parse):
+    text = """
+        alpha_multiplier: 1.0
+        backup_entropy: false
+        bc_steps: 0
+        buffer_size: 10000000
+        checkpoints_path: null
+        cql_clip_diff_max: .inf
+        cql_clip_diff_min: -200.0
+        device: cpu
+        env: antmaze-large-diverse-v2
+        load_model: ''
+        policy_lr: 0.0001
+        project: CORL
+        reward_scale: 10.0
+        use_automatic_entropy_tuning: true
+    """
+    config = parse(text=text)
+    assert (config.cql_clip_diff_min, config.buffer_size, config.checkpoints_path) == (-200.0, 10**7, "runs")
+
+
+# Every option changes something: for each one, a configuration in which it acts, and another value of it.
+
+ACTS = {
+    "algorithms.offline.cql": {
+        "device": ({}, "cuda:99"),
+        "env": ({}, "toy/new-v0"),
+        "eval_env": ({}, "Plain-v0"),
+        "seed": ({}, 1),
+        "eval_seed": ({}, 1),
+        "eval_freq": ({}, 5),
+        "n_episodes": ({}, 3),
+        "max_timesteps": ({}, 11),
+        "checkpoints_path": ({}, "elsewhere"),
+        "run_id": ({}, "other"),
+        "load_model": ({}, "checkpoint.pt"),
+        "log_interval": ({}, 3),
+        "buffer_size": ({}, 99),
+        "batch_size": ({}, 33),
+        "normalize": ({}, False),
+        "normalize_reward": ({}, True),
+        "reward_scale": ({"normalize_reward": True}, 4.0),
+        "reward_bias": ({"normalize_reward": True}, 0.0),
+        "holdout_fraction": ({}, 0.1),
+        "hidden_dim": ({}, 17),
+        "policy_n_hidden_layers": ({}, 2),
+        "q_n_hidden_layers": ({}, 2),
+        "orthogonal_init": ({}, False),
+        "policy_log_std_multiplier": ({}, 0.5),
+        "discount": ({}, 0.9),
+        "policy_lr": ({}, 1e-4),
+        "qf_lr": ({}, 1e-4),
+        "soft_target_update_rate": ({}, 0.1),
+        "target_update_period": ({}, 2),
+        "alpha_multiplier": ({}, 0.5),
+        "use_automatic_entropy_tuning": ({}, False),
+        "backup_entropy": ({}, True),
+        "bc_steps": ({}, 4),
+        "cql_alpha": ({}, 5.0),
+        "cql_n_actions": ({}, 3),
+        "cql_importance_sample": ({}, False),
+        "cql_temp": ({}, 0.5),
+        "cql_max_target_backup": ({}, True),
+        "cql_clip_diff_min": ({}, 3.0),
+        "cql_clip_diff_max": ({}, 2.0),
+        "cql_lagrange": ({}, True),
+        "cql_target_action_gap": ({"cql_lagrange": True}, 2.0),
+        "project": ({}, "other"),
+        "group": ({}, "other"),
+        "name": ({"run_id": None}, "other"),
+    },
+}
+ACTING = [(name, option) for name in ACTS for option in ACTS[name]]
+
+
+class Recorder:
+    """A W&B that keeps what it is told."""
+
+    Run, Settings, step = object, dict, 0
+
+    def __init__(self):
+        self.told = []
+
+    def login(self, **_):
+        return True
+
+    def init(self, config=None, **options):
+        self.told.append(options)
+        return self
+
+    def log(self, metrics, step):
+        self.told.append((step, sorted(metrics)))
+
+    def finish(self, **_):
+        pass
+
+
+@pytest.fixture
+def observe(script, tiny, tmp_path, monkeypatch):
+    """All that a run does: what W&B is told, its folder, tensors and rows; or how it is refused."""
+
+    def observe(place, **options):
+        monkeypatch.setattr(script, "wandb", recorder := Recorder())
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output):
+                script.train(tiny(**{"max_timesteps": 10, "checkpoints_path": "runs"} | options))
+        except (script.ConfigError, script.DataError) as error:
+            return type(error)
+        folders = [path.parent for path in Path().rglob("policy.pt")]
+        tensors = {key: x.tolist() for key, x in weights(folders[0], "checkpoint.pt").items()}
+        names = [re.sub("[0-9a-f]{8}$", "", str(path)) for path in folders]
+        told = [re.sub("[0-9a-f]{8}'", "", repr(x)) for x in recorder.told]
+        return {"wandb": told, "folders": names, "tensors": tensors, "rows": table(folders[0])}
+
+    return observe
+
+
+def test_the_table_has_every_option():
+    assert ACTS.keys() >= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_the_table_has_every_option_of_a_script(script):
+    assert ACTS[script.__name__].keys() == options_of(script).keys()
+
+
+@pytest.mark.parametrize(("script", "option"), ACTING, indirect=["script"])
+def test_every_option_changes_something(option, script, observe, run, new_dataset, tmp_path):
+    context, value = ACTS[script.__name__][option]
+    if option == "env":
+        new_dataset(record("Counter-v0", range(9)), env="Counter-v0")
+    if option == "load_model":
+        value = str(run(run_id="earlier") / value)
+    base, same = observe("base", **context), observe("again", **context)
+    assert base == same and isinstance(base, dict)
+    assert observe("other", **context | {option: value}) != base
+
+
+@pytest.mark.parametrize(
+    ("context", "option", "value"),
+    [
+        ({}, "reward_scale", 4.0),
+        ({}, "reward_bias", 4.0),
+        ({}, "cql_target_action_gap", 4.0),
+        ({"cql_alpha": 0}, "cql_temp", 0.5),
+        ({"cql_alpha": 0}, "cql_n_actions", 5),
+        ({}, "buffer_size", 100),
+    ],
+)
+@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+def test_options_that_a_configuration_switches_off_change_nothing(context, option, value, script, observe):
+    assert observe("base", **context) == observe("other", **context | {option: value})
+
+
+# Configurations, docs and README
+
+CONFIGURATIONS = sorted(ROOT.glob("configs/*/**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_configurations_load_and_say_only_what_differs(path):
+    setting, algorithm, *_ = path.relative_to(ROOT / "configs").parts
+    assert f"algorithms.{setting}.{algorithm}" in SCRIPTS
+    script = importlib.import_module(f"algorithms.{setting}.{algorithm}")
+    config = parser_of(script).parse_args(["--config_path", str(path)])
+    stated, defaults = yaml.safe_load(path.read_text()), vars(script.TrainConfig())
+    assert stated and {name for name in stated if vars(config)[name] == defaults[name]} == set()
+    assert all(isinstance(vars(config)[name], type(value)) for name, value in stated.items())
+
+
+def documented(page):
+    """The names in the first cells of the table below "## Metrics"."""
+    section = (ROOT / "docs" / page).read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return [name for cell in cells for name in re.findall("`(.+?)`", cell)]
+
+
+@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+def test_documented_metrics_are_those_that_are_written(script, run):
+    variants = [{}, {"cql_lagrange": True, "holdout_fraction": 0.2, "bc_steps": 3}, {"cql_alpha": 0}]
+    variants += [{"use_automatic_entropy_tuning": False, "eval_env": "none"}, {"cql_importance_sample": False}]
+    written = {name for i, options in enumerate(variants) for name in table(run(**options, run_id=f"{i}"))[0]}
+    names = documented("cql.md")
+    assert len(names) == len(set(names)) and set(names) == written | {"updates_per_second"}
+
+
+@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+def test_documented_options_are_those_that_exist(script):
+    section = (ROOT / "docs/cql.md").read_text().split("\n## Options\n")[1].split("\n## ")[0]
+    assert options_of(script).keys() <= set(re.findall(r"`(\w+)`", section))
+
+
+def blocks(text):
+    return [
+        block.replace("\\\n", " ").strip().splitlines() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    ]
+
+
+def test_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """The first block's, with few steps; pip has done its part where tests run."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    few = {
+        "collect.py": ["--steps", "300"],
+        "cql.py": ["--max_timesteps=20", "--eval_freq=20", "--n_episodes=1", "--device=cpu", "--run_id=readme"],
+    }
+    programs, lines = [], blocks((ROOT / "README.md").read_text())[0]
+    assert "pip install -r requirements.txt" in lines and not any("git clone" in line for line in lines)
+    for line in lines:
+        if line.startswith("python "):
+            program, *arguments = shlex.split(line)[1:]
+            programs.append(Path(program).name)
+            arguments += few[programs[-1]] + ([f"--checkpoints_path={tmp_path}"] if programs[-1] == "cql.py" else [])
+            process = subprocess.run([sys.executable, program, *arguments], cwd=ROOT, capture_output=True, text=True)
+            assert process.returncode == 0, process.stderr
+    assert programs == ["collect.py", "cql.py"]
+    assert (tmp_path / "readme" / "policy.pt").exists()
+
+
+def test_second_block_of_the_readme_runs_the_tests():
+    lines = blocks((ROOT / "README.md").read_text())[1]
+    assert "pip install -r requirements-dev.txt" in lines and lines[-1].startswith("python -m pytest")
+    assert (ROOT / "requirements-dev.txt").exists()
+
+
+def test_every_option_that_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs/cql.md").read_text()
+    commands = re.findall(r"^ *(python algorithms/.*)", text.replace("\\\n", " "), re.MULTILINE)
+    assert commands
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+        given = {word[2:].split("=")[0] for word in words[2:] if word.startswith("--")}
+        assert given <= {*options_of(script), "config_path", "help"}, line
