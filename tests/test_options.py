@@ -153,7 +153,7 @@ def test_bad_value_is_one_line_that_names_the_option(argument, parse):
         (["--normalize"], "--normalize"),
         (["--cql_clip_diff_min=2", "--cql_clip_diff_max=1"], "--cql_clip_diff_min"),
         (["--config_path=missing.yaml"], "missing.yaml"),
-        (["--config_path=."], "--config_path ."),
+        (["--config_path=."], "Is a directory"),
     ],
 )
 def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypatch):

@@ -486,6 +486,18 @@ def test_policy_of_another_environment_is_one_line(script, tiny, run):
         status, line = refusal(script.train, config)
         assert status == 1 and environment in line
     assert refusal(script.train, tiny(max_timesteps=0, load_model=path, eval_env="none", run_id="stored"))[0] == 2
+    car = script.TanhGaussianActor(
+        2, 1, 4, 1
+    )  # as many numbers as MountainCar-v0 has, but that one's action is discrete
+    torch.save({"sizes": [2, 1, 4, 1], "weights": car.state_dict()}, path)
+    status, line = refusal(script.train, tiny(max_timesteps=0, load_model=path, eval_env="MountainCar-v0"))
+    assert status == 1 and "MountainCar-v0" in line
+
+
+def test_evaluation_of_a_stored_policy_is_not_repeated(script, tiny, run):
+    config = tiny(max_timesteps=0, load_model=str(run(run_id="trained") / "policy.pt"))
+    assert script.train(config) == script.train(config)
+    assert len(table(Path(config.checkpoints_path, "run"))) == 1
 
 
 # Full disks

@@ -504,20 +504,20 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
     def _postprocessing(self, namespace: Any) -> Any:
         values = vars(namespace)
         if path := values.pop("config_path", None):
-            values = read_yaml(Path(path)) | values
+            values = read_yaml(Path(path), "--config_path ") | values
         kinds = {field.name: field.type for field in dataclasses.fields(self.config_class)}
         if unknown := [str(name) for name in values if name not in kinds]:
             raise ConfigError(f"{path} has unknown options: {', '.join(unknown)}; --help lists the known ones")
         return self.config_class(**{name: convert(name, value, kinds[name]) for name, value in values.items()})
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, option: str = "") -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{option}{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no lines of the form `option: value`")
+        raise ConfigError(f"{option}{path} holds no lines of the form `option: value`")
     return content
 
 
