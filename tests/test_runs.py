@@ -490,7 +490,9 @@ def test_policy_of_another_environment_is_one_line(script, tiny, run):
         2, 1, 4, 1
     )  # as many numbers as MountainCar-v0 has, but that one's action is discrete
     torch.save({"sizes": [2, 1, 4, 1], "weights": car.state_dict()}, path)
-    status, line = refusal(script.train, tiny(max_timesteps=0, load_model=path, eval_env="MountainCar-v0"))
+    status, line = refusal(
+        script.train, tiny(max_timesteps=0, load_model=path, eval_env="MountainCar-v0", run_id="car")
+    )
     assert status == 1 and "MountainCar-v0" in line
 
 

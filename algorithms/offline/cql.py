@@ -128,7 +128,7 @@ class TanhGaussianActor(nn.Module):
         layers = linear_layers([observation_dim] + [hidden_dim] * n_hidden_layers + [2 * action_dim], orthogonal_init)
         self.hidden = nn.Sequential(*[module for layer in layers[:-1] for module in (layer, nn.ReLU())])
         self.head = layers[-1]
-        self.log_std_multiplier = nn.Parameter(torch.tensor(log_std_multiplier))
+        self.log_std_multiplier = nn.Parameter(torch.tensor(float(log_std_multiplier)))
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
@@ -247,7 +247,11 @@ class CQL(nn.Module):
     @property
     def penalty_weight(self) -> Tensor:
         """alpha' cql_alpha, with alpha' = 1 unless it is tuned; a constant for every loss but the multiplier's own."""
-        alpha_prime = self.log_alpha_prime.detach().exp() if self.config.cql_lagrange else torch.ones_like(self.alpha)
+        alpha_prime = (
+            self.log_alpha_prime.detach().exp()
+            if self.config.cql_lagrange
+            else torch.ones_like(self.log_alpha_prime.detach())
+        )
         return self.config.cql_alpha * alpha_prime
 
     def alpha_loss(self, log_prob: Tensor) -> Tensor:
@@ -277,7 +281,8 @@ class CQL(nn.Module):
     def critic_loss(
         self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """TD loss plus the penalty alpha' cql_alpha (T logsumexp_a(Q(s, a) / T - log p(a|s)) - Q(s, a_data)).
+        """TD loss plus alpha' cql_alpha (gap - target gap), where the gap is, for each state and clipped,
+        T logsumexp_a(Q(s, a) / T - log p(a|s)) - Q(s, a_data), and the target gap is 0 without Lagrange.
 
         td_target [B]; proposals [B, 3N, A] with their log-densities [B, 3N], in the order random, next, current
         (all constants, and empty for offline SAC). Returns the loss, the mean gap of each critic [E], and metrics.
@@ -306,6 +311,7 @@ class CQL(nn.Module):
     def penalty_metrics(self, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
         """What the penalty acts on: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B]."""
         config, n_proposals = self.config, q.shape[-1] - 1
+        # Without importance sampling the first score is the data's, so that the shares do not add up to 1.
         shares = scores.softmax(dim=-1)[..., -n_proposals:].mean(dim=(0, 1)).chunk(3)
         metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
         for i, source in enumerate(("rand", "next_actions", "current_actions")):
@@ -324,10 +330,11 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def propose(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """TD target [B], and actions [B, 3N, A] and log-densities [B, 3N] for the penalty.
+        """Samples actions; returns the TD target [B], and the penalty's proposals [B, 3N, A] with log-densities [B, 3N].
 
-        mean and log_std [2B, A] are the actor's at the observations and at the next observations. As in the public
-        code since the first, next actions are proposals at s, with the density that they have at s'.
+        mean and log_std [2B, A] are the actor's at the observations and at the next observations. The next actions
+        serve twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors'
+        code).
         """
         config, batch_size, action_dim = self.config, *batch.actions.shape
         penalised = config.cql_alpha > 0
@@ -360,7 +367,7 @@ class CQL(nn.Module):
         td_target, proposals, proposal_log_prob = self.propose(batch, mean, log_std)
         critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob)
 
-        mean, log_std = mean[:batch_size], log_std[:batch_size]
+        mean, log_std = mean[:batch_size], log_std[:batch_size]  # [B, A], at the observations
         actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
         if self.n_updates < config.bc_steps:
             policy_loss = self.cloning_loss(batch, mean, log_std, log_prob)
@@ -371,6 +378,7 @@ class CQL(nn.Module):
         if config.use_automatic_entropy_tuning:
             metrics["alpha_loss"] = alpha_loss = self.alpha_loss(log_prob)
             self.descend("alpha", alpha_loss)
+        # The policy's gradient needs the critics as they were: fused Adam would not report that it changed them.
         metrics["policy_grad_norm"] = self.descend("actor", policy_loss)
         metrics["critic_grad_norm"] = self.descend("critic", critic_loss)
         if config.cql_lagrange:
@@ -976,7 +984,11 @@ def prepare_data(
 
 def evaluate_stored(config: Any) -> dict[str, Any]:
     """The return of the policy in load_model, as a row in a new run folder."""
-    policy, envs, folder = load_policy(config.load_model, config.device), make_environments(config), RunFolder(config)
+    policy, folder = load_policy(config.load_model, config.device), RunFolder(config)
+    if folder.rows:
+        print(f"{folder.path} is complete: {describe(folder.last_row)}")
+        return folder.last_row
+    envs = make_environments(config)
     if not envs:
         raise ConfigError("--max_timesteps 0 needs an environment to evaluate in: name one with --eval_env")
     data = {}
@@ -985,7 +997,7 @@ def evaluate_stored(config: Any) -> dict[str, Any]:
     task = Task(envs, reference=reference_scores(envs, data))
     try:
         row = evaluate(config, task, policy, value=lambda starts: np.full(len(starts), np.nan))
-    except (RuntimeError, ValueError) as error:
+    except (AttributeError, RuntimeError, ValueError) as error:
         raise DataError(f"--load_model {config.load_model} does not fit {envs[0].spec.id}: {error}") from error
     save(folder.path / "config.yaml", pyrallis.dump(config))
     folder.add_row({"step": 0, **row})
@@ -1013,6 +1025,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         [start["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std")] if start else None
     )
     data, holdout, scaling, task = prepare_data(config, envs, statistics)
+    if "cuda" in config.device:
+        torch.cuda.set_device(config.device)
     set_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
     agent.actor.load_state_dict(scaling, strict=False)
@@ -1026,7 +1040,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             raise DataError(f"--load_model {config.load_model} has networks of other sizes than this run") from error
     if folder.checkpoint:
         vars(means).update(start["means"])
-        rng.set_rng_state(start["random"].cpu())
+        if len(start["random"]) == len(rng.get_rng_state()):  # else it was on the other kind of device
+            rng.set_rng_state(start["random"].cpu())
     else:
         agent.n_updates = 0
 
@@ -1047,24 +1062,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     started = time.perf_counter()
                     averages = means.read()  # waits for the device
                     means.seconds += time.perf_counter() - started
-                    row = {}
-                    if folder.last_row["step"] < step:  # else it was written just before a kill
+                    known, row = folder.last_row["step"] >= step, None  # known: written just before a kill
+                    if not known:
                         row = evaluate(config, task, agent.actor.act, agent.start_values, lambda: bool(received))
                     if row:
-                        row |= {"updates_per_second": means.count / means.seconds}
+                        row["updates_per_second"] = means.count / means.seconds
                         row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
                         folder.add_row({"step": step} | row | averages)
                         log_wandb(run, row, step)
                         progress.write(
                             f"update {step:,}: {describe(folder.last_row)}, {row['updates_per_second']:.0f} updates/s"
                         )
-                    if row is not None:
+                    if known or row:  # else a signal ended the evaluation
                         progress.set_postfix_str(describe(folder.last_row))
                         means, window = Means(), (0.0, 0)
                         save_checkpoint()
                 if received:
                     save_checkpoint()
                     progress.write(f"signal {received[0]} at update {step:,}: saved in {folder.path}")
+                    with contextlib.suppress(Exception):
+                        run.mark_preempting()  # W&B requeues the run
                     raise SystemExit(128 + received[0])
                 if step == config.max_timesteps:
                     break
