@@ -330,7 +330,7 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def propose(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples actions; returns the TD target [B], and the penalty's proposals [B, 3N, A] with log-densities [B, 3N].
+        """Samples actions; returns the TD target [B], and proposals [B, 3N, A] with their log-densities [B, 3N].
 
         mean and log_std [2B, A] are the actor's at the observations and at the next observations. The next actions
         serve twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors'
