@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -401,6 +402,13 @@ def test_without_network_the_line_says_where_the_file_belongs(script, tiny, new_
     monkeypatch.setattr(script.minari, "download_dataset", unreachable)
     status, line = refusal(script.train, tiny(env="mujoco/hopper/medium-v0"))
     assert status == 1 and "Name or service" in line and str(tmp_path / "minari" / "mujoco/hopper/medium-v0") in line
+
+
+def test_no_dataset_outside_the_minari_root_is_read(script, tiny, new_dataset, tmp_path):
+    shutil.copytree(tmp_path / "minari" / DATASET, tmp_path / "outside-v0")
+    for name in ("../outside-v0", str(tmp_path / "outside-v0"), "toy/../../outside-v0"):
+        status, line = refusal(script.train, tiny(env=name))
+        assert status == 1 and name in line
 
 
 def test_other_folders_in_the_minari_root_do_no_harm(script, tiny, new_dataset, tmp_path):

@@ -1,5 +1,6 @@
 """Evaluation and the run folder: rows, files, kill and resume, signals, stored policies, full disks, W&B."""
 
+import concurrent.futures
 import contextlib
 import errno
 import math
@@ -55,6 +56,19 @@ def test_rows(freq, steps, run):
     assert header[:5] == ["step", "eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"]
     assert [row["step"] for row in table(folder)] == [str(step) for step in steps]
     assert len(set(header)) == len(header)
+
+
+def test_progress_is_a_line_an_evaluation_and_the_last_names_score_and_folder(script, tiny, tmp_path, capsys):
+    row = script.train(tiny(eval_env="Hopper-Toy-v0"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("update ")] == [
+        "update 10",
+        "update 20",
+        "update 25",
+    ]
+    assert f"score {row['d4rl_normalized_score']:.1f}" in lines[-1] and str(tmp_path / "runs" / "run") in lines[-1]
+    stored = {name: float(value) if value else None for name, value in table(tmp_path / "runs/run")[-1].items()}
+    assert {name: value for name, value in row.items() if name != "updates_per_second"} == stored
 
 
 def test_training_metrics_are_means_since_the_last_row(run):
@@ -281,6 +295,24 @@ def test_killed_run_goes_on_where_it_was_with_the_same_bits(event, places, scrip
     assert train_apart(config) == 0
     assert (folder / "metrics.csv").read_text().splitlines()[: len(lines)] == lines
     check_end(folder, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_automatic_entropy_tuning": False, "cql_max_target_backup": True},
+        {"cql_lagrange": True, "target_update_period": 3, "normalize_reward": True},
+        {"cql_alpha": 0, "normalize": False},
+    ],
+)
+def test_every_variant_goes_on_where_it_was(options, run):
+    run(max_timesteps=10, **options)
+    check_end(run(max_timesteps=20, **options), run(max_timesteps=20, run_id="whole", **options))
+
+
+def test_training_outside_the_main_thread(run):
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # where Python handles no signals
+        assert len(table(pool.submit(run).result())) == 3
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
