@@ -4,8 +4,8 @@ CQL: https://arxiv.org/abs/2006.04779; SAC: https://arxiv.org/abs/1812.05905.
 
     python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander-continuous/medium.yaml
 
-gives a return of 246.8 ± 12.0 (score 93.1 ± 2.5; mean ± standard deviation of five seeds) after 5,000 updates, in MINUTES
-on 2 CPU cores; the policy that recorded the data has 46.5 (benchmarks/results/lunarlander-continuous).
+returns 246.8 ± 12.0 (score 93.1 ± 2.5; last of 5,000 updates, mean ± standard deviation of five seeds) after 49 s on 2 CPU
+cores, from data that return 46.5 (benchmarks/results/lunarlander-continuous, README.md).
 
 Differs from the paper
 1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
