@@ -4,13 +4,11 @@ CQL: https://arxiv.org/abs/2006.04779; SAC: https://arxiv.org/abs/1812.05905.
 
     python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander-continuous/medium.yaml
 
-returns 246.8 ± 12.0 (score 93.1 ± 2.5; last of 5,000 updates, mean ± standard deviation of five seeds) after 49 s on 2 CPU
-cores, from data that return 46.5 (benchmarks/results/lunarlander-continuous, README.md).
+returns 246.8 ± 12.0 after 5,000 updates (five seeds; 49 s each on 2 CPU cores) on data that return 46.5: see README.md.
 
 Differs from the paper
 1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
-2. N uniform, N current and N next-state policy actions estimate log-integral exp Q, without the constant log(3N);
-   cql_net_gap is the gap less what it is for a constant Q.
+2. N uniform, N current and N next-state policy actions estimate log-integral exp Q, without the constant log(3N).
 3. The entropy coefficient is tuned, and all losses are taken at the same parameters, as in later public code.
 
 Known failures: scores depend on cql_alpha and the depth of the critics; Adroit and large AntMaze are unreliable in
