@@ -1060,6 +1060,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
         save(folder.path / "policy.pt", policy)
         save(folder.path / "checkpoint.pt", state)
 
+    def record(step: int) -> None:
+        """Evaluates and writes row, policy and checkpoint, unless a signal comes in between."""
+        nonlocal means, window
+        started = time.perf_counter()
+        averages = means.read()  # waits for the device
+        means.seconds += time.perf_counter() - started
+        if folder.last_row["step"] < step:  # else the row was written just before a kill
+            row = evaluate(config, task, agent.actor.act, agent.start_values, stop=lambda: bool(received))
+            if row is None:
+                return
+            row["updates_per_second"] = means.count / means.seconds
+            row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
+            folder.add_row({"step": step} | row | averages)
+            log_wandb(run, row, step)
+            speed = f"{row['updates_per_second']:.0f} updates/s"
+            progress.write(f"update {step:,}: {describe(folder.last_row)}, {speed}")
+        progress.set_postfix_str(describe(folder.last_row))
+        means, window = Means(), (0.0, 0)
+        save_checkpoint()
+
     save(folder.path / "config.yaml", pyrallis.dump(config))
     run, window = start_wandb(config, folder.path), (0.0, 0)  # window: total and count at the last record of W&B
     progress = tqdm(total=config.max_timesteps, initial=agent.n_updates, unit="update", disable=None)
@@ -1068,24 +1088,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             while True:
                 step = agent.n_updates
                 if means.count and (step % config.eval_freq == 0 or step == config.max_timesteps):
-                    started = time.perf_counter()
-                    averages = means.read()  # waits for the device
-                    means.seconds += time.perf_counter() - started
-                    known, row = folder.last_row["step"] >= step, None  # known: written just before a kill
-                    if not known:
-                        row = evaluate(config, task, agent.actor.act, agent.start_values, lambda: bool(received))
-                    if row:
-                        row["updates_per_second"] = means.count / means.seconds
-                        row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
-                        folder.add_row({"step": step} | row | averages)
-                        log_wandb(run, row, step)
-                        progress.write(
-                            f"update {step:,}: {describe(folder.last_row)}, {row['updates_per_second']:.0f} updates/s"
-                        )
-                    if known or row:  # else a signal ended the evaluation
-                        progress.set_postfix_str(describe(folder.last_row))
-                        means, window = Means(), (0.0, 0)
-                        save_checkpoint()
+                    record(step)
                 if received:
                     save_checkpoint()
                     progress.write(f"signal {received[0]} at update {step:,}: saved in {folder.path}")
