@@ -132,6 +132,14 @@ def store(name, buffers, **options):
     return name
 
 
+@pytest.fixture
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def datasets(tmp_path_factory):
     root = tmp_path_factory.mktemp("minari")

@@ -14,14 +14,7 @@ from torch import nn
 from algorithms.offline import cql
 
 S, A, N_NEXT = 4, 3, 6  # states, actions, next actions for each transition
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Table(nn.Module):

@@ -14,14 +14,7 @@ from algorithms.offline import cql
 
 S, A, B, N = 3, 2, 5, 2  # sizes of states, actions and batches, actions a proposal
 INF = math.inf
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Formulas(nn.Module):
