@@ -83,6 +83,14 @@ class Plain(Counter):
         return *super().step(action)[:4], {}
 
 
+class Paid(Counter):
+    """Rewards are the sums of the actions so far."""
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, float(self.total), *rest
+
+
 class Fine(Counter):
     """Bounds that float32 rounds away from the middle."""
 
@@ -94,7 +102,7 @@ class Words(Counter):
 
 
 ENVIRONMENTS = {
-    "Counter": Counter, "DictCounter": DictCounter, "Plain": Plain, "Fine": Fine, "Words": Words,
+    "Counter": Counter, "DictCounter": DictCounter, "Plain": Plain, "Paid": Paid, "Fine": Fine, "Words": Words,
     "Hopper-Toy": Counter, "HalfCheetah_Toy": Counter,
 }  # fmt: skip
 for name, kind in ENVIRONMENTS.items():

@@ -124,11 +124,12 @@ BAD_VALUES = [
     "batch_size=0", "batch_size=-256", "buffer_size=0", "max_timesteps=-1", "log_interval=0", "discount=1.01",
     "discount=-0.1", "discount=nan", "discount=none", "policy_lr=-1e-3", "qf_lr=-1", "qf_lr=inf", "qf_lr=nan",
     "soft_target_update_rate=1.5", "soft_target_update_rate=-1", "target_update_period=0", "cql_n_actions=0",
-    "cql_temp=0", "cql_temp=-1", "cql_alpha=-1", "cql_alpha=inf", "cql_target_action_gap=nan", "hidden_dim=0",
-    "policy_n_hidden_layers=0", "q_n_hidden_layers=0", "bc_steps=-1", "alpha_multiplier=-1", "reward_scale=nan",
-    "reward_bias=inf", "cql_clip_diff_min=nan", "cql_clip_diff_max=nan", "holdout_fraction=1",
-    "holdout_fraction=-0.1", "policy_log_std_multiplier=nan", "env=", "name=", "run_id=a/b", "run_id=..", "run_id=.",
-    "device=gpu", "device=meta", "device=cuda:99", "device=", "max_timesteps=0",
+    "cql_temp=0", "cql_temp=-1", "cql_alpha=-1", "cql_alpha=inf", "cql_target_action_gap=nan",
+    "cql_target_action_gap=inf", "hidden_dim=0", "policy_n_hidden_layers=0", "q_n_hidden_layers=0", "bc_steps=-1",
+    "alpha_multiplier=-1", "reward_scale=nan", "reward_scale=inf", "reward_bias=inf", "cql_clip_diff_min=nan",
+    "cql_clip_diff_max=nan", "holdout_fraction=1", "holdout_fraction=-0.1", "policy_log_std_multiplier=nan",
+    "policy_log_std_multiplier=-inf", "env=", "name=", "run_id=a/b", "run_id=..", "run_id=.", "device=gpu",
+    "device=meta", "device=cuda:99", "device=", "max_timesteps=0",
 ]  # fmt: skip
 
 
@@ -173,6 +174,12 @@ def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypa
 def test_bad_yaml_is_one_line(text, parse):
     status, line = refusal(parse, text=text)
     assert status == 2 and ("options.yaml" in line or "--" in line)
+
+
+def test_yaml_runs_no_code(parse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refusal(parse, text="name: !!python/object/apply:os.mkdir [harm]")
+    assert not (tmp_path / "harm").exists()
 
 
 def test_yaml_of_other_bytes_is_one_line(parse, tmp_path):
