@@ -228,7 +228,7 @@ def test_reference_scores_come_from_the_task_else_from_the_dataset(environment, 
     episodes = record("Counter-v0", range(9))
     plain = new_dataset(episodes, env="Counter-v0")
     scored = new_dataset(episodes, "toy/scored-v0", env="Counter-v0", ref_min_score=10, ref_max_score=20)
-    hopper = script.REFERENCE_SCORES["Hopper"]
+    hopper = script.REFERENCE_SCORES["hopper"]
     for name, own in ((plain, None), (scored, (10, 20))):
         task = prepare(env=name, eval_env=environment)[3]
         assert task.reference == (hopper if environment == "Hopper-Toy-v0" else own)

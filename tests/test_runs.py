@@ -35,8 +35,8 @@ def test_run_folders_are_new_and_named_after_run_and_data(script, tiny, tmp_path
 
 
 def test_run_without_id_never_continues_an_existing_folder(script, tiny, monkeypatch, tmp_path):
-    numbers = iter("11233")
-    monkeypatch.setattr(script.uuid, "uuid4", lambda: types.SimpleNamespace(hex=8 * next(numbers)))
+    numbers, urandom = iter([1, 1, 2, 3, 3]), os.urandom
+    monkeypatch.setattr(script.os, "urandom", lambda n: bytes(4 * [next(numbers)]) if n == 4 else urandom(n))
     for seed in range(3):
         script.train(tiny(run_id=None, seed=seed))
     assert len(list((tmp_path / "runs").iterdir())) == 3
@@ -88,7 +88,7 @@ def test_same_seed_same_run_other_seed_another(run):
 
 def test_training_moves_every_parameter_and_metrics_are_finite(script, tiny, run):
     config = tiny(bc_steps=5, cql_lagrange=True, holdout_fraction=0.2)
-    script.set_seed(config.seed)
+    torch.manual_seed(config.seed)
     before = {f"/agent/networks/{name}": x.clone() for name, x in script.CQL(config, 3, 2).state_dict().items()}
     folder = run(bc_steps=5, cql_lagrange=True, holdout_fraction=0.2)
     after = weights(folder, "checkpoint.pt")
@@ -139,9 +139,12 @@ def test_predicted_value_is_of_the_start_states(script, run, monkeypatch):
 
 
 def test_start_values_are_the_smaller_critics_for_the_deterministic_action(script, tiny, run):
-    config, folder = tiny(), run(policy_lr=0.1, qf_lr=1e-2)
+    config, folder = tiny(), run(policy_lr=1e-2)
     agent = script.CQL(config, 3, 2)
     agent.restore(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
+    torch.manual_seed(0)
+    for parameter in agent.critic.parameters():  # so that each critic is the smaller one somewhere
+        torch.nn.init.normal_(parameter)
     observations = script.load_dataset(DATASET)["observations"][:20]
     low, high = Counter.action_space.low, Counter.action_space.high
     actions = torch.tensor(2 * (script.load_policy(folder / "policy.pt")(observations) - low) / (high - low) - 1)
@@ -150,7 +153,7 @@ def test_start_values_are_the_smaller_critics_for_the_deterministic_action(scrip
     with torch.no_grad():
         q = agent.critic(scaled, actions.unsqueeze(1))[..., 0]
     values = agent.start_values(observations)
-    assert values == pytest.approx(q.min(dim=0).values.numpy(), abs=1e-4)
+    assert values == pytest.approx(q.min(dim=0).values.numpy(), abs=1e-3)
     assert (q[0] < q[1]).unique().tolist() == [False, True] and np.ptp(values) > 0.01
 
 

@@ -20,18 +20,16 @@ import copy
 import csv
 import dataclasses
 import difflib
-import functools
 import io
 import json
 import math
 import os
-import random
-import re
 import signal
+import socket
 import sys
 import threading
 import time
-import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +39,7 @@ from typing import Any, NamedTuple, Optional
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import gymnasium as gym
+import h5py
 import minari
 import numpy as np
 import pyrallis
@@ -59,7 +58,7 @@ MAX_LOG_ALPHA_PRIME = math.log(1e6)
 @dataclass
 class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
-    env: str = "halfcheetah-medium-expert-v2"  # dataset: a Minari id
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a D4RL name, an HDF5 file of D4RL's layout, or a Minari id
     eval_env: Optional[str] = None  # Gymnasium id to evaluate in; None: the dataset's own; none: no evaluation
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
@@ -229,13 +228,13 @@ class CQL(nn.Module):
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
         self.to(config.device)
-        adam = functools.partial(torch.optim.Adam, fused=True)
-        self.optimizers = {
-            "actor": adam(self.actor.parameters(), lr=config.policy_lr),
-            "alpha": adam([self.log_alpha], lr=config.policy_lr),
-            "critic": adam(self.critic.parameters(), lr=config.qf_lr),
-            "alpha_prime": adam([self.log_alpha_prime], lr=config.qf_lr),
+        learned = {
+            "actor": (self.actor.parameters(), config.policy_lr),
+            "alpha": ([self.log_alpha], config.policy_lr),
+            "critic": (self.critic.parameters(), config.qf_lr),
+            "alpha_prime": ([self.log_alpha_prime], config.qf_lr),
         }
+        self.optimizers = {name: torch.optim.Adam(x, lr=rate, fused=True) for name, (x, rate) in learned.items()}
         self.n_updates = 0
 
     @property
@@ -445,6 +444,12 @@ class ConfigError(DataError):
     status = 2
 
 
+class DivergenceError(DataError):
+    """A run whose values no longer make sense."""
+
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+WANDB_SECONDS = 20  # that W&B may take to start, and to finish
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 RANGES = {
     "max_timesteps bc_steps seed eval_seed policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
@@ -542,25 +547,143 @@ def open_minari(name: str, download: bool = True) -> minari.MinariDataset:
         minari.dataset.minari_dataset.parse_dataset_id(name)  # Minari itself would join a path such as ../..
         path = minari.storage.get_dataset_path(name)
         if download and not path.exists():
+            if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):  # whose client would retry for 23 seconds
+                import huggingface_hub
+
+                huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
             minari.download_dataset(name)
         # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
         if not {"observation_space", "action_space"} <= json.loads((path / "data/metadata.json").read_text()).keys():
             raise ValueError("its metadata lacks the spaces")
         return minari.load_dataset(name)
     except Exception as error:  # of the id, the file, the network, the hub's client
-        near = "none"
+        known = list(d4rl_files())
         with contextlib.suppress(Exception):  # other folders there may be no datasets
-            near = ", ".join(difflib.get_close_matches(name, minari.list_local_datasets(), cutoff=0)) or near
-        root = minari.storage.get_dataset_path()
-        message = (
-            f"--env {name} is no Minari dataset here or online ({str(error)[:200]}); it would stand in {root / name}"
-        )
-        raise DataError(f"{message}; nearest there: {near}") from error
+            known += minari.list_local_datasets()
+        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0))
+        place = minari.storage.get_dataset_path() / name
+        message = f"--env {name} is no file, D4RL name, or Minari dataset here or online ({str(error)[:200]})"
+        raise DataError(f"{message}; Minari's would stand in {place}; nearest names: {near}") from error
 
 
 def stored_scores(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     return {} if None in scores or scores[0] == scores[1] else {"reference_scores": np.array(scores, dtype=np.float64)}
+
+
+def d4rl_files() -> dict[str, str]:
+    """Name of each D4RL dataset -> its file below D4RL_URL, without .hdf5."""
+    files = {}
+    for task in ("halfcheetah", "hopper", "walker2d", "ant"):
+        for kind in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):
+            file = f"{task}_{kind}".replace("-", "_")
+            files |= {f"{task}-{kind}-v{i}": f"gym_mujoco_v{i}/{file}-v{i}" for i in (1, 2)}
+            if kind != "full-replay":
+                old_file = file.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
+                files |= {
+                    f"{task}-{kind}-v0": f"gym_mujoco/{old_file}",
+                    f"bullet-{task}-{kind}-v0": f"bullet/bullet-{file}",
+                }
+    adroit = {"human": "-v0_demos_clipped", "cloned": "-demos-v0-bc-combined", "expert": "-v0_expert_clipped"}
+    for task in ("pen", "hammer", "relocate", "door"):
+        for kind, end in adroit.items():
+            files |= {f"{task}-{kind}-v0": f"hand_dapg/{task}{end}"}
+            files |= {f"{task}-{kind}-v1": f"hand_dapg_v1/{task}-{kind}-v1"}
+    for maze, starts, goals in (
+        ("umaze", False, False), ("umaze-diverse", True, True), ("medium-play", True, False),
+        ("medium-diverse", True, True), ("large-play", True, False), ("large-diverse", True, True),
+    ):  # fmt: skip
+        size = {"umaze": "u", "medium": "big", "large": "hardest"}[maze.split("-")[0]]
+        file = f"Ant_maze_{size}-maze_noisy_multistart_{starts}_multigoal_{goals}_sparse"
+        files |= {f"antmaze-{maze}-v0": f"ant_maze_new/{file}", f"antmaze-{maze}-v2": f"ant_maze_v2/{file}_fixed"}
+    for maze, version in (("open", ""), ("umaze", "-v1"), ("medium", "-v1"), ("large", "-v1")):
+        files[f"bullet-maze2d-{maze}-v0"] = f"bullet/bullet-maze2d-{maze}-sparse"
+        for name in (maze, f"eval-{maze}")[: 2 if version else 1]:
+            files[f"maze2d-{name}{version or '-v0'}"] = f"maze2d/maze2d-{name}-sparse{version}"
+            files[f"maze2d-{name}-dense{version or '-v0'}"] = f"maze2d/maze2d-{name}-dense{version}"
+    return files | {
+        "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0",
+        "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0",
+        "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0",
+        "carla-lane-v0": "carla/carla_lane_follow_flat-v0",
+        "carla-town-v0": "carla/carla_town_subsamp_flat-v0",
+        "carla-town-full-v0": "carla/carla_town_flat-v0",
+        "flow-ring-random-v0": "flow/flow-ring-v0-random",
+        "flow-ring-controller-v0": "flow/flow-ring-v0-idm",
+        "flow-merge-random-v0": "flow/flow-merge-v0-random",
+        "flow-merge-controller-v0": "flow/flow-merge-v0-idm",
+        "minigrid-fourrooms-v0": "minigrid/minigrid4rooms",
+        "minigrid-fourrooms-random-v0": "minigrid/minigrid4rooms_random",
+    }
+
+
+def is_file(name: str) -> bool:
+    return name.endswith(".hdf5") or os.path.isfile(name)
+
+
+def d4rl_task(name: str) -> Optional[str]:
+    """The task of a D4RL name, as REFERENCE_SCORES calls it; None for other names."""
+    tasks = [task for task in REFERENCE_SCORES if name.startswith(f"{task}-") and name in d4rl_files()]
+    return max(tasks, key=len, default=None)
+
+
+def download_d4rl(name: str) -> Path:
+    """The file of a D4RL name in $D4RL_DATASET_DIR, from D4RL's server where it is missing. Raises DataError."""
+    url = f"{D4RL_URL}/{d4rl_files()[name]}.hdf5"
+    path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / url.rsplit("/")[-1]
+    if path.exists():
+        return path
+    partial, seconds = path.with_name(f"{path.name}.{os.getpid()}.part"), socket.getdefaulttimeout()
+    print(f"{path} is not there: downloading {url}")
+    try:
+        socket.setdefaulttimeout(10)  # of each read, so that a dead server ends the wait
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(partial))
+        h5py.File(partial).close()  # raises where a part is missing
+        os.replace(partial, path)
+    except Exception as error:  # of the network, the disk, h5py
+        raise DataError(f"--env {name}: {url} cannot be downloaded ({error}); put the file at {path}") from error
+    finally:
+        socket.setdefaulttimeout(seconds)
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
+    """Transitions of an HDF5 file of D4RL's layout. Raises nearly anything for a damaged file.
+
+    Where the file has no timeouts, an episode ends where the next observation is not the next row's, or, without next
+    observations, after time_limit steps. Time-outs whose next observation is unknown are dropped.
+    """
+    with h5py.File(path) as file:
+        columns = {key: file[key] for key in COLUMNS if key in file}
+        if missing := {"observations", "actions", "rewards", "terminals"} - columns.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        n_bytes = 4 * sum(column.size for column in columns.values())
+        if n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise ValueError(f"it declares {n_bytes / 1e9:,.0f} GB, more than this machine's memory")
+        if len(lengths := {len(column) for column in columns.values()}) > 1:
+            raise ValueError(f"its columns have {', '.join(map(str, sorted(lengths)))} rows")
+        data = {key: column.astype(np.float32)[()] for key, column in columns.items()}
+    for key in {"terminals", "timeouts"} & data.keys():
+        if not np.isin(data[key], (0, 1)).all():
+            raise ValueError(f"its {key} are not 0 or 1")
+        data[key] = data[key].astype(bool)
+    rows, terminals = np.arange(len(data["rewards"])), data["terminals"]
+    if "timeouts" not in data and "next_observations" in data:
+        data["timeouts"] = np.append((data["next_observations"][:-1] != data["observations"][1:]).any(axis=1), True)
+    elif "timeouts" not in data:
+        starts = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
+        data["timeouts"] = (rows - starts) % time_limit == time_limit - 1
+    data["timeouts"] &= ~terminals
+    data["timeouts"][-1:] = ~terminals[-1:]
+    if "next_observations" in data:
+        return data
+    # At a terminal the next row is another episode's; the state itself stands in, and no target uses its value.
+    data["next_observations"] = data["observations"][np.where(terminals, rows, np.minimum(rows + 1, rows[-1:]))]
+    unknown = data["timeouts"]
+    ends_now = np.append(unknown[1:], False) & ~terminals  # the episode ends a row earlier than recorded
+    return {key: column[~unknown] for key, column in (data | {"timeouts": ends_now}).items()}
 
 
 def load_dataset(name: str) -> dict[str, np.ndarray]:
@@ -570,6 +693,15 @@ def load_dataset(name: str) -> dict[str, np.ndarray]:
     terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
     action_low, action_high [A], reference_scores [2] (returns of a random policy and of an expert).
     """
+    if is_file(name) or name in d4rl_files():
+        path = Path(name) if is_file(name) else download_d4rl(name)
+        _, time_limit = D4RL_ENVIRONMENTS.get(d4rl_task(name), (None, 1000))
+        try:
+            return load_d4rl(path, time_limit)
+        except FileNotFoundError as error:
+            raise DataError(f"--env {name}: {path} does not exist") from error
+        except Exception as error:  # a damaged HDF5 file raises nearly anything
+            raise DataError(f"--env {name}: {path} is damaged or not of D4RL's layout: {error}") from error
     dataset = open_minari(name)
     columns = {key: [] for key in COLUMNS}
     try:
@@ -654,18 +786,51 @@ class ReplayBuffer:
         return Batch(observations, actions, rewards.squeeze(1), next_observations, terminals.squeeze(1))
 
 
-# Returns of a random policy and of an expert, by task: D4RL's. Other tasks have those of their dataset, or none.
+# D4RL's returns of a random policy and of an expert, by task. Other data have those of their dataset, or none.
 REFERENCE_SCORES = {
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
-    "Ant": (-325.6, 3879.7),
-    "AdroitHandPen": (96.262799, 3076.8331017826877),
-    "AdroitHandHammer": (-274.856578, 12794.134825156867),
-    "AdroitHandDoor": (-56.512833, 2880.5693087298737),
-    "AdroitHandRelocate": (-6.425911, 4233.877797728884),
-    "FrankaKitchen": (0.0, 4.0),
-    "AntMaze": (0.0, 1.0),
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "pen": (96.262799, 3076.8331017826877),
+    "hammer": (-274.856578, 12794.134825156867),
+    "door": (-56.512833, 2880.5693087298737),
+    "relocate": (-6.425911, 4233.877797728884),
+    "kitchen": (0.0, 4.0),
+    "antmaze": (0.0, 1.0),
+    "maze2d-open": (0.01, 20.66),
+    "maze2d-umaze": (23.85, 161.86),
+    "maze2d-medium": (13.13, 277.39),
+    "maze2d-large": (6.7, 273.99),
+    "maze2d-open-dense": (11.17817, 27.166538620695782),
+    "maze2d-umaze-dense": (68.537689, 193.66285642381482),
+    "maze2d-medium-dense": (44.264742, 297.4552547777125),
+    "maze2d-large-dense": (30.569041, 303.4857382709002),
+    "bullet-halfcheetah": (-1275.766996, 2381.6725),
+    "bullet-hopper": (20.058972, 1441.8059623430963),
+    "bullet-walker2d": (16.523877, 1623.6476303317536),
+    "bullet-ant": (373.705955, 2650.495),
+    "bullet-maze2d-open": (8.75, 64.15),
+    "bullet-maze2d-umaze": (32.46, 153.99),
+    "bullet-maze2d-medium": (14.87, 238.05),
+    "bullet-maze2d-large": (1.82, 285.92),
+    "flow-ring": (-165.22, 24.42),
+    "flow-merge": (118.67993, 330.03179),
+    "carla-lane": (-0.8503839912088142, 1023.5784385429523),
+    "carla-town": (-114.81579500772153, 2440.1772022247314),
+    "minigrid-fourrooms": (0.01442, 2.89685),
+}
+# The Gymnasium environment of the same observations, and D4RL's steps an episode. D4RL's mazes have other coordinates
+# than Gymnasium-Robotics', and its kitchen other observations.
+D4RL_ENVIRONMENTS = {
+    "halfcheetah": ("HalfCheetah-v5", 1000),
+    "hopper": ("Hopper-v5", 1000),
+    "walker2d": ("Walker2d-v4", 1000),  # v5 changed the friction of a foot
+    "ant": ("Ant-v4", 1000),  # v5 observes contact forces
+    "pen": ("AdroitHandPen-v1", 100),
+    "hammer": ("AdroitHandHammer-v1", 200),
+    "door": ("AdroitHandDoor-v1", 200),
+    "relocate": ("AdroitHandRelocate-v1", 200),
 }
 
 
@@ -673,8 +838,13 @@ def make_environments(config: Any) -> list[gym.Env]:
     """Up to 16 evaluation environments; none where there is no simulator. Raises ConfigError or DataError."""
     if config.eval_env == "none":
         return []
-    name, arguments = config.eval_env, {}
-    if name is None:
+    name, arguments, task = config.eval_env, {}, d4rl_task(config.env)
+    if name is None and (is_file(config.env) or config.env in d4rl_files()):
+        if is_file(config.env) or task not in D4RL_ENVIRONMENTS:
+            print(f"{config.env} has no environment in Gymnasium: no evaluation (--eval_env names one)")
+            return []
+        name, arguments["max_episode_steps"] = D4RL_ENVIRONMENTS[task]
+    elif name is None:
         dataset = open_minari(config.env)
         spec = dataset._eval_env_spec or dataset.env_spec
         if spec is None:
@@ -692,7 +862,8 @@ def make_environments(config: Any) -> list[gym.Env]:
         )
         return []
     try:
-        return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
+        with warnings.catch_warnings(action="ignore"):  # that there are later versions
+            return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
     except Exception as error:  # Gymnasium's own, a missing simulator, arguments that it does not take
         raise ConfigError(f"--eval_env {name} cannot be made: {error}") from error
 
@@ -701,14 +872,18 @@ class Task(NamedTuple):
     envs: list[gym.Env]  # to evaluate in, may be empty
     transform: tuple[float, float] = (1.0, 0.0)  # factor and offset of the training rewards
     reference: Optional[tuple[float, float]] = None  # returns that score 0 and 100
+    value_limit: float = math.inf  # mean values beyond it have diverged
 
     def score(self, mean_return: float) -> Optional[float]:
         low, high = self.reference or (0, 0)
         return 100 * (mean_return - low) / (high - low) if self.reference else None
 
 
-def reference_scores(envs: list[gym.Env], data: dict[str, np.ndarray]) -> Optional[tuple[float, float]]:
-    task = re.split("[-_]", envs[0].spec.id)[0] if envs else ""
+def reference_scores(name: str, envs: list[gym.Env], data: dict[str, np.ndarray]) -> Optional[tuple[float, float]]:
+    """By D4RL name, else by environment, else the dataset's."""
+    tasks = {environment.split("-")[0]: task for task, (environment, _) in D4RL_ENVIRONMENTS.items()}
+    tasks |= {"FrankaKitchen": "kitchen", "AntMaze": "antmaze"}
+    task = d4rl_task(name) or tasks.get(envs[0].spec.id.replace("_", "-").split("-")[0] if envs else "")
     reference = REFERENCE_SCORES.get(task, data.get("reference_scores"))
     return None if reference is None else (float(reference[0]), float(reference[1]))
 
@@ -718,7 +893,8 @@ def reward_transform(config: Any, data: dict[str, np.ndarray], envs: list[gym.En
     if not config.normalize_reward:
         return 1.0, 0.0
     factor = config.reward_scale
-    task = f"{config.env} {envs[0].spec.id if envs else ''}".lower()
+    name = Path(config.env).name if is_file(config.env) else config.env
+    task = f"{name} {envs[0].spec.id if envs else ''}".lower()
     if any(name in task for name in ("halfcheetah", "hopper", "walker2d")):
         returns = episode_returns(data)
         if returns.min() == returns.max():
@@ -751,6 +927,8 @@ def rollout(
                 space = running[i].action_space
                 action = action.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
                 observation, reward, terminated, truncated, info = running[i].step(action)
+                if not math.isfinite(reward):
+                    raise ValueError(f"the reward is {reward} at step {result['length'][i] + 1:.0f} of episode {i}")
                 trained_on = reward * task.transform[0] + task.transform[1]
                 result["discounted_return"][i] += config.discount ** result["length"][i] * trained_on
                 result["return"][i] += reward
@@ -853,15 +1031,25 @@ class Means:
         return dict(zip(self.names, ((self.total - total_before) / (self.count - count_before)).tolist()))
 
 
+def check_convergence(metrics: dict[str, float], step: int, value_limit: float) -> None:
+    """Raises DivergenceError for what is no finite number, and for mean values beyond value_limit."""
+    for name, value in metrics.items():
+        if not abs(value) <= (value_limit if name.startswith("average_") else sys.float_info.max):
+            raise DivergenceError(
+                f"training diverged: {name} is {value:.4g} at update {step:,}; rows and checkpoint are as they were "
+                "before; try another run with smaller learning rates or a larger cql_alpha"
+            )
+
+
 class RunFolder:
     """config.yaml, metrics.csv, checkpoint.pt and policy.pt of one run. Raises ConfigError or DataError."""
 
     def __init__(self, config: Any):
         """Reads what stands in the folder, and writes nothing."""
         root, name = Path(config.checkpoints_path), f"{config.name}-{config.env}".replace("/", "-")
-        self.path = root / (config.run_id or f"{name}-{uuid.uuid4().hex[:8]}")
+        self.path = root / (config.run_id or f"{name}-{os.urandom(4).hex()}")
         while not config.run_id and os.path.exists(self.path):
-            self.path = root / f"{name}-{uuid.uuid4().hex[:8]}"
+            self.path = root / f"{name}-{os.urandom(4).hex()}"
         self.rows, self.checkpoint = [], None
         if os.path.exists(self.path / "config.yaml"):
             self.check_same(config)
@@ -915,7 +1103,7 @@ def start_wandb(config: Any, folder: Path) -> wandb.Run:
     """A W&B run where the user is logged in, an agent started this or WANDB_MODE asks for it, else one that does
     nothing. It never stops or delays training: the run folder has everything."""
     options = {"project": config.project, "group": config.group, "name": folder.name, "id": config.run_id}
-    limits = wandb.Settings(init_timeout=30, finish_timeout=30)
+    limits = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
     try:
         asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
         if asked or wandb.login(prompt=False, verify=False):
@@ -929,12 +1117,6 @@ def log_wandb(run: wandb.Run, metrics: dict[str, Any], step: int) -> None:
     with contextlib.suppress(Exception):
         if step >= run.step:  # a resumed run repeats steps that W&B holds already
             run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
-
-
-def set_seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def prepare_data(
@@ -962,7 +1144,12 @@ def prepare_data(
             )
     low, high = (np.broadcast_to(bound, data["actions"].shape[1:]) for bound in (low, high))
 
-    task = Task(envs, reward_transform(config, data, envs), reference_scores(envs, data))
+    factor, offset = reward_transform(config, data, envs)
+    # A hundred times the largest possible return (that of rewards below 1 counts as 1's): conservative values may well
+    # be below any return.
+    largest_reward = max(1.0, float(np.abs(data["rewards"] * factor + offset).max()))
+    value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
+    task = Task(envs, (factor, offset), reference_scores(config.env, envs, data), value_limit)
     n_episodes, returns = numbers[-1] + 1, episode_returns(data)
     behaviour = {"eval_return": returns.mean(), "eval_return_std": returns.std()}
     text = describe(behaviour | {"d4rl_normalized_score": task.score(returns.mean())})
@@ -1002,10 +1189,10 @@ def evaluate_stored(config: Any) -> dict[str, Any]:
     data = {}
     with contextlib.suppress(DataError):  # the scores' dataset may not be here
         data = stored_scores(open_minari(config.env, download=False))
-    task = Task(envs, reference=reference_scores(envs, data))
+    task = Task(envs, reference=reference_scores(config.env, envs, data))
     try:
         row = evaluate(config, task, policy, value=lambda starts: np.full(len(starts), np.nan))
-    except (AttributeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of the networks, or of the environment
         raise DataError(f"--load_model {config.load_model} does not fit {envs[0].spec.id}: {error}") from error
     save(folder.path / "config.yaml", pyrallis.dump(config))
     folder.add_row({"step": 0, **row, "eval_discounted_return": None})  # the rewards that it trained on are not known
@@ -1035,7 +1222,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     data, holdout, scaling, task = prepare_data(config, envs, statistics)
     if "cuda" in config.device:
         torch.cuda.set_device(config.device)
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
     buffer, means, rng = ReplayBuffer(data, config.device), Means(), torch.cuda if "cuda" in config.device else torch
     # The holdout metrics are over the same ten minibatches at each evaluation, or less.
@@ -1054,6 +1241,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     else:
         agent.n_updates = 0
 
+    def read_means(*since: Any) -> dict[str, float]:
+        averages = means.read(*since)
+        check_convergence(averages, agent.n_updates, task.value_limit)
+        return averages
+
     def save_checkpoint() -> None:
         policy = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}
         state = {"agent": agent.checkpoint(), "means": vars(means), "random": rng.get_rng_state(), "policy": policy}
@@ -1064,18 +1256,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
         """Evaluates and writes row, policy and checkpoint, unless a signal comes in between."""
         nonlocal means, window
         started = time.perf_counter()
-        averages = means.read()  # waits for the device
+        averages = read_means()  # waits for the device
         means.seconds += time.perf_counter() - started
         if folder.last_row["step"] < step:  # else the row was written just before a kill
-            row = evaluate(config, task, agent.actor.act, agent.start_values, stop=lambda: bool(received))
+            acting = (agent.actor.act, agent.start_values, lambda: bool(received))
+            try:
+                row = evaluate(config, task, *acting)
+            except Exception as error:  # of the simulator
+                progress.write(f"warning: no evaluation at update {step:,}: {error!r}", file=sys.stderr)
+                row = evaluate(config, Task([]), *acting)
             if row is None:
                 return
             row["updates_per_second"] = means.count / means.seconds
             row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
             folder.add_row({"step": step} | row | averages)
             log_wandb(run, row, step)
-            speed = f"{row['updates_per_second']:.0f} updates/s"
-            progress.write(f"update {step:,}: {describe(folder.last_row)}, {speed}")
+            progress.write(f"update {step:,}: {describe(row)}, {row['updates_per_second']:.0f} updates/s")
         progress.set_postfix_str(describe(folder.last_row))
         means, window = Means(), (0.0, 0)
         save_checkpoint()
@@ -1090,6 +1286,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if means.count and (step % config.eval_freq == 0 or step == config.max_timesteps):
                     record(step)
                 if received:
+                    if means.count:
+                        read_means()  # no checkpoint of a run that diverged
                     save_checkpoint()
                     progress.write(f"signal {received[0]} at update {step:,}: saved in {folder.path}")
                     if received[0] != signal.SIGINT:
@@ -1103,11 +1301,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 means.seconds += time.perf_counter() - started
                 progress.update()
                 if agent.n_updates % config.log_interval == 0:
-                    log_wandb(run, means.read(*window), agent.n_updates)
+                    log_wandb(run, read_means(*window), agent.n_updates)
                     window = (means.total, means.count)
     finally:
         with contextlib.suppress(Exception):  # W&B's failures are not the run's
-            run.finish(exit_code=int(agent.n_updates < config.max_timesteps))
+            run.finish(exit_code=int(folder.last_row["step"] < config.max_timesteps))
         for env in envs:
             env.close()
     print(f"{describe(folder.last_row)} after {config.max_timesteps:,} updates, in {folder.path}")
