@@ -18,6 +18,8 @@ import pytest
 import torch
 import yaml
 from conftest import DATASET, ROOT, SCRIPTS, TINY, record, refusal, table, weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # Name, type and default of CORL's options. Its checkpoints_path None writes nothing, here it is "runs"; its device is
 # "cuda"; buffer_size is a limit here.
@@ -187,6 +189,82 @@ def test_yaml_of_other_bytes_is_one_line(parse, tmp_path):
     assert refusal(parse, "--config_path", str(tmp_path / "latin.yaml"))[0] == 2
 
 
+@pytest.mark.parametrize("text", [8000 * "[", "name: " + 8000 * "[", "seed: 0x" + 9999 * "f", "seed: " + 9999 * "9"])
+def test_yaml_that_would_overflow_is_one_line(text, parse):
+    assert refusal(parse, text=text)[0] == 2
+
+
+def test_yaml_bomb_is_one_short_line(parse):
+    bomb = "".join(f"x{i}: &x{i} [{', '.join(9 * [f'*x{i - 1}' if i else 'x'])}]\n" for i in range(20))
+    for text in (bomb, bomb.replace("x19:", "name:")):
+        status, line = refusal(parse, text=text)
+        assert status == 2 and len(line) < 1000
+
+
+TEXTS = st.one_of(
+    st.text(), st.integers().map(str), st.floats().map(str), st.booleans().map(str), st.just("-"),
+    st.sampled_from(["", "None", "null", "maybe", "1e3", "0x10", "1.9", "-0", ".inf", "nan", "[1]", "1_0", "²", "--"]),
+)  # fmt: skip
+
+
+def check_parsed(script, name, value, parsed):
+    """The oracle: what the text `value` of an option means, by the type of its field."""
+    kind = options_of(script)[name].type
+    if kind is bool:
+        assert parsed is {"true": True, "false": False}[value.lower()]
+    elif kind in (int, float):
+        assert type(parsed) is kind and parsed == float(value.replace(".inf", "inf")) and not math.isnan(parsed)
+    elif kind is str or value not in ("None", "null"):
+        assert parsed == value
+    else:
+        assert parsed in (None, "runs")
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, derandomize=True)
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_any_text_is_parsed_to_what_it_says_or_refused_in_a_line(script, data):
+    name, value = data.draw(st.sampled_from(sorted(options_of(script)))), data.draw(TEXTS)
+    try:
+        config = parser_of(script).parse_args([f"--{name}={value}"])
+    except script.ConfigError as error:
+        assert "\n" not in str(error) and error.status == 2
+    else:
+        check_parsed(script, name, value, vars(config)[name])
+        assert {**vars(config), name: 0} == {**vars(script.TrainConfig()), name: 0}
+
+
+@given(words=st.lists(st.one_of(st.text(), st.sampled_from(["--seed", "--env", "--config_path", "--", "-", "3"]))))
+@settings(max_examples=150, deadline=None, derandomize=True)
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_any_words_are_a_configuration_or_a_line(script, words):
+    try:
+        parser_of(script).parse_args([word for word in words if word not in ("-h", "--help")])
+    except script.ConfigError as error:
+        assert "\n" not in str(error) and error.status == 2
+
+
+VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.dates()), st.lists)
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_any_yaml_is_a_configuration_or_a_line(script, data, tmp_path_factory):
+    names = st.sampled_from(sorted(options_of(script))) | st.text(max_size=3)
+    content = data.draw(st.dictionaries(names, VALUES, max_size=3))
+    path = tmp_path_factory.getbasetemp() / "random.yaml"
+    text = data.draw(st.sampled_from([yaml.safe_dump(content), data.draw(st.text())]))
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    try:
+        config = vars(parser_of(script).parse_args(["--config_path", str(path)]))
+    except script.ConfigError as error:
+        assert "\n" not in str(error) and error.status == 2
+    else:
+        for name, value in yaml.safe_load(text).items():
+            assert config[name] == value or (value in (None, "", "None", "null") and config[name] in (None, "runs"))
+
+
 def test_unknown_keys_are_named(parse):
     line = refusal(parse, text="sed: 1\nseed: 2\nbatch: 3\n")[1]
     assert "sed" in line and "batch" in line and "options.yaml" in line and "seed," not in line
@@ -233,25 +311,76 @@ def test_stored_configuration_is_a_config_file(parse, tiny, run):
     )
 
 
-def test_configuration_of_corl_loads(parse):
+# What CORL's YAML files for offline CQL say, beyond the defaults of both; hopper-medium also normalises rewards.
+CORL_FILES = {
+    "halfcheetah-medium-v2 walker2d-full-replay-v2 hopper-random-v2": "",
+    "hopper-medium-v2": "normalize_reward: true",
+    "pen-human-v1 door-cloned-v1 hammer-expert-v1 relocate-human-v1": "{cql_alpha: 1.0, policy_lr: 1.0e-04}",
+    "maze2d-umaze-v1 maze2d-large-v1": "{cql_lagrange: true, cql_target_action_gap: 5.0, n_episodes: 100}",
+    "antmaze-umaze-v2 antmaze-large-diverse-v2": """
+        {cql_alpha: 5.0, cql_clip_diff_min: -200, cql_lagrange: true, cql_max_target_backup: true, n_episodes: 100,
+        cql_target_action_gap: 0.8, eval_freq: 50000, normalize: false, normalize_reward: true, policy_lr: 0.0001,
+        q_n_hidden_layers: 5, reward_bias: -5.0, reward_scale: 10.0}""",
+}
+
+
+@pytest.mark.parametrize("name", " ".join(CORL_FILES).split())
+@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+def test_file_of_corl_means_what_our_configuration_does(name, script, parse):
+    """Written as CORL writes its files: every key, null, .inf, -.inf, 3.0e-05, '' and a device."""
     text = """
         alpha_multiplier: 1.0
         backup_entropy: false
+        batch_size: 256
         bc_steps: 0
         buffer_size: 10000000
         checkpoints_path: null
+        cql_alpha: 10.0
         cql_clip_diff_max: .inf
-        cql_clip_diff_min: -200.0
+        cql_clip_diff_min: -.inf
+        cql_importance_sample: true
+        cql_lagrange: false
+        cql_max_target_backup: false
+        cql_n_actions: 10
+        cql_target_action_gap: -1.0
+        cql_temp: 1.0
         device: cpu
-        env: antmaze-large-diverse-v2
+        discount: 0.99
+        eval_freq: 5000
         load_model: ''
-        policy_lr: 0.0001
+        max_timesteps: 1000000
+        n_episodes: 10
+        name: CQL
+        normalize: true
+        normalize_reward: false
+        orthogonal_init: true
+        policy_lr: 3.0e-05
         project: CORL
-        reward_scale: 10.0
+        q_n_hidden_layers: 3
+        qf_lr: 0.0003
+        reward_bias: 0.0
+        reward_scale: 1.0
+        seed: 0
+        soft_target_update_rate: 0.005
+        target_update_period: 1
         use_automatic_entropy_tuning: true
     """
-    config = parse(text=text)
-    assert (config.cql_clip_diff_min, config.buffer_size, config.checkpoints_path) == (-200.0, 10**7, "runs")
+    changes = next(text for names, text in CORL_FILES.items() if name in names.split())
+    content = yaml.safe_load(text) | (yaml.safe_load(changes) or {})
+    content |= {"env": name, "group": f"cql-{name}-multiseed-v0"}
+    theirs = vars(parse(text=yaml.safe_dump(content)))
+    task, kind = name.split("-", 1)
+    ours = vars(parse("--config_path", f"{ROOT}/configs/offline/cql/{task}/{kind}.yaml"))
+    free = {"group", "device", "buffer_size"}
+    free |= {"reward_scale", "reward_bias"} if not theirs["normalize_reward"] else set()  # which then do nothing
+    assert {key: theirs[key] for key in theirs.keys() - free} == {key: ours[key] for key in ours.keys() - free}
+    assert (theirs["buffer_size"], theirs["checkpoints_path"]) == (10**7, "runs")
+
+
+@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+def test_file_for_another_script_is_refused_by_its_options(parse):
+    line = refusal(parse, text="offline_iterations: 1000000\nonline_iterations: 1000000\ncql_alpha: 5.0\n")[1]
+    assert "offline_iterations, online_iterations" in line and "cql_alpha" not in line
 
 
 # Every option changes something: for each one, a configuration in which it acts, and another value of it.
@@ -404,6 +533,22 @@ def test_configurations_load_and_say_only_what_differs(path):
     stated, defaults = yaml.safe_load(path.read_text()), vars(script.TrainConfig())
     assert stated and {name for name in stated if vars(config)[name] == defaults[name]} == set()
     assert all(isinstance(vars(config)[name], type(value)) for name, value in stated.items())
+    *_, domain, dataset = path.with_suffix("").parts
+    assert re.fullmatch(rf"{domain}-{dataset}(-v0)?", config.env.replace("/", "-"))
+
+
+@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark(script):
+    stored = {parser_of(script).parse_args(["--config_path", str(path)]).env for path in CONFIGURATIONS}
+    kinds = ["random", "medium", "medium-replay", "medium-expert", "expert", "full-replay"]
+    wanted = {f"{task}-{kind}-v2" for task in ("halfcheetah", "hopper", "walker2d") for kind in kinds}
+    hands = [(task, kind) for task in ("pen", "door", "hammer", "relocate") for kind in ("human", "cloned", "expert")]
+    wanted |= {f"{task}-{kind}-v1" for task, kind in hands} | {f"D4RL/{task}/{kind}-v2" for task, kind in hands}
+    wanted |= {f"maze2d-{maze}-v1" for maze in ("umaze", "medium", "large")}
+    wanted |= {f"kitchen-{kind}-v0" for kind in ("complete", "partial", "mixed")}
+    wanted |= {name for name in script.d4rl_files() if name.startswith("antmaze-") and name.endswith("-v2")}
+    assert wanted <= stored and len(wanted) == 54
+    assert {name for name in stored if "/" not in name} <= script.d4rl_files().keys()
 
 
 def documented(page):

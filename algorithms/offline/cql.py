@@ -488,7 +488,10 @@ def check_config(config: Any) -> None:
 
 def convert(name: str, value: Any, kind: Any) -> Any:
     """An option's value from the command line (text) or YAML (typed). Raises ConfigError where it is none."""
-    text, optional = str(value), kind == Optional[str]
+    optional = kind == Optional[str]
+    # Others have none: a YAML list of few bytes, or a hexadecimal number, can have a text without end.
+    plain = value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 10**300)
+    text = str(value) if plain else f"a {type(value).__name__}"
     if optional and text in ("None", "null"):
         return None
     if (kind is str or optional) and isinstance(value, str) and (value or name == "load_model"):
@@ -501,7 +504,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
             if number == kind(number):
                 return kind(number)
     takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "a text or None")
-    raise ConfigError(f"--{name} takes {takes}, not {value!r}")
+    raise ConfigError(f"--{name} takes {takes}, not {repr(value)[:200] if plain else text}")
 
 
 class ConfigParser(pyrallis.argparsing.ArgumentParser):
@@ -526,7 +529,7 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
 def read_yaml(path: Path, option: str = "") -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{option}{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{option}{path} holds no lines of the form `option: value`")

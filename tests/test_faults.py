@@ -1,0 +1,112 @@
+"""Runs that go wrong on the way: values that diverge, environments that fail."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+from conftest import Counter, contents, equal, refusal, table, weights
+
+
+@pytest.fixture
+def diverge(script, monkeypatch):
+    """From the given update on, updates report this value of a metric."""
+
+    def diverge(metric, value, first):
+        update = script.CQL.update
+
+        def changed(agent, batch):
+            metrics = update(agent, batch)
+            return metrics | {metric: torch.tensor(value)} if agent.n_updates >= first else metrics
+
+        monkeypatch.setattr(script.CQL, "update", changed)
+
+    return diverge
+
+
+@pytest.mark.parametrize(
+    ("metric", "value"),
+    [("qf1_loss", math.nan), ("policy_loss", math.inf), ("policy_loss", -math.inf), ("average_qf2", -1e7)],
+)
+@pytest.mark.parametrize("log_interval", [2, 1000])
+def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval, script, tiny, run, diverge):
+    options = {"log_interval": log_interval, "run_id": "same"}
+    good = contents(run(**options, max_timesteps=20))
+    diverge(metric, value, 23)
+    status, line = refusal(script.train, tiny(**options, max_timesteps=30))
+    step = 24 if log_interval == 2 else 30
+    assert status == 1 and f"{metric} is " in line and f"at update {step}" in line and "learning rates" in line
+    now = contents(tiny(**options).checkpoints_path + "/same")
+    assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
+
+
+def test_diverging_run_writes_nothing_but_its_configuration(script, tiny, tmp_path, diverge):
+    diverge("qf1_loss", math.nan, 3)
+    refusal(script.train, tiny())
+    assert [path.name for path in (tmp_path / "runs" / "run").iterdir()] == ["config.yaml"]
+
+
+def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, run, diverge, monkeypatch):
+    good = contents(run(max_timesteps=10))
+    diverge("qf1_loss", math.nan, 12)
+    sample = script.ReplayBuffer.sample
+
+    def stop(buffer, *arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(buffer, *arguments)
+
+    calls = []
+    monkeypatch.setattr(script.ReplayBuffer, "sample", stop)
+    assert "at update 15" in refusal(script.train, tiny(max_timesteps=20))[1]
+    now = contents(tiny().checkpoints_path + "/run")
+    assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
+
+
+@pytest.mark.parametrize("options", [{"qf_lr": 1e4}, {"qf_lr": 1e11, "policy_lr": 1e11}])
+def test_rates_that_are_far_too_large_end_a_run(options, script, tiny):
+    status, line = refusal(script.train, tiny(**options, log_interval=5, max_timesteps=200))
+    assert status == 1 and "diverged" in line
+
+
+def test_values_may_be_far_below_any_return(script, run, diverge):
+    diverge("average_qf1", -1e4, 0)  # the largest reward is 125, so that returns may be 12,500
+    assert len(table(run())) == 3
+
+
+@pytest.mark.parametrize("place", ["step", "reset", "reward"])
+def test_environment_that_fails_costs_an_evaluation(place, run, monkeypatch, capsys):
+    expected = run(run_id="expected")
+    original, calls = getattr(Counter, "reset" if place == "reset" else "step"), []
+
+    def fail(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == (4 if place == "reset" else 10):  # in the second evaluation
+            if place != "reward":
+                raise RuntimeError("the simulator\nexploded")
+            return (*original(self, *arguments)[:1], math.nan, False, False, {})
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Counter, original.__name__, fail)
+    capsys.readouterr()
+    folder = run()
+    out, err = capsys.readouterr()
+    rows, whole = table(folder), table(expected)
+    assert [row["step"] for row in rows] == ["10", "20", "25"] and (rows[0], rows[2]) == (whole[0], whole[2])
+    assert {key for key in rows[1] if rows[1][key] != whole[1][key]} == {
+        key for key in whole[1] if key.startswith("eval") and whole[1][key]
+    }
+    assert all(rows[1][key] == "" for key in rows[1] if key.startswith("eval"))
+    assert equal(weights(folder, "checkpoint.pt"), weights(expected, "checkpoint.pt"))
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "update 20" in warnings[0] and "not evaluated" in out
+
+
+def test_stored_policy_in_an_environment_that_fails_is_one_line(script, tiny, run, monkeypatch):
+    folder = run()
+    monkeypatch.setattr(Counter, "step", lambda *_: 1 / 0)
+    options = {"max_timesteps": 0, "load_model": str(folder / "policy.pt"), "run_id": "stored"}
+    status, line = refusal(script.train, tiny(**options))
+    assert status == 1 and "division" in line and not folder.with_name("stored").exists()
