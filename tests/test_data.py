@@ -562,3 +562,22 @@ def test_load_dataset_may_be_replaced(optional, script, run, monkeypatch):
     folder = run(env="my own data", eval_env="Counter-v0", run_id="evaluated")  # whose bounds count
     assert weights(folder)["/weights/action_high"].tolist() == [1, 0.5]
     assert (table(folder)[-1]["d4rl_normalized_score"] != "") == bool(optional[1])
+
+
+@pytest.mark.parametrize("file", ["main_data.hdf5", "metadata.json"])
+def test_damaged_bytes_are_refused_or_read_as_numbers(file, script, prepare, new_dataset, tmp_path):
+    name = new_dataset(record("Counter-v0", range(6)), env="Counter-v0")
+    path = tmp_path / "minari" / name / "data" / file
+    good, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(60):
+        content = np.frombuffer(good, np.uint8).copy()
+        content[rng.integers(len(good), size=rng.integers(1, 20))] ^= rng.integers(1, 256, dtype=np.uint8)
+        path.write_bytes(content.tobytes())
+        try:
+            data = prepare(env=name, eval_env="none")[0]
+        except script.DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        else:
+            assert all(np.isfinite(data[key]).all() for key in script.COLUMNS)
+    assert refused > 10

@@ -1210,6 +1210,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     if config.max_timesteps == 0:
         return evaluate_stored(config)
+    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     folder = RunFolder(config)
     if folder.checkpoint and folder.last_row["step"] == folder.checkpoint["agent"]["n_updates"] == config.max_timesteps:
         print(f"{folder.path} is complete: {describe(folder.last_row)}")
