@@ -141,13 +141,17 @@ class TanhGaussianActor(nn.Module):
         log_std = self.log_std_multiplier * log_std + self.log_std_offset
         return mean, log_std.clamp(*LOG_STD_RANGE)
 
-    @torch.no_grad()
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Deterministic actions in the environment's units for raw observations: [O] -> [A] or [B, O] -> [B, A]."""
-        observations = torch.as_tensor(observations, dtype=torch.float32, device=self.observation_mean.device)
+    def actions(self, observations: Tensor) -> Tensor:
+        """Deterministic actions in the environment's units for raw observations: [..., O] -> [..., A]."""
         mean, _ = self((observations - self.observation_mean) / self.observation_std)
         actions = self.action_low + (mean.tanh() + 1) / 2 * (self.action_high - self.action_low)
-        return torch.clamp(actions, self.action_low, self.action_high).cpu().numpy()
+        return torch.clamp(actions, self.action_low, self.action_high)
+
+    @torch.no_grad()
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """The same for arrays."""
+        observations = torch.as_tensor(observations, dtype=torch.float32, device=self.observation_mean.device)
+        return self.actions(observations).cpu().numpy()
 
 
 class EnsembleCritic(nn.Module):
@@ -855,19 +859,18 @@ def make_environments(config: Any) -> list[gym.Env]:
             return []
         # Only the id counts: an entry point that stands in a file could be any code.
         name, arguments = spec.id, dict(spec.kwargs, max_episode_steps=spec.max_episode_steps)
-    if name not in gym.registry:
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
-            import gymnasium_robotics
-        gym.register_envs(gymnasium_robotics)
-    if name not in gym.registry and config.eval_env is None:
-        print(
-            f"{config.env} was recorded in {name}, which Gymnasium does not know: no evaluation (--eval_env names one)"
-        )
-        return []
+        arguments.pop("render_mode", None)  # the recording may have had a window
     try:
+        if name not in gym.registry:
+            with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+                import gymnasium_robotics
+            gym.register_envs(gymnasium_robotics)
+        if name not in gym.registry and config.eval_env is None:
+            print(f"{config.env} was recorded in {name}, unknown to Gymnasium: no evaluation (--eval_env names one)")
+            return []
         with warnings.catch_warnings(action="ignore"):  # that there are later versions
             return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
-    except Exception as error:  # Gymnasium's own, a missing simulator, arguments that it does not take
+    except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
         raise ConfigError(f"--eval_env {name} cannot be made: {error}") from error
 
 
@@ -1107,6 +1110,8 @@ def start_wandb(config: Any, folder: Path) -> wandb.Run:
     nothing. It never stops or delays training: the run folder has everything."""
     options = {"project": config.project, "group": config.group, "name": folder.name, "id": config.run_id}
     limits = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
+    # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
+    os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
     try:
         asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
         if asked or wandb.login(prompt=False, verify=False):
@@ -1118,7 +1123,7 @@ def start_wandb(config: Any, folder: Path) -> wandb.Run:
 
 def log_wandb(run: wandb.Run, metrics: dict[str, Any], step: int) -> None:
     with contextlib.suppress(Exception):
-        if step >= run.step:  # a resumed run repeats steps that W&B holds already
+        if step >= run.starting_step:  # a resumed run repeats steps that W&B holds already
             run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
 
@@ -1189,6 +1194,11 @@ def evaluate_stored(config: Any) -> dict[str, Any]:
     envs = make_environments(config)
     if not envs:
         raise ConfigError("--max_timesteps 0 needs an environment to evaluate in: name one with --eval_env")
+    sizes = policy.__self__.sizes[0], flatten(envs[0].observation_space.sample()).size
+    if sizes[0] != sizes[1]:  # one of size 1 would pass through any policy
+        raise DataError(
+            f"--load_model {config.load_model} takes {sizes[0]} observations, {envs[0].spec.id} has {sizes[1]}"
+        )
     data = {}
     with contextlib.suppress(DataError):  # the scores' dataset may not be here
         data = stored_scores(open_minari(config.env, download=False))
@@ -1220,9 +1230,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise DataError(f"--load_model {config.load_model} holds a policy alone; training starts from a checkpoint.pt")
 
     envs = make_environments(config)
-    statistics = (
-        [start["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std")] if start else None
-    )
+    statistics = start and [start["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std")]
     data, holdout, scaling, task = prepare_data(config, envs, statistics)
     if "cuda" in config.device:
         torch.cuda.set_device(config.device)
@@ -1256,6 +1264,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         save(folder.path / "policy.pt", policy)
         save(folder.path / "checkpoint.pt", state)
 
+    def due(step: int) -> bool:
+        return step % config.eval_freq == 0 or step == config.max_timesteps
+
     def record(step: int) -> None:
         """Evaluates and writes row, policy and checkpoint, unless a signal comes in between."""
         nonlocal means, window
@@ -1274,7 +1285,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             row["updates_per_second"] = means.count / means.seconds
             row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
             folder.add_row({"step": step} | row | averages)
-            log_wandb(run, row, step)
+            log_wandb(run, row | read_means(*window), step)
             progress.write(f"update {step:,}: {describe(row)}, {row['updates_per_second']:.0f} updates/s")
         progress.set_postfix_str(describe(folder.last_row))
         means, window = Means(), (0.0, 0)
@@ -1287,7 +1298,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         with catch_signals() as received, progress:
             while True:
                 step = agent.n_updates
-                if means.count and (step % config.eval_freq == 0 or step == config.max_timesteps):
+                if means.count and due(step):
                     record(step)
                 if received:
                     if means.count:
@@ -1304,7 +1315,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 means.add(agent.update(buffer.sample(config.batch_size)))
                 means.seconds += time.perf_counter() - started
                 progress.update()
-                if agent.n_updates % config.log_interval == 0:
+                # W&B takes a step once: what is known before an evaluation must wait for it, lest a signal parts them.
+                if agent.n_updates % config.log_interval == 0 and not due(agent.n_updates):
                     log_wandb(run, read_means(*window), agent.n_updates)
                     window = (means.total, means.count)
     finally:

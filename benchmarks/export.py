@@ -1,0 +1,135 @@
+"""Export the deterministic policy of a run, its policy.pt or checkpoint.pt, to ONNX.
+
+    python benchmarks/export.py runs/<run>/policy.pt
+
+writes runs/<run>/policy.onnx, one file that needs neither torch nor this repository. Its input `observation`, float32
+[batch, O], takes raw observations (Dict observations flattened in the sorted order of their keys); its output `action`,
+float32 [batch, A], is in the environment's units and within its bounds. The normalisation of observations and the
+scaling of actions are inside. The file is kept only if onnxruntime computes from it what torch does.
+
+Needs requirements-extra.txt. Exit status: 0 written, 1 cannot be done, 2 a bad command line; an error is one line on
+stderr and leaves an older file as it was.
+"""
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from algorithms.offline.cql import DataError, TanhGaussianActor, load_policy
+
+TOLERANCE = 1e-5  # largest difference to torch, as a share of the action range
+
+
+def fail(status, message):
+    print(f"export.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+class Policy(nn.Module):
+    """TanhGaussianActor.actions as a module: [B, O] -> [B, A]."""
+
+    def __init__(self, actor: TanhGaussianActor):
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.actor.actions(observations)
+
+
+def to_onnx(actor: TanhGaussianActor) -> bytes:
+    """The content of an ONNX file with the weights in it, for any number of observations in a batch."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else it says that torchvision is not installed
+    with warnings.catch_warnings(action="ignore"):  # torch 2.13 warns of its own code
+        program = torch.onnx.export(
+            Policy(actor).eval(),
+            (torch.zeros(2, actor.sizes[0]),),  # two, since a batch of one would be taken for a constant
+            input_names=["observation"],
+            output_names=["action"],
+            dynamic_shapes=({0: "batch"},),
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        part.ClearField("metadata_props")  # stack traces, with the folders of this machine
+    return model.SerializeToString()
+
+
+def largest_difference(model: bytes, actor: TanhGaussianActor) -> float:
+    """Between onnxruntime and torch, as a share of the action range, over random observations; NaN if there is any."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    mean, std, low, high = (
+        getattr(actor, name).numpy() for name in ("observation_mean", "observation_std", "action_low", "action_high")
+    )
+    rng, differences = np.random.default_rng(0), []
+    # At 1e8 standard deviations actions lie at the bounds. Far less leaves some between, whose digits are few: they
+    # come from large sums, which the two round differently.
+    for batch_size, scale in ((1, 1), (1000, 1), (1000, 1e8)):
+        observations = mean + std * scale * rng.standard_normal((batch_size, mean.size))
+        observations = observations.astype(np.float32)
+        (actions,) = session.run(["action"], {"observation": observations})
+        differences.append(np.abs(actions - actor.act(observations)) / (high - low))
+    return float(np.concatenate(differences).max())
+
+
+def export(args: argparse.Namespace) -> None:
+    """Raises DataError and OSError."""
+    actor = load_policy(args.policy).__self__  # act is its method
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(1, f"the package {error.name or name} is missing: pip install -r requirements-extra.txt")
+    model = to_onnx(actor)
+    difference = largest_difference(model, actor)
+    if not difference <= TOLERANCE:  # also where it is NaN
+        fail(1, f"onnxruntime and torch differ by {difference:.1e} of the action range: {args.output} is not written")
+    temporary = args.output.with_name(args.output.name + ".tmp")
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(model)
+        os.replace(temporary, args.output)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    sizes = f"observation [batch, {actor.sizes[0]}] -> action [batch, {actor.sizes[1]}]"
+    print(f"{args.output}: {sizes}, differs from torch by at most {difference:.1e} of the action range")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="export.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail(2, message)
+    parser.add_argument("policy", type=Path, metavar="POLICY", help="policy.pt or checkpoint.pt of a run")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside POLICY, with the ending .onnx")
+    args = parser.parse_args(argv)
+    if not args.policy.name or args.output and not args.output.name:
+        parser.error("POLICY and --output are names of files")
+    args.output = args.output or args.policy.with_suffix(".onnx")
+    if args.output.resolve() == args.policy.resolve():
+        parser.error(f"--output {args.output} is the policy itself")
+    if args.output.exists() and not args.output.is_file():  # a device would become a file
+        parser.error(f"--output {args.output} is no regular file")
+    try:
+        export(args)
+    except DataError as error:
+        fail(error.status, error)
+    except OSError as error:
+        fail(1, f"--output {args.output} cannot be written: {error.strerror}")
+    except KeyboardInterrupt:
+        fail(130, "interrupted: nothing was written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""benchmarks/export.py: an ONNX file that acts as the policy does, and what it says to a user who errs."""
+
+import importlib.util
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import contents, tiny_config
+
+from algorithms.offline import cql
+
+PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "export.py"
+spec = importlib.util.spec_from_file_location("export", PROGRAM)
+export = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(export)
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LOW, HIGH = np.array([-2, 0, -0.7], np.float32), np.array([1, 0.5, 0.1], np.float32)  # the last overshoots unclamped
+
+
+def store_policy(path, observation_dim=4, low=LOW, high=HIGH):
+    """A policy whose actions reach everywhere between the bounds, for observations far from mean 0 and std 1."""
+    torch.manual_seed(0)
+    actor = cql.TanhGaussianActor(observation_dim, len(low), 16, 2)
+    actor.head.weight.data *= 100
+    scaling = {"observation_mean": torch.linspace(-50, 50, observation_dim), "action_low": torch.tensor(low)}
+    scaling |= {"observation_std": torch.logspace(-2, 2, observation_dim), "action_high": torch.tensor(high)}
+    actor.load_state_dict(scaling, strict=False)
+    cql.save(path, {"sizes": list(actor.sizes), "weights": actor.state_dict()})
+    return path
+
+
+@pytest.fixture
+def policy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return store_policy(Path("policy.pt"))
+
+
+@pytest.fixture
+def without_packages(monkeypatch):
+    """Replaces all that needs them."""
+    for name in PACKAGES:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(export, "to_onnx", lambda actor: b"model")
+    monkeypatch.setattr(export, "largest_difference", lambda model, actor: 1e-7)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of a policy and its export by the program, with what it printed."""
+    for name in PACKAGES:
+        pytest.importorskip(name, reason="requirements-extra.txt is not installed")
+    folder = tmp_path_factory.mktemp("export")
+    store_policy(folder / "policy.pt")
+    process = subprocess.run([sys.executable, PROGRAM, "policy.pt"], cwd=folder, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, ""), process.stderr
+    return folder, process.stdout
+
+
+def refusal(capsys, *arguments):
+    """The exit status and the one line on stderr of a run that must fail."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith("export.py: error: "), printed.err
+    return stop.value.code, printed.err
+
+
+def test_acts_as_the_policy(exported):
+    import onnxruntime
+
+    folder, _ = exported
+    policy, session = cql.load_policy(folder / "policy.pt"), onnxruntime.InferenceSession(folder / "policy.onnx")
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape) == ("observation", "tensor(float)", ["batch", 4])
+    assert (made.name, made.type, made.shape) == ("action", "tensor(float)", ["batch", 3])
+    mean, std = np.linspace(-50, 50, 4), np.logspace(-2, 2, 4)
+    for batch_size, scale in ((1, 1), (2, 1), (500, 1), (1, 1e8), (500, 1e8)):
+        observations = (mean + std * scale * np.random.default_rng(1).normal(size=(batch_size, 4))).astype(np.float32)
+        (actions,) = session.run(None, {"observation": observations})
+        assert actions.shape == (batch_size, 3) and actions.dtype == np.float32
+        assert np.all((actions >= LOW) & (actions <= HIGH))
+        assert np.abs(actions - policy(observations)).max() < 1e-6
+        if batch_size > 2:
+            assert np.all(np.ptp(actions, axis=0) > 0.5 * (HIGH - LOW))
+
+
+def test_one_valid_file_without_this_machine_in_it(exported):
+    import onnx
+
+    folder, printed = exported
+    assert sorted(path.name for path in folder.iterdir()) == ["policy.onnx", "policy.pt"]
+    onnx.checker.check_model(onnx.load(folder / "policy.onnx"), full_check=True)
+    content = (folder / "policy.onnx").read_bytes()
+    assert str(PROGRAM.parent).encode() not in content and b"site-packages" not in content
+    assert printed.count("\n") == 1
+    for part in ("policy.onnx", "[batch, 4]", "[batch, 3]", "of the action range"):
+        assert part in printed
+
+
+def test_policy_and_checkpoint_of_a_run_go_to_any_place(tmp_path, capsys, monkeypatch, request):
+    def weights(actor):
+        return b"".join(tensor.numpy().tobytes() for tensor in actor.state_dict().values())
+
+    cql.train(tiny_config(cql, tmp_path))
+    capsys.readouterr()
+    request.getfixturevalue("without_packages")  # which training looks for
+    monkeypatch.setattr(export, "to_onnx", weights)
+    export.main([str(tmp_path / "run" / "checkpoint.pt")])
+    export.main([str(tmp_path / "run" / "policy.pt"), "--output", str(tmp_path / "new" / "folder" / "best")])
+    first, second = (tmp_path / name for name in ("run/checkpoint.onnx", "new/folder/best"))
+    assert first.read_bytes() == second.read_bytes() and len(first.read_bytes()) > 500
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(first), str(second)]
+
+
+@pytest.mark.parametrize("damage", ["1e-4", "NaN"])
+def test_a_file_that_acts_otherwise_is_not_written(damage, exported, policy, capsys, monkeypatch):
+    model = (exported[0] / "policy.onnx").read_bytes()
+    monkeypatch.setattr(export, "to_onnx", lambda actor: model)
+    Path("policy.onnx").write_text("older")
+    state = torch.load(policy)
+    if damage == "NaN":
+        state["weights"]["head.bias"][0] = torch.nan
+    else:
+        state["weights"]["action_low"][2] += float(damage) * 0.8  # that share of the range
+    cql.save(policy, state)
+    status, line = refusal(capsys, policy)
+    assert status == 1 and "differ" in line and "policy.onnx" in line
+    assert sorted(contents(".")) == ["policy.onnx", "policy.pt"] and Path("policy.onnx").read_text() == "older"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_missing_package(name, policy, without_packages, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    status, line = refusal(capsys, policy)
+    assert status == 1 and f" {name} " in line and "pip install -r requirements-extra.txt" in line
+    assert list(contents(".")) == ["policy.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, ["POLICY"]),
+        (["policy.pt", "--out", "x.onnx"], 2, ["--out"]),
+        ([""], 2, ["POLICY"]),
+        (["nowhere.pt"], 1, ["nowhere.pt", "does not exist"]),
+        (["text"], 1, ["text", "policy.pt"]),
+        (["."], 2, ["POLICY"]),
+        (["foreign.pt"], 1, ["foreign.pt", "policy"]),
+        (["policy.pt", "--output", "./policy.pt"], 2, ["--output", "the policy itself"]),
+        (["policy.pt", "--output", "folder"], 2, ["--output folder", "no regular file"]),
+        (["policy.pt", "--output", "/dev/null"], 2, ["--output /dev/null", "no regular file"]),
+        (["policy.pt", "--output", "text/policy.onnx"], 1, ["--output text/policy.onnx", "cannot be written"]),
+    ],
+)
+def test_user_errors_are_one_line_and_write_nothing(arguments, code, words, policy, without_packages, capsys):
+    Path("text").write_text("no policy")
+    Path("folder").mkdir()
+    torch.save({"sizes": [4, 3, 16], "weights": {}}, "foreign.pt")
+    before = contents(".")
+    status, line = refusal(capsys, *arguments)
+    assert status == code and all(word in line for word in words), line
+    assert contents(".") == before
+
+
+@pytest.mark.parametrize("place", ["write", "replace"])
+def test_failed_write_leaves_the_older_file(place, policy, without_packages, capsys, monkeypatch):
+    Path("policy.onnx").write_text("older")
+
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(b"mo")
+        raise OSError(28, "No space left on device")
+
+    if place == "write":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(export.os, "replace", lambda temporary, path: full(temporary, b""))
+    status, line = refusal(capsys, policy)
+    assert status == 1 and "policy.onnx cannot be written: No space left on device" in line
+    assert sorted(contents(".")) == ["policy.onnx", "policy.pt"] and Path("policy.onnx").read_text() == "older"
