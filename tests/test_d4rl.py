@@ -289,6 +289,9 @@ BAD = {
     "far actions": ({"actions": np.full((12, 2), 9.0)}, "outside"),
     "no rows": ({"n": 0}, "no transition"),
     "one row": ({"n": 1}, "no transition"),
+    "flags in a column": ({"terminals": np.zeros((12, 1), bool)}, "terminals"),
+    "no actions": ({"actions": np.zeros((12, 0))}, "actions"),
+    "numbers that overflow later": ({"observations": np.full((12, 3), 3e38)}, "observations"),
     "time-outs alone": ({"timeouts": np.ones(12, bool)}, "no transition"),
     "next observations of another size": ({"next_observations": np.zeros((12, 2))}, "next_observations"),
     "next observations of another size, no flags": (
@@ -334,6 +337,26 @@ def test_file_that_declares_more_than_memory_is_refused(script, tiny, write):
         assert status == 1 and "memory" in line
 
 
+def test_virtual_dataset_is_refused(script, tiny, write, tmp_path):
+    """Its rows would be zeros where the file that it names is missing."""
+    name = write()
+    with h5py.File(name, "r+") as file:
+        del file["rewards"]
+        layout = h5py.VirtualLayout((12,), np.float32)
+        layout[:] = h5py.VirtualSource("missing.hdf5", "rewards", (12,))
+        file.create_virtual_dataset("rewards", layout)
+    assert "virtual" in refusal(script.train, tiny(env=name, eval_env="none"))[1]
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/proc/no", "/dev/null/x", "~nobody-at-all/x", "/tmp/" + 300 * "x"])
+def test_dataset_folder_that_cannot_be_is_one_line(folder, script, tiny, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", folder)
+    monkeypatch.setattr(script, "D4RL_URL", "http://127.0.0.1:9")
+    assert "hopper_medium-v2.hdf5" in refusal(script.train, tiny(env="hopper-medium-v2"))[1]
+    monkeypatch.setenv("MINARI_DATASETS_PATH", folder)
+    refusal(script.train, tiny())
+
+
 def test_nearest_names_are_told(script, tiny):
     for name, near in (("hopper-medum-v2", "hopper-medium-v2"), ("toy/countr-v0", DATASET)):
         status, line = refusal(script.train, tiny(env=name))
@@ -370,5 +393,5 @@ def test_damaged_bytes_are_refused_or_read_as_numbers(flips, tmp_path_factory):
 
 
 def test_environment_ids_of_the_table_are_registered(script):
-    for name, _ in script.D4RL_ENVIRONMENTS.values():
+    for name in script.D4RL_ENVIRONMENTS.values():
         assert name in gym.registry or name.startswith("AdroitHand")

@@ -110,3 +110,77 @@ def test_stored_policy_in_an_environment_that_fails_is_one_line(script, tiny, ru
     options = {"max_timesteps": 0, "load_model": str(folder / "policy.pt"), "run_id": "stored"}
     status, line = refusal(script.train, tiny(**options))
     assert status == 1 and "division" in line and not folder.with_name("stored").exists()
+
+
+def test_environment_that_cannot_be_closed_hides_no_result(script, tiny, monkeypatch):
+    monkeypatch.setattr(Counter, "close", lambda *_: 1 / 0)
+    assert script.train(tiny())["step"] == 25
+
+
+@pytest.mark.parametrize("place", ["reset", "step"])
+def test_observation_that_is_no_number_is_no_evaluation(place, script, tiny, monkeypatch, capsys):
+    observe = Counter.observe
+    first = 0 if place == "reset" else 1
+    monkeypatch.setattr(Counter, "observe", lambda self: observe(self) + (math.nan if self.t >= first else 0))
+    assert script.train(tiny(max_timesteps=10))["eval_return"] is None
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+def test_folder_in_use_is_left_alone(script, tiny, run):
+    folder = run(max_timesteps=10)
+    other = script.RunFolder(tiny())
+    other.open(tiny())
+    good = contents(folder)
+    status, line = refusal(script.train, tiny())
+    assert status == 1 and "in use" in line and contents(folder) == good
+    other.close()
+    assert script.train(tiny())["step"] == 25
+
+
+DAMAGES = {
+    "text for a number": ("metrics.csv", lambda content: content.replace(b"10,", b"ten,", 1)),
+    "no step": ("metrics.csv", lambda content: content.replace(b"step", b"stop")),
+    "long row": ("metrics.csv", lambda content: content + b"1," * 90 + b"\n"),
+    "other bytes": ("metrics.csv", lambda content: content + b"\xff\xfe\n"),
+    "no end": ("config.yaml", lambda content: content.replace(b"max_timesteps: 10", b"max_timesteps: abc")),
+    "no mapping": ("config.yaml", lambda content: b"- 1"),
+    "cut": ("checkpoint.pt", lambda content: content[:-100]),
+    "nothing": ("checkpoint.pt", lambda content: b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_run_is_refused_in_a_line(damage, script, tiny, run):
+    folder, (name, change) = run(max_timesteps=10), DAMAGES[damage]
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    bad = contents(folder)
+    line = refusal(script.train, tiny())[1]
+    assert str(folder) in line and contents(folder) == bad
+
+
+@pytest.mark.parametrize("part", ["agent", "means", "random", ("agent", "optimizers"), ("agent", "networks")])
+def test_checkpoint_without_a_part_is_refused_in_a_line(part, script, tiny, run):
+    path = run(max_timesteps=10) / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    if isinstance(part, str):
+        del content[part]
+    else:
+        content[part[0]][part[1]] = {}
+    torch.save(content, path)
+    assert str(path.parent) in refusal(script.train, tiny())[1]
+
+
+def test_run_without_its_configuration_is_not_resumed(script, tiny, run):
+    (run(max_timesteps=10) / "config.yaml").unlink()
+    assert "config.yaml" in refusal(script.train, tiny(seed=1))[1]
+
+
+def test_folder_of_an_evaluation_takes_no_training(script, tiny, run):
+    policy = run() / "policy.pt"
+    script.train(tiny(run_id="stored", max_timesteps=0, load_model=str(policy)))
+    refusal(script.train, tiny(run_id="stored", load_model=str(policy.with_name("checkpoint.pt"))))
+
+
+def test_the_last_update_may_diverge_too(script, tiny, tmp_path):
+    assert "diverged" in refusal(script.train, tiny(qf_lr=1e12, max_timesteps=1, eval_freq=1))[1]
+    assert not (tmp_path / "runs" / "run" / "policy.pt").exists()

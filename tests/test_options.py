@@ -156,6 +156,9 @@ def test_bad_value_is_one_line_that_names_the_option(argument, parse):
         (["--normalize"], "--normalize"),
         (["--cql_clip_diff_min=2", "--cql_clip_diff_max=1"], "--cql_clip_diff_min"),
         (["--config_path=missing.yaml"], "missing.yaml"),
+        (["--config_path="], "--config_path"),
+        (["--name=a\0b"], "--name"),
+        (["--reward_bias", "-1e-1x"], "--option=value"),
         (["--config_path=."], "Is a directory"),
     ],
 )
@@ -268,6 +271,16 @@ def test_any_yaml_is_a_configuration_or_a_line(script, data, tmp_path_factory):
 def test_unknown_keys_are_named(parse):
     line = refusal(parse, text="sed: 1\nseed: 2\nbatch: 3\n")[1]
     assert "sed" in line and "batch" in line and "options.yaml" in line and "seed," not in line
+
+
+def test_help_is_shown_beside_other_options(command_line):
+    assert command_line("--run_id", "x", "--help")[0] == command_line("--seed=3", "-h")[0] == 0
+
+
+def test_too_little_memory_is_one_line(script, command_line, tmp_path):
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [f"--checkpoints_path={tmp_path}"]
+    status, _, err = command_line(*arguments, "--batch_size=1000000000000")
+    assert status == 1 and err.count("\n") == 1 and "--batch_size" in err
 
 
 def test_help_lists_every_option_with_its_comment(script, command_line):
@@ -440,7 +453,7 @@ ACTING = [(name, option) for name in ACTS for option in ACTS[name]]
 class Recorder:
     """A W&B that keeps what it is told."""
 
-    Run, Settings, step = object, dict, 0
+    Run, Settings, starting_step = object, dict, 0
 
     def __init__(self):
         self.told = []

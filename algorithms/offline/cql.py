@@ -20,6 +20,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import fcntl
 import io
 import json
 import math
@@ -50,7 +51,6 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-LOG_STD_RANGE = (-20.0, 2.0)
 MAX_DENSITY_ACTION = 0.999  # data actions are clipped to this before a log-density, which is infinite at 1
 MAX_LOG_ALPHA_PRIME = math.log(1e6)
 
@@ -119,6 +119,8 @@ class TrainConfig:
 class TanhGaussianActor(nn.Module):
     """pi(a|s) = tanh of a Gaussian, with the scaling of observations and actions that acting needs."""
 
+    log_std_range = (-20.0, 2.0)
+
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
         log_std_multiplier: float = 1.0, orthogonal_init: bool = True,
@@ -139,7 +141,7 @@ class TanhGaussianActor(nn.Module):
         """Mean and log standard deviation before the tanh: [B, O] -> [B, A], [B, A]."""
         mean, log_std = self.head(self.hidden(observations)).chunk(2, dim=-1)
         log_std = self.log_std_multiplier * log_std + self.log_std_offset
-        return mean, log_std.clamp(*LOG_STD_RANGE)
+        return mean, log_std.clamp(*self.log_std_range)
 
     def actions(self, observations: Tensor) -> Tensor:
         """Deterministic actions in the environment's units for raw observations: [..., O] -> [..., A]."""
@@ -458,7 +460,8 @@ COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals
 RANGES = {
     "max_timesteps bc_steps seed eval_seed policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
     "eval_freq n_episodes batch_size buffer_size log_interval target_update_period cql_n_actions": (1, 1e12),
-    "hidden_dim policy_n_hidden_layers q_n_hidden_layers": (1, 1e6),
+    "hidden_dim": (1, 1e5),
+    "policy_n_hidden_layers q_n_hidden_layers": (1, 100),
     "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap": (-1e12, 1e12),
     "discount soft_target_update_rate": (0, 1),
     "holdout_fraction": (0, 0.9),
@@ -498,7 +501,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     text = str(value) if plain else f"a {type(value).__name__}"
     if optional and text in ("None", "null"):
         return None
-    if (kind is str or optional) and isinstance(value, str) and (value or name == "load_model"):
+    if (kind is str or optional) and isinstance(value, str) and (value or name == "load_model") and "\0" not in value:
         return value
     if kind is bool and text in ("True", "true", "False", "false"):
         return text in ("True", "true")
@@ -516,13 +519,15 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
 
     def __init__(self, config_class: type):
         super().__init__(config_class=config_class, allow_abbrev=False)
+        for action in self._actions:
+            action.type = str  # each text to `convert`, beside --help too
 
     def error(self, message: str) -> None:
-        raise ConfigError(f"{message}; --help lists the options")
+        raise ConfigError(f"{message} (as --option=value); --help lists the options")
 
     def _postprocessing(self, namespace: Any) -> Any:
         values = vars(namespace)
-        if path := values.pop("config_path", None):
+        if (path := values.pop("config_path", None)) is not None:
             values = read_yaml(Path(path), "--config_path ") | values
         kinds = {field.name: field.type for field in dataclasses.fields(self.config_class)}
         if unknown := [str(name) for name in values if name not in kinds]:
@@ -565,17 +570,27 @@ def open_minari(name: str, download: bool = True) -> minari.MinariDataset:
         return minari.load_dataset(name)
     except Exception as error:  # of the id, the file, the network, the hub's client
         known = list(d4rl_files())
-        with contextlib.suppress(Exception):  # other folders there may be no datasets
+        place = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets", name)
+        if os.path.exists(os.path.expanduser(place)) and "/" in name:
+            raise DataError(
+                f"--env {name}: {place} is damaged ({str(error)[:200]}); remove it to download it again"
+            ) from error
+        with (
+            contextlib.suppress(Exception),
+            warnings.catch_warnings(action="ignore"),
+        ):  # other folders may be no datasets
             known += minari.list_local_datasets()
         near = ", ".join(difflib.get_close_matches(name, known, cutoff=0))
-        place = minari.storage.get_dataset_path() / name
         message = f"--env {name} is no file, D4RL name, or Minari dataset here or online ({str(error)[:200]})"
         raise DataError(f"{message}; Minari's would stand in {place}; nearest names: {near}") from error
 
 
 def stored_scores(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    return {} if None in scores or scores[0] == scores[1] else {"reference_scores": np.array(scores, dtype=np.float64)}
+    if None in scores:
+        return {}
+    scores = np.array(scores, dtype=np.float64)
+    return {"reference_scores": scores} if np.isfinite(scores).all() and scores[0] != scores[1] else {}
 
 
 def d4rl_files() -> dict[str, str]:
@@ -637,8 +652,9 @@ def d4rl_task(name: str) -> Optional[str]:
 def download_d4rl(name: str) -> Path:
     """The file of a D4RL name in $D4RL_DATASET_DIR, from D4RL's server where it is missing. Raises DataError."""
     url = f"{D4RL_URL}/{d4rl_files()[name]}.hdf5"
-    path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / url.rsplit("/")[-1]
-    if path.exists():
+    folder = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+    path = Path(folder, url.rsplit("/")[-1])
+    if os.path.exists(path):
         return path
     partial, seconds = path.with_name(f"{path.name}.{os.getpid()}.part"), socket.getdefaulttimeout()
     print(f"{path} is not there: downloading {url}")
@@ -652,7 +668,8 @@ def download_d4rl(name: str) -> Path:
         raise DataError(f"--env {name}: {url} cannot be downloaded ({error}); put the file at {path}") from error
     finally:
         socket.setdefaulttimeout(seconds)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return path
 
 
@@ -663,9 +680,14 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
     observations, after time_limit steps. Time-outs whose next observation is unknown are dropped.
     """
     with h5py.File(path) as file:
-        columns = {key: file[key] for key in COLUMNS if key in file}
+        columns = {key: file[key] for key in COLUMNS if isinstance(file.get(key), h5py.Dataset)}
         if missing := {"observations", "actions", "rewards", "terminals"} - columns.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        for key, column in columns.items():
+            if column.ndim != (2 if key in ("observations", "actions", "next_observations") else 1):
+                raise ValueError(f"its {key} have shape {column.shape}")
+            if column.is_virtual:  # whose rows may be elsewhere, and zeros where they are not
+                raise ValueError(f"its {key} are a virtual dataset")
         n_bytes = 4 * sum(column.size for column in columns.values())
         if n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise ValueError(f"it declares {n_bytes / 1e9:,.0f} GB, more than this machine's memory")
@@ -680,6 +702,7 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
     if "timeouts" not in data and "next_observations" in data:
         data["timeouts"] = np.append((data["next_observations"][:-1] != data["observations"][1:]).any(axis=1), True)
     elif "timeouts" not in data:
+        print(f"{path} has neither timeouts nor next_observations: its episodes are taken to end at {time_limit} steps")
         starts = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
         data["timeouts"] = (rows - starts) % time_limit == time_limit - 1
     data["timeouts"] &= ~terminals
@@ -702,14 +725,16 @@ def load_dataset(name: str) -> dict[str, np.ndarray]:
     """
     if is_file(name) or name in d4rl_files():
         path = Path(name) if is_file(name) else download_d4rl(name)
-        _, time_limit = D4RL_ENVIRONMENTS.get(d4rl_task(name), (None, 1000))
         try:
-            return load_d4rl(path, time_limit)
+            return load_d4rl(path, d4rl_steps(name))
         except FileNotFoundError as error:
             raise DataError(f"--env {name}: {path} does not exist") from error
         except Exception as error:  # a damaged HDF5 file raises nearly anything
             raise DataError(f"--env {name}: {path} is damaged or not of D4RL's layout: {error}") from error
     dataset = open_minari(name)
+    space = dataset.action_space
+    if not isinstance(space, gym.spaces.Box):
+        raise DataError(f"--env {name} has actions {space}; this script takes continuous ones (Box)")
     columns = {key: [] for key in COLUMNS}
     try:
         for episode in dataset.iterate_episodes():
@@ -730,9 +755,6 @@ def load_dataset(name: str) -> dict[str, np.ndarray]:
         data = {key: np.concatenate(columns.pop(key)) for key in list(columns)} | stored_scores(dataset)
     except Exception as error:  # a damaged HDF5 file raises nearly anything
         raise DataError(f"--env {name} is damaged: {error}") from error
-    space = dataset.action_space
-    if not isinstance(space, gym.spaces.Box):
-        raise DataError(f"--env {name} has actions {space}; this script takes continuous ones (Box)")
     return data | {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
 
 
@@ -747,8 +769,10 @@ def check_dataset(data: dict[str, np.ndarray], name: str) -> None:
         n_axes = 2 if key in ("observations", "actions", "next_observations") else 1
         if data[key].ndim != n_axes or len(data[key]) != n_transitions:
             raise DataError(f"--env {name}: {key} have shape {data[key].shape}, rewards {n_transitions} rows")
-        if not np.isfinite(data[key]).all():
-            raise DataError(f"--env {name}: {key} hold NaN or infinity")
+        if 0 in data[key].shape:
+            raise DataError(f"--env {name}: {key} have no columns")
+        if not (np.abs(data[key]) < 1e15).all():
+            raise DataError(f"--env {name}: {key} hold NaN, infinity or numbers beyond 1e15")
     if data["observations"].shape != data["next_observations"].shape:
         raise DataError(f"--env {name}: observations and next_observations differ in size")
 
@@ -827,18 +851,29 @@ REFERENCE_SCORES = {
     "carla-town": (-114.81579500772153, 2440.1772022247314),
     "minigrid-fourrooms": (0.01442, 2.89685),
 }
-# The Gymnasium environment of the same observations, and D4RL's steps an episode. D4RL's mazes have other coordinates
-# than Gymnasium-Robotics', and its kitchen other observations.
+# The Gymnasium environment of the same observations. D4RL's mazes have other coordinates than Gymnasium-Robotics', and
+# its kitchen other observations.
 D4RL_ENVIRONMENTS = {
-    "halfcheetah": ("HalfCheetah-v5", 1000),
-    "hopper": ("Hopper-v5", 1000),
-    "walker2d": ("Walker2d-v4", 1000),  # v5 changed the friction of a foot
-    "ant": ("Ant-v4", 1000),  # v5 observes contact forces
-    "pen": ("AdroitHandPen-v1", 100),
-    "hammer": ("AdroitHandHammer-v1", 200),
-    "door": ("AdroitHandDoor-v1", 200),
-    "relocate": ("AdroitHandRelocate-v1", 200),
+    "halfcheetah": "HalfCheetah-v5",
+    "hopper": "Hopper-v5",
+    "walker2d": "Walker2d-v4",  # v5 changed the friction of a foot
+    "ant": "Ant-v4",  # v5 observes contact forces
+    "pen": "AdroitHandPen-v1",
+    "hammer": "AdroitHandHammer-v1",
+    "door": "AdroitHandDoor-v1",
+    "relocate": "AdroitHandRelocate-v1",
 }
+# D4RL's longest episodes, by the start of a name; 1000 steps elsewhere.
+D4RL_STEPS = {
+    "pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280, "antmaze-umaze": 700, "maze2d-open": 150,
+    "maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "minigrid": 50, "flow-ring": 500,
+    "flow-merge": 750, "carla-lane": 250,
+}  # fmt: skip
+
+
+def d4rl_steps(name: str) -> int:
+    task = name.replace("bullet-", "").replace("eval-", "") if name in d4rl_files() else ""
+    return next((steps for start, steps in D4RL_STEPS.items() if task.startswith(start)), 1000)
 
 
 def make_environments(config: Any) -> list[gym.Env]:
@@ -850,7 +885,7 @@ def make_environments(config: Any) -> list[gym.Env]:
         if is_file(config.env) or task not in D4RL_ENVIRONMENTS:
             print(f"{config.env} has no environment in Gymnasium: no evaluation (--eval_env names one)")
             return []
-        name, arguments["max_episode_steps"] = D4RL_ENVIRONMENTS[task]
+        name, arguments["max_episode_steps"] = D4RL_ENVIRONMENTS[task], d4rl_steps(config.env)
     elif name is None:
         dataset = open_minari(config.env)
         spec = dataset._eval_env_spec or dataset.env_spec
@@ -871,6 +906,9 @@ def make_environments(config: Any) -> list[gym.Env]:
         with warnings.catch_warnings(action="ignore"):  # that there are later versions
             return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
     except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
+        if config.eval_env is None:
+            message = f"--env {config.env}: its environment {name} cannot be made ({error})"
+            raise DataError(f"{message}; --eval_env names another, --eval_env none trains without") from error
         raise ConfigError(f"--eval_env {name} cannot be made: {error}") from error
 
 
@@ -887,7 +925,7 @@ class Task(NamedTuple):
 
 def reference_scores(name: str, envs: list[gym.Env], data: dict[str, np.ndarray]) -> Optional[tuple[float, float]]:
     """By D4RL name, else by environment, else the dataset's."""
-    tasks = {environment.split("-")[0]: task for task, (environment, _) in D4RL_ENVIRONMENTS.items()}
+    tasks = {environment.split("-")[0]: task for task, environment in D4RL_ENVIRONMENTS.items()}
     tasks |= {"FrankaKitchen": "kitchen", "AntMaze": "antmaze"}
     task = d4rl_task(name) or tasks.get(envs[0].spec.id.replace("_", "-").split("-")[0] if envs else "")
     reference = REFERENCE_SCORES.get(task, data.get("reference_scores"))
@@ -925,6 +963,8 @@ def rollout(
         running = dict(zip(range(first, config.n_episodes), task.envs))
         observations = {i: flatten(env.reset(seed=config.eval_seed + i)[0]) for i, env in running.items()}
         starts.extend(observations.values())
+        if not np.isfinite(starts).all():
+            raise ValueError("an episode starts at NaN or infinity")
         while observations:
             if stop():
                 return None
@@ -933,8 +973,9 @@ def rollout(
                 space = running[i].action_space
                 action = action.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
                 observation, reward, terminated, truncated, info = running[i].step(action)
-                if not math.isfinite(reward):
-                    raise ValueError(f"the reward is {reward} at step {result['length'][i] + 1:.0f} of episode {i}")
+                observations[i] = flatten(observation)
+                if not (math.isfinite(reward + result["return"][i]) and np.isfinite(observations[i]).all()):
+                    raise ValueError(f"NaN or infinity at step {result['length'][i] + 1:.0f} of episode {i}")
                 trained_on = reward * task.transform[0] + task.transform[1]
                 result["discounted_return"][i] += config.discount ** result["length"][i] * trained_on
                 result["return"][i] += reward
@@ -942,7 +983,6 @@ def rollout(
                 for key in ("success", "is_success", "goal_achieved"):
                     if key in info:
                         result["success"][i] = np.fmax(result["success"][i], float(info[key]))
-                observations[i] = flatten(observation)
                 if terminated or truncated:
                     del observations[i]
     if not np.isnan(result["success"]).all():  # some environments report nothing but a success
@@ -969,6 +1009,15 @@ def evaluate(
     means = {f"eval_{name}": float(x.mean()) for name, x in episodes.items() if not np.isnan(x).all()}
     row |= means | {"eval_return_std": float(episodes["return"].std())}
     return row | {"d4rl_normalized_score": task.score(row["eval_return"])}
+
+
+def try_evaluate(step: int, config: Any, task: Task, *arguments: Callable) -> Optional[dict[str, Optional[float]]]:
+    """`evaluate`, or its empty columns and a warning where the simulator fails."""
+    try:
+        return evaluate(config, task, *arguments)
+    except Exception as error:
+        tqdm.write(f"warning: no evaluation at update {step:,}: {error!r}", file=sys.stderr)
+        return evaluate(config, Task([]), *arguments)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -1001,7 +1050,7 @@ def load(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         policy = content.get("policy", content)
-        policy["sizes"], policy["weights"]
+        policy["sizes"], policy["weights"]["observation_mean"].shape, policy["weights"]["observation_std"].shape
         return content
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
@@ -1040,7 +1089,8 @@ class Means:
 def check_convergence(metrics: dict[str, float], step: int, value_limit: float) -> None:
     """Raises DivergenceError for what is no finite number, and for mean values beyond value_limit."""
     for name, value in metrics.items():
-        if not abs(value) <= (value_limit if name.startswith("average_") else sys.float_info.max):
+        limited = name.startswith(("average_", "eval_predicted"))
+        if not abs(value) <= (value_limit if limited else sys.float_info.max):
             raise DivergenceError(
                 f"training diverged: {name} is {value:.4g} at update {step:,}; rows and checkpoint are as they were "
                 "before; try another run with smaller learning rates or a larger cql_alpha"
@@ -1056,19 +1106,55 @@ class RunFolder:
         self.path = root / (config.run_id or f"{name}-{os.urandom(4).hex()}")
         while not config.run_id and os.path.exists(self.path):
             self.path = root / f"{name}-{os.urandom(4).hex()}"
-        self.rows, self.checkpoint = [], None
-        if os.path.exists(self.path / "config.yaml"):
-            self.check_same(config)
-        if os.path.exists(self.path / "metrics.csv"):
-            self.rows = list(csv.DictReader((self.path / "metrics.csv").read_text().splitlines()))
-        if os.path.exists(self.path / "checkpoint.pt"):
-            self.checkpoint = load(self.path / "checkpoint.pt", config.device)
+        self.rows, self.checkpoint, self.written = [], None, self.last_written()
+        try:
+            if os.path.exists(self.path / "config.yaml"):
+                self.check_same(config)
+            elif self.written:
+                raise ValueError("it lacks config.yaml")
+            if os.path.exists(self.path / "metrics.csv"):
+                self.rows = list(csv.DictReader((self.path / "metrics.csv").read_text().splitlines()))
+                [float(value) for row in self.rows for value in (row["step"], *row.values()) if value != ""]
+            if os.path.exists(self.path / "checkpoint.pt"):
+                self.checkpoint = load(self.path / "checkpoint.pt", config.device)
+                self.checkpoint["agent"], self.checkpoint["means"], self.checkpoint["random"]
+        except DataError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+            raise DataError(f"{self.path} holds a damaged run ({error}); give another --run_id") from error
+
+    def last_written(self) -> list[int]:
+        paths = [self.path / name for name in ("metrics.csv", "checkpoint.pt")]
+        return [path.stat().st_mtime_ns for path in paths if os.path.exists(path)]
+
+    def open(self, config: Any) -> None:
+        """Stores the configuration, and keeps other processes out until `close` or the process's end."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.handle = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{self.path} is in use by another process; give another --run_id") from error
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be made ({error.strerror}); give another --checkpoints_path"
+            ) from error
+        try:
+            if self.last_written() != self.written:
+                raise DataError(f"another process wrote to {self.path} just now; start again")
+            save(self.path / "config.yaml", pyrallis.dump(config))
+        except DataError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self.handle)
 
     def check_same(self, config: Any) -> None:
         """A resumed run keeps its configuration, except for a later end and what cannot change its result."""
         old, new = read_yaml(self.path / "config.yaml"), yaml.safe_load(pyrallis.dump(config))
         free = {"device", "n_episodes", "project", "group", "name", "run_id", "checkpoints_path"}
-        if new["max_timesteps"] >= old.get("max_timesteps", math.inf):
+        if new["max_timesteps"] >= (old["max_timesteps"] or math.inf):
             free.add("max_timesteps")
         changed = [f"{key} was {old.get(key)}, is {new[key]}" for key in new.keys() - free if old.get(key) != new[key]]
         if changed:
@@ -1078,11 +1164,11 @@ class RunFolder:
         """Appends to metrics.csv; the rows that stand in it stay as they are."""
         row, text = {key: "" if value is None else str(value) for key, value in row.items()}, io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(self.rows[0] if self.rows else row), lineterminator="\n")
-        if not self.rows:
-            writer.writeheader()
-        writer.writerow(row)
-        path = self.path / "metrics.csv"
-        save(path, (path.read_text() if self.rows else "") + text.getvalue())
+        if unknown := row.keys() - set(writer.fieldnames):
+            raise DataError(f"{self.path}/metrics.csv lacks {', '.join(sorted(unknown))}; give another --run_id")
+        writer.writeheader()
+        writer.writerows([*self.rows, row])
+        save(self.path / "metrics.csv", text.getvalue())
         self.rows.append(row)
 
     @property
@@ -1145,7 +1231,10 @@ def prepare_data(
         if not isinstance(env.action_space, gym.spaces.Box):
             raise DataError(f"{env.spec.id} has actions {env.action_space}; this script takes continuous ones (Box)")
         low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
-        env_sizes = {"observations": flatten(env.observation_space.sample()).size, "actions": low.size}
+        try:
+            env_sizes = {"observations": flatten(env.observation_space.sample()).size, "actions": low.size}
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{env.spec.id} has observations {env.observation_space}, which are no numbers") from error
         if sizes != env_sizes:
             raise DataError(
                 f"--env {config.env} has sizes {sizes}, but {env.spec.id} {env_sizes}: name another --eval_env"
@@ -1207,10 +1296,15 @@ def evaluate_stored(config: Any) -> dict[str, Any]:
         row = evaluate(config, task, policy, value=lambda starts: np.full(len(starts), np.nan))
     except Exception as error:  # of the networks, or of the environment
         raise DataError(f"--load_model {config.load_model} does not fit {envs[0].spec.id}: {error}") from error
-    save(folder.path / "config.yaml", pyrallis.dump(config))
+    folder.open(config)
     folder.add_row({"step": 0, **row, "eval_discounted_return": None})  # the rewards that it trained on are not known
+    folder.close()
     print(f"{describe(folder.last_row)} over {config.n_episodes} episodes, in {folder.path}")
     return folder.last_row
+
+
+def evaluates(config: Any, step: int) -> bool:
+    return step % config.eval_freq == 0 or step == config.max_timesteps
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -1220,7 +1314,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     if config.max_timesteps == 0:
         return evaluate_stored(config)
-    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     folder = RunFolder(config)
     if folder.checkpoint and folder.last_row["step"] == folder.checkpoint["agent"]["n_updates"] == config.max_timesteps:
         print(f"{folder.path} is complete: {describe(folder.last_row)}")
@@ -1243,19 +1336,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if start:
         try:
             agent.restore(start["agent"])
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"--load_model {config.load_model} has networks of other sizes than this run") from error
+            if folder.checkpoint:
+                vars(means).update(start["means"])
+                if len(start["random"]) == len(rng.get_rng_state()):  # else it was on the other kind of device
+                    rng.set_rng_state(start["random"].cpu())
+        except Exception as error:  # of other networks, or of a damaged file
+            source = folder.path / "checkpoint.pt" if folder.checkpoint else f"--load_model {config.load_model}"
+            raise DataError(f"{source} does not fit this run, or is damaged: {error!r}"[:300]) from error
     agent.actor.load_state_dict(scaling, strict=False)
-    if folder.checkpoint:
-        vars(means).update(start["means"])
-        if len(start["random"]) == len(rng.get_rng_state()):  # else it was on the other kind of device
-            rng.set_rng_state(start["random"].cpu())
-    else:
-        agent.n_updates = 0
+    agent.n_updates = agent.n_updates if folder.checkpoint else 0
 
     def read_means(*since: Any) -> dict[str, float]:
         averages = means.read(*since)
-        check_convergence(averages, agent.n_updates, task.value_limit)
+        norm = nn.utils.get_total_norm(agent.parameters()).item()
+        check_convergence(averages | {"the norm of all weights": norm}, agent.n_updates, task.value_limit)
         return averages
 
     def save_checkpoint() -> None:
@@ -1264,9 +1358,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         save(folder.path / "policy.pt", policy)
         save(folder.path / "checkpoint.pt", state)
 
-    def due(step: int) -> bool:
-        return step % config.eval_freq == 0 or step == config.max_timesteps
-
     def record(step: int) -> None:
         """Evaluates and writes row, policy and checkpoint, unless a signal comes in between."""
         nonlocal means, window
@@ -1274,14 +1365,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         averages = read_means()  # waits for the device
         means.seconds += time.perf_counter() - started
         if folder.last_row["step"] < step:  # else the row was written just before a kill
-            acting = (agent.actor.act, agent.start_values, lambda: bool(received))
-            try:
-                row = evaluate(config, task, *acting)
-            except Exception as error:  # of the simulator
-                progress.write(f"warning: no evaluation at update {step:,}: {error!r}", file=sys.stderr)
-                row = evaluate(config, Task([]), *acting)
+            row = try_evaluate(step, config, task, agent.actor.act, agent.start_values, lambda: bool(received))
             if row is None:
                 return
+            check_convergence({"eval_predicted_value": row["eval_predicted_value"] or 0.0}, step, task.value_limit)
             row["updates_per_second"] = means.count / means.seconds
             row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
             folder.add_row({"step": step} | row | averages)
@@ -1291,14 +1378,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         means, window = Means(), (0.0, 0)
         save_checkpoint()
 
-    save(folder.path / "config.yaml", pyrallis.dump(config))
+    folder.open(config)
     run, window = start_wandb(config, folder.path), (0.0, 0)  # window: total and count at the last record of W&B
     progress = tqdm(total=config.max_timesteps, initial=agent.n_updates, unit="update", disable=None)
+    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     try:
         with catch_signals() as received, progress:
             while True:
                 step = agent.n_updates
-                if means.count and due(step):
+                if means.count and evaluates(config, step):
                     record(step)
                 if received:
                     if means.count:
@@ -1316,14 +1404,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 means.seconds += time.perf_counter() - started
                 progress.update()
                 # W&B takes a step once: what is known before an evaluation must wait for it, lest a signal parts them.
-                if agent.n_updates % config.log_interval == 0 and not due(agent.n_updates):
+                if agent.n_updates % config.log_interval == 0 and not evaluates(config, agent.n_updates):
                     log_wandb(run, read_means(*window), agent.n_updates)
                     window = (means.total, means.count)
     finally:
+        torch.set_flush_denormal(False)
+        folder.close()
         with contextlib.suppress(Exception):  # W&B's failures are not the run's
             run.finish(exit_code=int(folder.last_row["step"] < config.max_timesteps))
         for env in envs:
-            env.close()
+            with contextlib.suppress(Exception):
+                env.close()
     print(f"{describe(folder.last_row)} after {config.max_timesteps:,} updates, in {folder.path}")
     return folder.last_row
 
@@ -1334,5 +1425,11 @@ if __name__ == "__main__":
     except DataError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        advice = "not enough memory: a smaller --batch_size, --hidden_dim or --cql_n_actions helps"
+        print(f"{Path(__file__).name}: {advice}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
