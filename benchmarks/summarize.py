@@ -54,7 +54,7 @@ def main() -> None:
         print(f"| {dataset} | {method} | {len(runs)} | {last['step'][0]:,.0f} | {' | '.join(cells)} |")
 
     datasets = sorted({dataset for dataset, _ in groups})
-    _, axes = plt.subplots(1, len(datasets), figsize=(5 * len(datasets), 3.5), sharey=True, squeeze=False)
+    _, axes = plt.subplots(1, len(datasets), figsize=(5 * len(datasets), 3.5), squeeze=False)
     for axis, dataset in zip(axes[0], datasets):
         for method in (method for name, method in groups if name == dataset):
             steps, returns = (column(groups[dataset, method], name) for name in ("step", "eval_return"))
