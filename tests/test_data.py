@@ -1,11 +1,13 @@
 """What a script makes of data: episodes, ends, scaling, held-out episodes, and data that it must refuse."""
 
 import copy
+import gc
 import itertools
 import json
 import math
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import gymnasium as gym
@@ -581,3 +583,42 @@ def test_damaged_bytes_are_refused_or_read_as_numbers(file, script, prepare, new
         else:
             assert all(np.isfinite(data[key]).all() for key in script.COLUMNS)
     assert refused > 10
+
+
+@pytest.mark.parametrize("layout", ["D4RL", "D4RL without next observations", "Minari"])
+def test_loading_needs_less_than_twice_the_data(layout, script, tiny, new_dataset, tmp_path):
+    n, rng = 50_000, np.random.default_rng(0)
+    columns = {
+        "observations": rng.standard_normal((n, 20), dtype=np.float32),
+        "actions": rng.uniform(-1, 1, (n, 4)).astype(np.float32),
+        "rewards": rng.standard_normal(n, dtype=np.float32),
+    }
+    name = str(tmp_path / "large.hdf5")
+    if layout == "Minari":
+        space = gym.spaces.Box(-np.inf, np.inf, (20,), np.float32)
+        ends = {"terminations": np.arange(1000) == 999, "truncations": np.zeros(1000, bool)}
+        episodes = [
+            EpisodeBuffer(observations=columns["observations"][i : i + 1001], actions=columns["actions"][i : i + 1000],
+                          rewards=columns["rewards"][i : i + 1000], **ends)
+            for i in range(0, n - 1000, 1000)
+        ]  # fmt: skip
+        actions = gym.spaces.Box(-1, 1, (4,), np.float32)
+        name = new_dataset(episodes, observation_space=space, action_space=actions)
+        del episodes
+    else:
+        with h5py.File(name, "w") as file:
+            for key, column in columns.items():
+                file[key] = column
+            if layout == "D4RL":
+                file["next_observations"] = columns["observations"]
+            file["terminals"] = file["timeouts"] = np.arange(n) % 1000 == 999
+    size = 4 * n * (2 * 20 + 4 + 2)
+    del columns
+    gc.collect()
+    tracemalloc.start()
+    try:
+        data, *_ = script.prepare_data(tiny(env=name, eval_env="none"), [], None)
+        buffer = script.ReplayBuffer(data, "cpu")
+        assert tracemalloc.get_traced_memory()[1] < 2 * size and len(buffer.columns[0]) > 0.9 * n
+    finally:
+        tracemalloc.stop()

@@ -1,5 +1,6 @@
 """Each loss of the script against numbers worked out by hand, integrals, or the same formulas written as slow loops."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -162,7 +163,9 @@ def test_estimator_approaches_the_log_integral(temperature):
         states = torch.tensor([-1.0, 0.0, 2.0]).repeat(30_000 // n).unsqueeze(1)
         batch = make_batch(1, 1, len(states))._replace(observations=states)
         mean = torch.tensor([[0.4], [-0.6]]).repeat_interleave(len(states), dim=0)
-        _, proposals, log_prob = agent.propose(batch, mean, torch.full_like(mean, 0.1))
+        _, proposals, log_prob = agent.propose(
+            batch, mean, torch.full_like(mean, 0.1), agent.draw_noise(len(batch.rewards))
+        )
         _, gap, metrics = agent.critic_loss(batch, batch.rewards, proposals, log_prob)
         log_mean = gap[0] + metrics["average_qf1"] - temperature * math.log(3 * n)
         errors.append((log_mean - truth.mean()).item() / max(1, temperature))
@@ -278,7 +281,7 @@ def test_proposals_are_constants_in_the_order_random_next_current():
     agent, batch = make_agent(1, A, cql_n_actions=4000, cql_max_target_backup=True, discount=0.5), make_batch(1, A, 1)
     mean = torch.tensor([[0.5, -0.5], [-0.2, 0.7]], requires_grad=True)  # at s, at s'
     log_std = torch.tensor([[-0.5, -1.0], [0.1, -0.3]], requires_grad=True)
-    target, proposals, log_prob = agent.propose(batch, mean, log_std)
+    target, proposals, log_prob = agent.propose(batch, mean, log_std, agent.draw_noise(len(batch.rewards)))
     assert proposals.shape == (1, 12000, A) and log_prob.shape == (1, 12000)
     assert not (target.requires_grad or proposals.requires_grad or log_prob.requires_grad)
     random, following, current = proposals[0].chunk(3)
@@ -297,7 +300,9 @@ def test_target_is_of_one_sample_of_the_policy():
     """Neither its mean nor the best of the proposals, unless cql_max_target_backup asks for that."""
     agent, batch = make_agent(1, 1, discount=0.5, cql_n_actions=3), make_batch(1, 1, 1)
     agent.target_critic = Formulas(lambda s, a: a, lambda s, a: a)
-    target, proposals, _ = agent.propose(batch, torch.zeros(2, 1), torch.zeros(2, 1))
+    target, proposals, _ = agent.propose(
+        batch, torch.zeros(2, 1), torch.zeros(2, 1), agent.draw_noise(len(batch.rewards))
+    )
     assert close((target - batch.rewards) / 0.5, proposals[:, 3, 0])
 
 
@@ -312,13 +317,11 @@ def test_without_the_penalty_the_critics_are_those_of_sac():
     """No proposals are drawn, and the loss is the mean squared error to the target alone."""
     agent, batch = make_agent(cql_alpha=0.0), make_batch()
     mean, log_std = torch.zeros(2, 2 * B, A)
-    torch.manual_seed(1)
-    target, proposals, log_prob = agent.propose(batch, mean, log_std)
+    noise = agent.draw_noise(B)
+    assert [x.numel() for x in noise] == [2 * B * A, 0, B * A, 0]
+    target, proposals, log_prob = agent.propose(batch, mean, log_std, noise)
     assert proposals.shape == (B, 0, A) and log_prob.shape == (B, 0)
-    state = torch.get_rng_state()
-    torch.manual_seed(1)
-    next_actions, _ = cql.sample_actions(mean, log_std, 1)
-    assert torch.equal(state, torch.get_rng_state())
+    next_actions, _ = cql.sample_actions(mean, log_std, noise.next_and_current)
     next_q = agent.target_critic(batch.next_observations, next_actions[B:]).squeeze(-1).min(dim=0).values
     assert close(target, batch.rewards + 0.99 * (1 - batch.terminals) * next_q)
     loss, gap, metrics = agent.critic_loss(batch, target, proposals, log_prob)
@@ -349,7 +352,10 @@ def test_multiplier_grows_while_the_gap_is_above_its_target(gap, alpha_prime):
     loss = agent.alpha_prime_loss(torch.tensor([gap + 1, gap - 1]))
     assert close(torch.autograd.grad(loss, agent.log_alpha_prime)[0], -10 * (gap - 5))
     for _ in range(2000):
-        agent.descend("alpha_prime", agent.alpha_prime_loss(torch.tensor([gap + 1, gap - 1])))
+        agent.step(
+            "alpha_prime",
+            torch.autograd.grad(agent.alpha_prime_loss(torch.tensor([gap + 1, gap - 1])), [agent.log_alpha_prime]),
+        )
     assert abs(agent.log_alpha_prime.exp() - alpha_prime) < 0.01
 
 
@@ -367,7 +373,7 @@ def test_multiplier_stays_below_a_million_and_comes_down_again(target, change):
 
 def test_density_is_exact():
     mean, log_std = torch.randn(4, 3), torch.randn(4, 3).clamp(-1, 1)
-    actions, log_prob = cql.sample_actions(mean, log_std, 6)
+    actions, log_prob = cql.sample_actions(mean, log_std, torch.randn(len(mean), 6, mean.shape[1]))
     density = TransformedDistribution(Normal(mean[:, None], log_std.exp()[:, None]), TanhTransform())
     assert actions.shape == (4, 6, 3) and close(log_prob, density.log_prob(actions).sum(-1), 1e-6)
 
@@ -392,7 +398,7 @@ def test_density_far_out(z, log_jacobian):
 
 def test_samples_carry_the_gradient_of_the_policy():
     mean, log_std = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
-    actions, _ = cql.sample_actions(mean, log_std, 1)
+    actions, _ = cql.sample_actions(mean, log_std, torch.randn(len(mean), 1, mean.shape[1]))
     gradients = torch.autograd.grad(actions.sum(), (mean, log_std))
     slope = (1 - actions**2).squeeze()
     assert close(gradients[0], slope) and close(gradients[1], slope * actions.atanh().squeeze())
@@ -474,7 +480,7 @@ def test_entropy_coefficient_rises_while_entropy_is_below_minus_a():
     for log_prob, gradient in ((2.5, -0.5), (1.5, 0.5), (2.0, 0.0)):
         loss = agent.alpha_loss(torch.tensor([log_prob - 1, log_prob + 1], requires_grad=True))
         assert torch.autograd.grad(loss, agent.log_alpha) == (gradient,)
-    agent.descend("alpha", agent.alpha_loss(torch.tensor([2.5])))
+    agent.step("alpha", torch.autograd.grad(agent.alpha_loss(torch.tensor([2.5])), [agent.log_alpha]))
     assert close(agent.alpha, math.exp(0.01)) and not agent.alpha.requires_grad
 
 
@@ -586,7 +592,11 @@ def test_holdout_metrics_leave_training_as_it_was():
     assert first == second and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, parameters[name]) for name, value in agent.state_dict().items())
     torch.manual_seed(agent.config.eval_seed)
-    proposed = agent.propose(batch, *agent.actor(torch.cat([batch.observations, batch.next_observations])))
+    proposed = agent.propose(
+        batch,
+        *agent.actor(torch.cat([batch.observations, batch.next_observations])),
+        agent.draw_noise(len(batch.rewards)),
+    )
     q = agent.critic(batch.observations, batch.actions.unsqueeze(1)).squeeze(-1)
     assert first == pytest.approx(
         {
@@ -712,7 +722,8 @@ ACTS = {
     "policy_lr": (1e-3, {}), "qf_lr": (1e-3, {}), "soft_target_update_rate": (0.1, {}),
     "target_update_period": (2, {}), "alpha_multiplier": (2.0, {}), "use_automatic_entropy_tuning": (False, {}),
     "backup_entropy": (True, {}), "bc_steps": (1, {}), "cql_alpha": (1.0, {}), "cql_n_actions": (3, {}),
-    "cql_importance_sample": (False, {}), "cql_temp": (2.0, {}), "cql_max_target_backup": (True, {}),
+    "cql_backprop_actions": (2, {}), "cql_importance_sample": (False, {}), "cql_temp": (2.0, {}),
+    "cql_max_target_backup": (True, {}),
     "cql_clip_diff_min": (3.0, {}), "cql_clip_diff_max": (3.0, {}), "cql_lagrange": (True, {}),
     "cql_target_action_gap": (5.0, {"cql_lagrange": True}),
 }  # fmt: skip
@@ -733,3 +744,168 @@ def test_every_option_changes_what_is_learned(name):
     assert usual.keys() != changed.keys() or any(
         usual[key].shape != changed[key].shape or (usual[key] != changed[key]).any() for key in usual
     )
+
+
+# The cheap gradient: through k actions, drawn by their soft-max weight.
+
+CHEAP = [{}, PLAIN, TUNED, {"cql_temp": 2.0}, {"cql_temp": 0.5} | PLAIN | TUNED, CLIPPED]
+
+
+def gradients(agent, batch, noise):
+    return {
+        name: torch.cat([x.flatten() for x in grads]) for name, grads in agent.gradients(batch, noise, False)[0].items()
+    }
+
+
+def cheap(k, **options):
+    """An agent that back-propagates through all actions, and its twin that does through k."""
+    agent, _ = updated(**options)
+    twin = make_agent(cql_backprop_actions=k, **options)
+    twin.load_state_dict(agent.state_dict())
+    return agent, twin
+
+
+@pytest.mark.parametrize("options", CHEAP, ids=str)
+def test_expected_gradient_is_that_through_all_actions(options):
+    """By enumeration: for one state, each action's gradient times its probability."""
+    agent, twin = cheap(1, **options)
+    for i in range(3):
+        torch.manual_seed(i)
+        batch, noise = make_batch(batch_size=1), agent.draw_noise(1)
+        mean, log_std = agent.actor(torch.cat([batch.observations, batch.next_observations]))
+        _, proposals, log_prob = agent.propose(batch, mean, log_std, noise)
+        actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)
+        scores = agent.critic(batch.observations, actions)[:, 0] / agent.config.cql_temp  # [E, 1 + 3N]
+        if agent.config.cql_importance_sample:
+            scores = scores[:, 1:] - log_prob
+        ends = scores.softmax(dim=1).cumsum(dim=1)
+        starts = ends - scores.softmax(dim=1)
+        expected = 0
+        for n in range(scores.shape[1]):
+            choice = ((starts + ends) / 2)[:, n].view(2, 1, 1)
+            found = twin.gradients(batch, noise._replace(choice=choice), False)[0]["critic"]
+            weight = (ends - starts)[:, n]  # of each critic; the first axis of its parameters
+            expected += torch.cat([(x * weight.view(2, *[1] * (x.dim() - 1))).flatten() for x in found])
+        assert close(expected, gradients(agent, batch, noise)["critic"])
+
+
+@pytest.mark.parametrize("options", CHEAP, ids=str)
+def test_losses_are_the_same_whatever_is_drawn(options):
+    agent, twin = cheap(2, **options)
+    batch, noise = make_batch(), twin.draw_noise(B)
+    (gradient, metrics), (other, cheap_metrics) = (x.gradients(batch, noise, False) for x in (agent, twin))
+    assert noise.choice.shape == (2, B, 2) and metrics.keys() == cheap_metrics.keys()
+    assert {key for key in metrics if not close(metrics[key], cheap_metrics[key])} == {"critic_grad_norm"}
+    for name in gradient.keys() - {"critic"}:
+        assert all(torch.equal(x, y) for x, y in zip(gradient[name], other[name]))
+
+
+def test_share_of_each_action_is_its_weight():
+    """Over many draws, at the borders of the cumulative weights too."""
+    agent = make_agent(cql_backprop_actions=1000)
+    agent.critic = Values([[[1.0, 5.0, 6.0, 7.0]] * 2, [[1.0, 3.0, 2.0, 1.0]] * 2])
+    agent.critic.forward = lambda observations, actions: (
+        agent.critic.values if actions.dim() == 3 else chosen.append(actions) or torch.zeros(actions.shape[:3])
+    )
+    chosen, proposals = [], torch.arange(3.0).view(1, 3, 1).expand(2, 3, A)
+    choice = torch.cat([torch.rand(2, 2, 998), torch.tensor([0.0, 1.0]).expand(2, 2, 2)], dim=2)
+    batch = make_batch(batch_size=2)
+    agent.critic_loss(batch, torch.zeros(2), proposals, torch.zeros(2, 3), choice)
+    drawn = chosen[0][:, :, 1:, 0]
+    assert torch.equal(chosen[0][:, :, 0], batch.actions.expand(2, -1, -1))
+    for e, values in enumerate(([5.0, 6.0, 7.0], [3.0, 2.0, 1.0])):
+        shares = torch.stack([(drawn[e] == i).double().mean() for i in range(3)])
+        assert close(shares, torch.tensor(values).softmax(dim=0), 0.05)
+
+
+# Precision and compilation.
+
+
+@pytest.mark.parametrize("options", [{}, {"cql_backprop_actions": 2}], ids=str)
+def test_bfloat16_is_of_the_hidden_products_alone(options):
+    torch.set_default_dtype(torch.float32)
+    agents = [make_agent(precision=precision, hidden_dim=64, **options) for precision in ("float32", "bfloat16")]
+    agents[1].load_state_dict(agents[0].state_dict())
+    batch = cql.Batch(*[x.float() for x in make_batch(batch_size=64)])
+    noise = agents[0].draw_noise(64)
+    (exact, metrics), (rounded, other) = (agent.gradients(batch, noise, False) for agent in agents)
+    assert all(x.dtype == torch.float32 for parts in rounded.values() for x in parts)
+    assert all(x.dtype == torch.float32 for x in (*other.values(), *agents[1].parameters()))
+    assert metrics["log_pi"] == other["log_pi"] and metrics["qf1_loss"] != other["qf1_loss"]
+    for key in ("qf1_loss", "cql_qf1_diff", "cql_q1_rand", "policy_loss"):
+        assert abs(metrics[key] - other[key]) < 0.02 * max(1, abs(metrics[key])), key
+    for name in ("critic", "actor"):
+        x, y = (torch.cat([part.flatten() for part in parts[name]]) for parts in (exact, rounded))
+        assert 0 < (x - y).norm() < 0.1 * x.norm()
+
+
+COMPILED = [{}, {"cql_backprop_actions": 2, "precision": "bfloat16", "cql_lagrange": True, "bc_steps": 1}]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+def test_compiled_gradients_are_the_same(options):
+    torch.set_default_dtype(torch.float32)
+    agent, batch = make_agent(**options), cql.Batch(*[x.float() for x in make_batch()])
+    data = {key: getattr(batch, key).numpy() for key in cql.COLUMNS[:5]}
+    twin = copy.deepcopy(agent)
+    config = cql.TrainConfig(**vars(agent.config) | {"compile": True, "batch_size": B})
+    state = torch.get_rng_state()
+    cql.Updates(config, agent, cql.ReplayBuffer(data, "cpu"), cql.Means())
+    assert torch.equal(state, torch.get_rng_state()) and agent.compute_gradients != agent.gradients
+    for _ in range(3):  # past the end of the warm start
+        torch.manual_seed(2)
+        metrics = agent.update(batch)
+        torch.manual_seed(2)
+        expected = twin.update(batch)
+        for name, value in expected.items():
+            assert close(metrics[name], value, 2e-2 if "precision" in options else 1e-4), name
+    for x, y in zip(agent.parameters(), twin.parameters()):
+        assert close(x, y, 2e-2 if "precision" in options else 1e-4)
+
+
+def test_without_a_compiler_updates_are_eager_after_one_warning(monkeypatch, capsys):
+    def missing(*_, **__):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    agent, batch = make_agent(compile=True, batch_size=B), make_batch()
+    data = {key: getattr(batch, key).numpy() for key in cql.COLUMNS[:5]}
+    cql.Updates(agent.config, agent, cql.ReplayBuffer(data, "cpu"), cql.Means())
+    assert agent.compute_gradients == agent.gradients
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no compiler" in err and "--compile" in err
+
+
+class Recording:
+    """A CUDA graph that a CPU can play: what `replay` does is counted."""
+
+    replays = 0
+
+    def replay(self):
+        Recording.replays += 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_updates_are_replayed_in_blocks_that_cross_no_evaluation(fails, monkeypatch, capsys):
+    config = cql.TrainConfig(device="cpu", eval_freq=25, log_interval=40, max_timesteps=60)
+    agent = make_agent()
+    agent.update = lambda batch: setattr(agent, "n_updates", agent.n_updates + 1) or {"loss": torch.tensor(1.0)}
+    data = {key: getattr(make_batch(), key).numpy() for key in cql.COLUMNS[:5]}
+    updates = cql.Updates(config, agent, cql.ReplayBuffer(data, "cpu"), cql.Means())
+    updates.record_at = 3
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext() if not fails else 1 / 0)
+    monkeypatch.setattr(Recording, "replays", 0)
+    stops = [0]
+    while agent.n_updates < 60:
+        done = updates()
+        stops.append(stops[-1] + done)
+        assert agent.n_updates == stops[-1] == updates.means.count
+    assert {25, 40, 50, 60} <= set(stops)
+    assert Recording.replays == (0 if fails else 5) and capsys.readouterr().err.count("warning") == fails
+    assert [b - a for a, b in zip(stops, stops[1:])].count(10) == (0 if fails else 5)
+
+
+def test_nothing_is_recorded_while_updates_differ():
+    assert make_agent(bc_steps=1).changing and make_agent(target_update_period=2).changing
+    assert not make_agent().changing and not updated(bc_steps=2)[0].changing

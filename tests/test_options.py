@@ -81,6 +81,7 @@ def test_options_of_corl_keep_name_type_and_default(script):
         ("--eval_env=None", None), ("--eval_env=none", "none"), ("--run_id=01234567", "01234567"),
         ("--run_id=1e5", "1e5"), ("--run_id=None", None), ("--run_id=true", "true"), ("--name=None", "None"),
         ("--name=null", "null"), ("--name=[a, b]", "[a, b]"), ("--name=a: b", "a: b"), ("--name= x ", " x "),
+        ("--compile=None", None), ("--compile=True", True), ("--compile=false", False),
         ("--name=-", "-"), ("--group=False", "False"), ("--load_model=", ""), ("--env=0x10", "0x10"),
     ],
 )  # fmt: skip
@@ -131,7 +132,8 @@ BAD_VALUES = [
     "alpha_multiplier=-1", "reward_scale=nan", "reward_scale=inf", "reward_bias=inf", "cql_clip_diff_min=nan",
     "cql_clip_diff_max=nan", "holdout_fraction=1", "holdout_fraction=-0.1", "policy_log_std_multiplier=nan",
     "policy_log_std_multiplier=-inf", "env=", "name=", "run_id=a/b", "run_id=..", "run_id=.", "device=gpu",
-    "device=meta", "device=cuda:99", "device=", "max_timesteps=0",
+    "precision=half", "compile=maybe", "cql_backprop_actions=-1", "device=meta", "device=cuda:99", "device=",
+    "max_timesteps=0",
 ]  # fmt: skip
 
 
@@ -213,7 +215,7 @@ TEXTS = st.one_of(
 def check_parsed(script, name, value, parsed):
     """The oracle: what the text `value` of an option means, by the type of its field."""
     kind = options_of(script)[name].type
-    if kind is bool:
+    if kind in (bool, Optional[bool]) and value not in ("None", "null"):
         assert parsed is {"true": True, "false": False}[value.lower()]
     elif kind in (int, float):
         assert type(parsed) is kind and parsed == float(value.replace(".inf", "inf")) and not math.isnan(parsed)
@@ -412,6 +414,8 @@ ACTS = {
         "run_id": ({}, "other"),
         "load_model": ({}, "checkpoint.pt"),
         "log_interval": ({}, 3),
+        "compile": ({}, True),
+        "precision": ({}, "bfloat16"),
         "buffer_size": ({}, 99),
         "batch_size": ({}, 33),
         "normalize": ({}, False),
@@ -435,6 +439,7 @@ ACTS = {
         "bc_steps": ({}, 4),
         "cql_alpha": ({}, 5.0),
         "cql_n_actions": ({}, 3),
+        "cql_backprop_actions": ({}, 1),
         "cql_importance_sample": ({}, False),
         "cql_temp": ({}, 0.5),
         "cql_max_target_backup": ({}, True),
@@ -495,6 +500,10 @@ def observe(script, tiny, tmp_path, monkeypatch):
     return observe
 
 
+def halved(gradients, metrics):
+    return {name: [x / 2 for x in values] for name, values in gradients.items()}, metrics
+
+
 def test_the_table_has_every_option():
     assert ACTS.keys() >= set(SCRIPTS)
 
@@ -505,10 +514,12 @@ def test_the_table_has_every_option_of_a_script(script):
 
 
 @pytest.mark.parametrize(("script", "option"), ACTING, indirect=["script"])
-def test_every_option_changes_something(option, script, observe, run, new_dataset, tmp_path):
+def test_every_option_changes_something(option, script, observe, run, new_dataset, tmp_path, monkeypatch):
     context, value = ACTS[script.__name__][option]
     if option == "env":
         new_dataset(record("Counter-v0", range(9)), env="Counter-v0")
+    if option == "compile":  # whose numbers may be the same: this compiler halves all gradients
+        monkeypatch.setattr(script.torch, "compile", lambda function, **_: lambda *x: halved(*function(*x)))
     if option == "load_model":
         value = str(run(run_id="earlier") / value)
     base, same = observe("base", **context), observe("again", **context)

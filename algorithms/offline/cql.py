@@ -34,7 +34,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, get_args
 
 # A thread that waits may spin only briefly: beside another busy process an update would take many times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -51,9 +51,6 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-MAX_DENSITY_ACTION = 0.999  # data actions are clipped to this before a log-density, which is infinite at 1
-MAX_LOG_ALPHA_PRIME = math.log(1e6)
-
 
 @dataclass
 class TrainConfig:
@@ -69,6 +66,8 @@ class TrainConfig:
     run_id: Optional[str] = None  # name of the run folder; the same name again resumes it (default: $WANDB_RUN_ID)
     load_model: str = ""  # checkpoint.pt to start from, or a policy.pt to evaluate; "" starts afresh
     log_interval: int = 1000  # updates between two W&B records
+    compile: Optional[bool] = None  # torch.compile the losses, and replay CUDA graphs; None: on a GPU only
+    precision: str = "float32"  # float32, tf32 (NVIDIA GPUs), or bfloat16: of the critics' matrix products
 
     buffer_size: int = 2_000_000  # most transitions that are accepted; memory follows the data
     batch_size: int = 256  # transitions a minibatch
@@ -96,6 +95,7 @@ class TrainConfig:
 
     cql_alpha: float = 10.0  # weight of the penalty; 0 is offline SAC
     cql_n_actions: int = 10  # actions sampled from each of the three proposals
+    cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all, exactly
     cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
     cql_temp: float = 1.0  # temperature T of T logsumexp(Q / T - log p)
     cql_max_target_backup: bool = False  # TD target: largest value of cql_n_actions next actions
@@ -161,22 +161,26 @@ class EnsembleCritic(nn.Module):
 
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
-        orthogonal_init: bool = True, n_critics: int = 2,
+        orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
     ):  # fmt: skip
+        """dtype: of the hidden layers' matrix products. The last layer's is the parameters': values need digits."""
         super().__init__()
+        self.dtype = dtype
         sizes = [observation_dim + action_dim] + [hidden_dim] * n_hidden_layers + [1]
         members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
         self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
         self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """N actions for each state: [B, O], [B, N, A] -> [E, B, N]."""
-        batch_size, n_actions, _ = actions.shape
-        x = torch.cat([observations.unsqueeze(1).expand(-1, n_actions, -1), actions], dim=-1).flatten(0, 1)
-        x = x.expand(len(self.weights[0]), -1, -1)  # [E, B N, O + A]
+        """N actions for each state: [B, O] and [B, N, A], or [E, B, N, A] with a critic's own actions -> [E, B, N]."""
+        *leading, n_actions, _ = actions.shape
+        observations = observations.unsqueeze(-2).expand(*leading, n_actions, -1)
+        x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
+        x = x.to(self.dtype or x.dtype).expand(len(self.weights[0]), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = torch.baddbmm(bias, x, weight).relu_()  # [E, B N, hidden]
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).view(-1, batch_size, n_actions)
+            x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype)).relu_()  # [E, B N, hidden]
+        q = torch.baddbmm(self.biases[-1], x.to(self.weights[-1].dtype), self.weights[-1])
+        return q.view(-1, leading[-1], n_actions)
 
 
 class Batch(NamedTuple):
@@ -185,6 +189,15 @@ class Batch(NamedTuple):
     rewards: Tensor  # [B]
     next_observations: Tensor  # [B, O]
     terminals: Tensor  # [B], 1 where the episode ended in a terminal state, 0 elsewhere and at time-outs
+
+
+class Noise(NamedTuple):
+    """An update's random numbers, drawn beforehand, so that compiled code sees the same ones."""
+
+    next_and_current: Tensor  # [2B, N, A], normal
+    random_actions: Tensor  # [B, N, A], uniform on [-1, 1]; N = 0 without penalty
+    policy: Tensor  # [B, 1, A], normal
+    choice: Tensor  # [E, B, cql_backprop_actions], uniform on [0, 1]
 
 
 def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
@@ -210,16 +223,18 @@ def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> 
     return (log_normal - log_jacobian).sum(dim=-1)
 
 
-def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """N actions for each state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
+def sample_actions(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """N actions for each state, by reparametrisation: [B, A], [B, N, A] -> actions [B, N, A], log-densities [B, N]."""
     mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
-    noise = torch.randn(mean.shape[0], n, mean.shape[2], dtype=mean.dtype, device=mean.device)
     pre_tanh = mean + log_std.exp() * noise  # [B, N, A]
     return pre_tanh.tanh(), tanh_gaussian_log_prob(pre_tanh, noise, log_std)
 
 
 class CQL(nn.Module):
-    """The agent: a loss a method, then `update`, the algorithm."""
+    """The agent: a loss a method, then `gradients` and `update`, the algorithm."""
+
+    max_density_action = 0.999  # data actions are clipped to this before a log-density, which is infinite at 1
+    max_log_alpha_prime = math.log(1e6)
 
     def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
         super().__init__()
@@ -228,20 +243,25 @@ class CQL(nn.Module):
         self.actor = TanhGaussianActor(
             *sizes, config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init
         )
-        self.critic = EnsembleCritic(*sizes, config.q_n_hidden_layers, config.orthogonal_init)
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+        self.critic = EnsembleCritic(*sizes, config.q_n_hidden_layers, config.orthogonal_init, dtype)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
         self.to(config.device)
+        on_gpu = self.log_alpha.is_cuda  # where steps are recorded in CUDA graphs
         learned = {
             "actor": (self.actor.parameters(), config.policy_lr),
             "alpha": ([self.log_alpha], config.policy_lr),
             "critic": (self.critic.parameters(), config.qf_lr),
             "alpha_prime": ([self.log_alpha_prime], config.qf_lr),
         }
-        self.optimizers = {name: torch.optim.Adam(x, lr=rate, fused=True) for name, (x, rate) in learned.items()}
+        self.optimizers = {
+            name: torch.optim.Adam(x, lr=rate, fused=True, capturable=on_gpu) for name, (x, rate) in learned.items()
+        }
         self.n_updates = 0
+        self.compute_gradients = self.gradients  # or compiled
 
     @property
     def alpha(self) -> Tensor:
@@ -268,7 +288,7 @@ class CQL(nn.Module):
 
     def cloning_loss(self, batch: Batch, mean: Tensor, log_std: Tensor, log_prob: Tensor) -> Tensor:
         """Warm start: E[alpha log pi(a|s) - log pi(a_data|s)], the likelihood of the data's own actions."""
-        pre_tanh = batch.actions.clamp(-MAX_DENSITY_ACTION, MAX_DENSITY_ACTION).atanh()
+        pre_tanh = batch.actions.clamp(-self.max_density_action, self.max_density_action).atanh()
         data_log_prob = tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)  # [B]
         return (self.alpha * log_prob - data_log_prob).mean()
 
@@ -282,7 +302,12 @@ class CQL(nn.Module):
         return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
 
     def critic_loss(
-        self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor
+        self,
+        batch: Batch,
+        td_target: Tensor,
+        proposals: Tensor,
+        proposal_log_prob: Tensor,
+        choice: Optional[Tensor] = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """TD loss plus alpha' cql_alpha (gap - target gap), where the gap is, for each state and clipped,
         T logsumexp_a(Q(s, a) / T - log p(a|s)) - Q(s, a_data), and the target gap is 0 without Lagrange.
@@ -292,23 +317,49 @@ class CQL(nn.Module):
         """
         config = self.config
         actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
-        q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
-        q_data, q_proposals = q[..., 0], q[..., 1:]
+        draw = config.cql_backprop_actions > 0 and choice is not None and choice.shape[-1] > 0
+        with torch.no_grad() if draw else contextlib.nullcontext():
+            q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
+            # Importance sampling estimates the log-integral over all actions; without it the data's action joins.
+            temperature, skipped = config.cql_temp, int(config.cql_importance_sample)
+            scores = q[..., skipped:] / temperature
+            if config.cql_importance_sample:
+                scores = scores - proposal_log_prob
+            state_gap = temperature * scores.logsumexp(dim=-1) - q[..., 0]  # [E, B]
+        q_data = q[..., 0]
+        if draw:
+            q_data, state_gap = self.redraw_gap(batch, actions[:, skipped:], scores, state_gap, choice)
+
         td_loss = (q_data - td_target).square().mean(dim=1)  # [E]
         metrics = per_critic("qf{}_loss", td_loss) | per_critic("average_qf{}", q_data.mean(dim=1))
         metrics["average_target_q"] = td_target.mean()
         if not proposals.shape[1]:
             return td_loss.sum(), torch.zeros_like(td_loss), metrics
-
-        # Importance sampling estimates the log-integral over all actions; without it the data's action joins the sum.
-        temperature, importance_sample = config.cql_temp, config.cql_importance_sample
-        scores = q_proposals / temperature - proposal_log_prob if importance_sample else q / temperature
-        state_gap = temperature * scores.logsumexp(dim=-1) - q_data  # [E, B]
         gap = state_gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(dim=1)  # [E]
         target_gap = config.cql_target_action_gap if config.cql_lagrange else 0.0
         penalty = self.penalty_weight * (gap - target_gap)  # [E]
         metrics |= per_critic("cql_qf{}_diff", gap) | per_critic("cql_min_qf{}_loss", penalty)
         return (td_loss + penalty).sum(), gap.detach(), metrics | self.penalty_metrics(q, scores, state_gap)
+
+    def redraw_gap(
+        self, batch: Batch, actions: Tensor, scores: Tensor, state_gap: Tensor, choice: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same gap with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
+        gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
+
+        actions [B, M, A], scores [E, B, M], state_gap [E, B], choice [E, B, k] -> Q of the data [E, B], gap [E, B].
+        """
+        cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, choice).clamp(max=scores.shape[-1] - 1)  # [E, B, k]
+        n_critics, _, k = choice.shape
+        actions = actions.expand(n_critics, -1, -1, -1).gather(
+            2, drawn.unsqueeze(-1).expand(-1, -1, -1, actions.shape[-1])
+        )
+        data_actions = batch.actions.unsqueeze(1).expand(n_critics, -1, -1, -1)
+        q = self.critic(batch.observations, torch.cat([data_actions, actions], dim=2))  # [E, B, 1 + k]
+        q_data, q_drawn = q[..., 0], q[..., 1:].mean(dim=-1)
+        estimate = q_drawn - q_data
+        return q_data, state_gap + (estimate - estimate.detach())
 
     @torch.no_grad()
     def penalty_metrics(self, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
@@ -332,68 +383,92 @@ class CQL(nn.Module):
         return -self.log_alpha_prime.exp() * self.config.cql_alpha * excess
 
     @torch.no_grad()
-    def propose(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_noise(self, batch_size: int) -> Noise:
+        config, action_dim = self.config, self.actor.sizes[1]
+        penalised = config.cql_alpha > 0
+        n = config.cql_n_actions if penalised or config.cql_max_target_backup else 1
+        like = {"dtype": self.log_alpha.dtype, "device": self.log_alpha.device}
+        normal = torch.randn(2 * batch_size, n, action_dim, **like)
+        uniform = torch.empty(batch_size, n * penalised, action_dim, **like).uniform_(-1, 1)
+        policy = torch.randn(batch_size, 1, action_dim, **like)
+        choice = torch.rand(2, batch_size, config.cql_backprop_actions * penalised, **like)
+        return Noise(normal, uniform, policy, choice)
+
+    @torch.no_grad()
+    def propose(self, batch: Batch, mean: Tensor, log_std: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
         """Samples actions; returns the TD target [B], and proposals [B, 3N, A] with their log-densities [B, 3N].
 
         mean and log_std [2B, A] are the actor's at the observations and at the next observations. The next actions
         serve twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors'
         code).
         """
-        config, batch_size, action_dim = self.config, *batch.actions.shape
-        penalised = config.cql_alpha > 0
-        n = config.cql_n_actions if penalised or config.cql_max_target_backup else 1
-        actions, log_prob = sample_actions(mean, log_std, n)
+        batch_size, action_dim = batch.actions.shape
+        actions, log_prob = sample_actions(mean, log_std, noise.next_and_current)
         current_actions, next_actions = actions.split(batch_size)
         current_log_prob, next_log_prob = log_prob.split(batch_size)
-        n_backup = n if config.cql_max_target_backup else 1
+        n_backup = None if self.config.cql_max_target_backup else 1
         td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
-        if not penalised:
+        if not noise.random_actions.shape[1]:
             return td_target, actions.new_empty(batch_size, 0, action_dim), log_prob.new_empty(batch_size, 0)
-        random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
         random_log_prob = torch.full_like(current_log_prob, -action_dim * math.log(2))
-        proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
+        proposals = torch.cat([noise.random_actions, next_actions, current_actions], dim=1)
         return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
 
-    def descend(self, name: str, loss: Tensor) -> Tensor:
-        """Step one optimiser down its loss, which reaches no other parameters. Returns the gradient's norm."""
-        parameters = self.optimizers[name].param_groups[0]["params"]
-        gradients = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
-        self.optimizers[name].step()
-        return nn.utils.get_total_norm(gradients)
-
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """All losses at the same parameters, then the steps: alpha, policy, critics, alpha', target critics."""
+    def gradients(
+        self, batch: Batch, noise: Noise, cloning: bool
+    ) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
+        """Gradients of all losses at the same parameters, by optimiser, and metrics. It changes nothing."""
         config, batch_size = self.config, len(batch.rewards)
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
-        td_target, proposals, proposal_log_prob = self.propose(batch, mean, log_std)
-        critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob)
+        td_target, proposals, proposal_log_prob = self.propose(batch, mean, log_std, noise)
+        critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob, noise.choice)
 
         mean, log_std = mean[:batch_size], log_std[:batch_size]  # [B, A], at the observations
-        actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
-        if self.n_updates < config.bc_steps:
+        actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, noise.policy))
+        if cloning:
             policy_loss = self.cloning_loss(batch, mean, log_std, log_prob)
         else:
             policy_loss = self.policy_loss(batch, actions, log_prob)
-        metrics |= {"policy_loss": policy_loss.detach(), "log_pi": log_prob.detach().mean(), "alpha": self.alpha}
+        metrics |= {"policy_loss": policy_loss, "log_pi": log_prob.mean(), "alpha": self.alpha}
 
+        losses = {"actor": policy_loss, "critic": critic_loss}
         if config.use_automatic_entropy_tuning:
-            metrics["alpha_loss"] = alpha_loss = self.alpha_loss(log_prob)
-            self.descend("alpha", alpha_loss)
-        # The policy's gradient needs the critics as they were: fused Adam would not report that it changed them.
-        metrics["policy_grad_norm"] = self.descend("actor", policy_loss)
-        metrics["critic_grad_norm"] = self.descend("critic", critic_loss)
+            metrics["alpha_loss"] = losses["alpha"] = self.alpha_loss(log_prob)
         if config.cql_lagrange:
-            metrics["alpha_prime"] = self.log_alpha_prime.detach().exp()
-            metrics["alpha_prime_loss"] = alpha_prime_loss = self.alpha_prime_loss(gap)
-            self.descend("alpha_prime", alpha_prime_loss)
-            self.log_alpha_prime.data.clamp_(max=MAX_LOG_ALPHA_PRIME)
+            metrics["alpha_prime"] = self.log_alpha_prime.exp()
+            metrics["alpha_prime_loss"] = losses["alpha_prime"] = self.alpha_prime_loss(gap)
+        # Each loss reaches the parameters of its own optimiser alone.
+        gradients = {
+            name: torch.autograd.grad(loss, self.optimizers[name].param_groups[0]["params"])
+            for name, loss in losses.items()
+        }
+        metrics["policy_grad_norm"] = nn.utils.get_total_norm(gradients["actor"])
+        metrics["critic_grad_norm"] = nn.utils.get_total_norm(gradients["critic"])
+        return gradients, {name: value.detach() for name, value in metrics.items()}
+
+    def step(self, name: str, gradients: tuple[Tensor, ...]) -> None:
+        """Step of one optimiser."""
+        for parameter, gradient in zip(self.optimizers[name].param_groups[0]["params"], gradients):
+            parameter.grad = gradient
+        self.optimizers[name].step()
+
+    @property
+    def changing(self) -> bool:
+        """Whether the next updates differ from each other, so that no recording stands for all of them."""
+        return self.n_updates < self.config.bc_steps or self.config.target_update_period > 1
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """A step of the policy, the critics, alpha and alpha', then of the target critics."""
+        noise = self.draw_noise(len(batch.rewards))
+        gradients, metrics = self.compute_gradients(batch, noise, self.n_updates < self.config.bc_steps)
+        for name, values in gradients.items():
+            self.step(name, values)
+        self.log_alpha_prime.data.clamp_(max=self.max_log_alpha_prime)
         self.n_updates += 1
-        if self.n_updates % config.target_update_period == 0:
+        if self.n_updates % self.config.target_update_period == 0:
             for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
-                target.lerp_(source.detach(), config.soft_target_update_rate)
-        return {name: value.detach() for name, value in metrics.items()}
+                target.lerp_(source.detach(), self.config.soft_target_update_rate)
+        return metrics
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
@@ -409,7 +484,8 @@ class CQL(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(self.config.eval_seed)
             mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
-            _, gap, metrics = self.critic_loss(batch, *self.propose(batch, mean, log_std))
+            noise = self.draw_noise(len(batch.rewards))
+            _, gap, metrics = self.critic_loss(batch, *self.propose(batch, mean, log_std, noise), noise.choice)
         td_error = (metrics["qf1_loss"] + metrics["qf2_loss"]) / 2
         q = (metrics["average_qf1"] + metrics["average_qf2"]) / 2
         return {"holdout_td_error": td_error.item(), "holdout_gap": gap.mean().item(), "holdout_q": q.item()}
@@ -422,9 +498,9 @@ class CQL(nn.Module):
     def restore(self, state: dict[str, Any]) -> None:
         self.load_state_dict(state["networks"])
         for name, optimizer in self.optimizers.items():
-            rate = optimizer.param_groups[0]["lr"]
+            own = {key: optimizer.param_groups[0][key] for key in ("lr", "capturable")}
             optimizer.load_state_dict(state["optimizers"][name])
-            optimizer.param_groups[0]["lr"] = rate  # the configuration's, not the checkpoint's
+            optimizer.param_groups[0] |= own  # the configuration's and the device's, not the checkpoint's
         self.n_updates = state["n_updates"]
 
 
@@ -457,8 +533,9 @@ class DivergenceError(DataError):
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 WANDB_SECONDS = 20  # that W&B may take to start, and to finish
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 RANGES = {
-    "max_timesteps bc_steps seed eval_seed policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
+    "max_timesteps bc_steps cql_backprop_actions seed eval_seed policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
     "eval_freq n_episodes batch_size buffer_size log_interval target_update_period cql_n_actions": (1, 1e12),
     "hidden_dim": (1, 1e5),
     "policy_n_hidden_layers q_n_hidden_layers": (1, 100),
@@ -489,19 +566,21 @@ def check_config(config: Any) -> None:
         known = torch.empty(0, device=config.device).device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):
         known = False
+    if options.get("precision", "float32") not in PRECISIONS:
+        raise ConfigError(f"--precision takes {', '.join(PRECISIONS)}, not {config.precision}")
     if not known:
         raise ConfigError(f"--device {config.device} cannot be used here; try --device cpu")
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
     """An option's value from the command line (text) or YAML (typed). Raises ConfigError where it is none."""
-    optional = kind == Optional[str]
+    kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
     # Others have none: a YAML list of few bytes, or a hexadecimal number, can have a text without end.
     plain = value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 10**300)
     text = str(value) if plain else f"a {type(value).__name__}"
     if optional and text in ("None", "null"):
         return None
-    if (kind is str or optional) and isinstance(value, str) and (value or name == "load_model") and "\0" not in value:
+    if kind is str and isinstance(value, str) and (value or name == "load_model") and "\0" not in value:
         return value
     if kind is bool and text in ("True", "true", "False", "false"):
         return text in ("True", "true")
@@ -510,7 +589,9 @@ def convert(name: str, value: Any, kind: Any) -> Any:
             number = int(text) if text.lstrip("+-").isdigit() else float(text.replace(".inf", "inf"))
             if number == kind(number):
                 return kind(number)
-    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "a text or None")
+    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}[
+        kind
+    ] + optional * " or None"
     raise ConfigError(f"--{name} takes {takes}, not {repr(value)[:200] if plain else text}")
 
 
@@ -711,9 +792,9 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
         return data
     # At a terminal the next row is another episode's; the state itself stands in, and no target uses its value.
     data["next_observations"] = data["observations"][np.where(terminals, rows, np.minimum(rows + 1, rows[-1:]))]
-    unknown = data["timeouts"]
-    ends_now = np.append(unknown[1:], False) & ~terminals  # the episode ends a row earlier than recorded
-    return {key: column[~unknown] for key, column in (data | {"timeouts": ends_now}).items()}
+    known = ~data["timeouts"]
+    data["timeouts"] = np.append(~known[1:], False) & ~terminals  # the episode ends a row earlier than recorded
+    return {key: data.pop(key)[known] for key in COLUMNS}  # one by one: memory never holds the data twice
 
 
 def load_dataset(name: str) -> dict[str, np.ndarray]:
@@ -793,28 +874,27 @@ def rescale_actions(actions: np.ndarray, low: np.ndarray, high: np.ndarray, name
     """From the box [low, high] to [-1, 1]. Raises DataError for actions outside by more than 1e-3 of the range."""
     if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
         raise DataError(f"--env {name}: actions need finite bounds, not {low} to {high}")
-    scaled = 2 * (actions.astype(np.float64) - low) / (high.astype(np.float64) - low) - 1
-    if np.abs(scaled).max() > 1 + 2e-3:
+    scaled = actions.astype(np.float64)
+    scaled -= low
+    scaled *= 2 / (high.astype(np.float64) - low)
+    scaled -= 1
+    if max(scaled.max(), -scaled.min()) > 1 + 2e-3:
         raise DataError(f"--env {name}: actions from {actions.min()} to {actions.max()} are outside {low} to {high}")
-    return scaled.clip(-1, 1).astype(np.float32)
+    return scaled.clip(-1, 1, out=scaled).astype(np.float32)
 
 
 class ReplayBuffer:
-    """All transitions in one table on the device, so that a minibatch is one gather."""
+    """All transitions, on the device; memory of the CPU is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        columns = [data[key] if data[key].ndim == 2 else data[key][:, None] for key in COLUMNS[:5]]
-        self.widths = [column.shape[1] for column in columns]
-        self.table = torch.empty(len(columns[0]), sum(self.widths), device=device)
-        for target, column in zip(self.table.split(self.widths, dim=1), columns):
-            target.copy_(torch.as_tensor(column))
+        self.columns = [torch.as_tensor(data[key], dtype=torch.float32, device=device) for key in COLUMNS[:5]]
 
     def sample(self, batch_size: int) -> Batch:
-        return self.rows(torch.randint(len(self.table), (batch_size,), device=self.table.device))
+        rewards = self.columns[2]
+        return self.rows(torch.randint(len(rewards), (batch_size,), device=rewards.device))
 
     def rows(self, indices: Tensor | slice) -> Batch:
-        observations, actions, rewards, next_observations, terminals = self.table[indices].split(self.widths, dim=1)
-        return Batch(observations, actions, rewards.squeeze(1), next_observations, terminals.squeeze(1))
+        return Batch(*[column[indices] for column in self.columns])
 
 
 # D4RL's returns of a random policy and of an expert, by task. Other data have those of their dataset, or none.
@@ -1075,15 +1155,90 @@ class Means:
     """Means of metrics since the last row, summed on the device so that no update waits for it."""
 
     def __init__(self):
-        self.names, self.total, self.count, self.seconds = [], 0.0, 0, 0.0
+        self.names, self.total, self.count, self.seconds, self.mark = [], None, 0, 0.0, (0.0, 0)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        self.names, self.total = list(metrics), self.total + torch.stack(list(metrics.values())).double()
-        self.count += 1
+        values = torch.stack(list(metrics.values())).double()
+        self.names, self.count = list(metrics), self.count + 1
+        if self.total is None:
+            self.total = torch.zeros_like(values)
+        self.total += values  # in place, as a CUDA graph needs it
 
-    def read(self, total_before: Any = 0.0, count_before: int = 0) -> dict[str, float]:
-        """Since the last row, or since an earlier (total, count)."""
-        return dict(zip(self.names, ((self.total - total_before) / (self.count - count_before)).tolist()))
+    def read(self, since_mark: bool = False) -> dict[str, float]:
+        """Since the last row, or since the last call of set_mark."""
+        total, count = self.mark if since_mark else (0.0, 0)
+        return dict(zip(self.names, ((self.total - total) / (self.count - count)).tolist()))
+
+    def set_mark(self) -> None:
+        self.mark = (self.total.clone(), self.count)
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.count, self.seconds, self.mark = 0, 0.0, (0.0, 0)
+
+
+def compiled(function: Callable, calls: list[tuple]) -> Callable:
+    """torch.compile of a function without effects, ready for such calls; the function itself where that fails."""
+    torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
+    try:
+        fast = torch.compile(function, fullgraph=True)
+        for arguments in calls:
+            fast(*arguments)
+        return fast
+    except Exception as error:  # no compiler, no Triton, a GPU that is too old
+        reason = str(error).strip().splitlines()[0]
+        print(f"warning: updates are not compiled, and slower ({reason}); --compile False says so", file=sys.stderr)
+        return function
+
+
+class Updates:
+    """Runs updates one by one or, on a GPU, many at a time as a CUDA graph: one launch for all their kernels."""
+
+    block = 10
+
+    def __init__(self, config: Any, agent: Any, buffer: ReplayBuffer, means: Means):
+        """Compiles the losses where the configuration says so, and leaves the random state as it was."""
+        self.config, self.agent, self.buffer, self.means = config, agent, buffer, means
+        on_gpu, self.graph, self.record_at = "cuda" in config.device, None, math.inf
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+        if config.compile or (config.compile is None and on_gpu):
+            with torch.random.fork_rng():
+                batch, noise = buffer.sample(config.batch_size), agent.draw_noise(config.batch_size)
+            calls = [(batch, noise, cloning) for cloning in {agent.n_updates < config.bc_steps, False}]
+            agent.compute_gradients = compiled(agent.gradients, calls)
+            if on_gpu:
+                self.record_at = agent.n_updates + 3  # after updates that make what lasts, such as Adam's moments
+
+    def one(self) -> None:
+        self.means.add(self.agent.update(self.buffer.sample(self.config.batch_size)))
+
+    def __call__(self) -> int:
+        """Runs updates, at least one, but none beyond the next evaluation, record or end. Returns how many."""
+        config, step = self.config, self.agent.n_updates
+        left = min(*(n - step % n for n in (config.eval_freq, config.log_interval)), config.max_timesteps - step)
+        if step >= self.record_at and left >= self.block and not self.agent.changing:
+            if self.graph is None:
+                self.record()
+            if self.graph:
+                self.graph.replay()
+                self.agent.n_updates += self.block
+                self.means.count += self.block
+                return self.block
+        self.one()
+        return 1
+
+    def record(self) -> None:
+        """Recording runs nothing on the device; what Python counts meanwhile is set back."""
+        n_updates, count, graph = self.agent.n_updates, self.means.count, torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(self.block):
+                    self.one()
+            self.graph = graph
+        except Exception as error:
+            print(f"warning: no CUDA graph, slower: {error!r}", file=sys.stderr)
+            self.record_at = math.inf
+        self.agent.n_updates, self.means.count = n_updates, count
 
 
 def check_convergence(metrics: dict[str, float], step: int, value_limit: float) -> None:
@@ -1260,16 +1415,18 @@ def prepare_data(
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
     holdout = {key: data[key][held_out] for key in COLUMNS}
     if n_held_out:
-        data = {key: data[key][~held_out] for key in COLUMNS}
+        data = {key: data.pop(key)[~held_out] for key in COLUMNS}
     mean, std = np.zeros_like(data["observations"][0]), np.ones_like(data["observations"][0])
     if config.normalize:
-        mean, std = data["observations"].mean(0, dtype=np.float64), data["observations"].std(0, dtype=np.float64) + 1e-3
+        mean = data["observations"].mean(0, dtype=np.float64)
+        std = np.array([column.std(dtype=np.float64) for column in data["observations"].T]) + 1e-3
     mean, std = (x.astype(np.float32) for x in (statistics or (mean, std)))
     if mean.shape != data["observations"].shape[1:]:
         raise DataError(f"--load_model {config.load_model} takes observations of size {mean.size}")
     for part in (data, holdout):
         for key in ("observations", "next_observations"):
-            part[key] = (part[key] - mean) / std
+            part[key] = part[key] - mean
+            part[key] /= std
     scaling = {"observation_mean": mean, "observation_std": std, "action_low": low, "action_high": high}
     return data, holdout, {name: torch.tensor(x, dtype=torch.float32) for name, x in scaling.items()}, task
 
@@ -1346,8 +1503,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     agent.actor.load_state_dict(scaling, strict=False)
     agent.n_updates = agent.n_updates if folder.checkpoint else 0
 
-    def read_means(*since: Any) -> dict[str, float]:
-        averages = means.read(*since)
+    updates = Updates(config, agent, buffer, means)
+
+    def read_means(since_mark: bool = False) -> dict[str, float]:
+        averages = means.read(since_mark)
         norm = nn.utils.get_total_norm(agent.parameters()).item()
         check_convergence(averages | {"the norm of all weights": norm}, agent.n_updates, task.value_limit)
         return averages
@@ -1360,7 +1519,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     def record(step: int) -> None:
         """Evaluates and writes row, policy and checkpoint, unless a signal comes in between."""
-        nonlocal means, window
         started = time.perf_counter()
         averages = read_means()  # waits for the device
         means.seconds += time.perf_counter() - started
@@ -1372,14 +1530,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
             row["updates_per_second"] = means.count / means.seconds
             row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
             folder.add_row({"step": step} | row | averages)
-            log_wandb(run, row | read_means(*window), step)
+            log_wandb(run, row | read_means(since_mark=True), step)
             progress.write(f"update {step:,}: {describe(row)}, {row['updates_per_second']:.0f} updates/s")
         progress.set_postfix_str(describe(folder.last_row))
-        means, window = Means(), (0.0, 0)
+        means.reset()
         save_checkpoint()
 
     folder.open(config)
-    run, window = start_wandb(config, folder.path), (0.0, 0)  # window: total and count at the last record of W&B
+    run = start_wandb(config, folder.path)
     progress = tqdm(total=config.max_timesteps, initial=agent.n_updates, unit="update", disable=None)
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     try:
@@ -1400,13 +1558,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if step == config.max_timesteps:
                     break
                 started = time.perf_counter()
-                means.add(agent.update(buffer.sample(config.batch_size)))
+                progress.update(updates())
                 means.seconds += time.perf_counter() - started
-                progress.update()
                 # W&B takes a step once: what is known before an evaluation must wait for it, lest a signal parts them.
                 if agent.n_updates % config.log_interval == 0 and not evaluates(config, agent.n_updates):
-                    log_wandb(run, read_means(*window), agent.n_updates)
-                    window = (means.total, means.count)
+                    log_wandb(run, read_means(since_mark=True), agent.n_updates)
+                    means.set_mark()
     finally:
         torch.set_flush_denormal(False)
         folder.close()
