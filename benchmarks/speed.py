@@ -1,0 +1,262 @@
+"""Updates per second of a script on random data, beside what its arithmetic could reach on this machine, and a peer.
+
+    python benchmarks/speed.py --layers 3 --variants compile=False precision=bfloat16,compile=True --peer ../CORL
+
+A variant is options of the script (`-`: none). Each runs in a process of its own; windows alternate between them, and
+the median counts. `--peer` is a checkout of CORL (https://github.com/corl-team/CORL), whose classes and replay buffer
+are timed on the same job. Rows are added to benchmarks/results/speed.csv. `--load N` instead makes an HDF5 file of N
+transitions and measures the memory that loading it takes; a row too, whose ratio is to the data's float32 size.
+
+utilisation: updates per second times the operations of an update, over the rate that this machine reaches for the
+products of a critic's hidden layer alone (forward and both gradients), in the same type, in the same run.
+"""
+
+import argparse
+import csv
+import importlib.util
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import types
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from algorithms.offline import cql
+
+N_ROWS = 100_000
+COLUMNS = (
+    "variant", "device", "threads", "observation", "action", "batch", "layers", "actions", "updates_per_second",
+    "slowest_window", "fastest_window", "ratio", "gflop_per_update", "matmul_gflop_per_second", "utilisation",
+    "peak_memory_mb", "compile_seconds", "launches_per_update", "torch", "machine",
+)  # fmt: skip
+
+
+def random_data(job, n_rows=N_ROWS):
+    rng = np.random.default_rng(0)
+    data = {
+        key: rng.standard_normal((n_rows, job.observation), dtype=np.float32)
+        for key in ("observations", "next_observations")
+    }
+    data["actions"] = rng.uniform(-1, 1, (n_rows, job.action)).astype(np.float32)
+    data["rewards"] = rng.standard_normal(n_rows, dtype=np.float32)
+    return data | {key: np.arange(n_rows) % 1000 == 999 for key in ("terminals", "timeouts")}
+
+
+def measure_loading(connection, job, folder):
+    """A process: MB of N transitions in float32, and the most that it grew by while it loaded them."""
+    path, size = Path(folder) / "data.hdf5", job.observation * 2 + job.action + 2
+    config = cql.TrainConfig(device=job.device, env=str(path), eval_env="none")
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    data, *_ = cql.prepare_data(config, [], None)
+    cql.ReplayBuffer(data, job.device)
+    connection.send((4 * job.load * size / 2**20, peak_memory("cpu") - before))
+
+
+def load(job):
+    with tempfile.TemporaryDirectory() as folder:
+        with h5py.File(Path(folder) / "data.hdf5", "w") as file:
+            for key, column in random_data(job, job.load).items():
+                file[key] = column
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe()
+        context.Process(target=measure_loading, args=(theirs, job, folder), daemon=True).start()
+        size, peak = connection.recv()
+    return [{"variant": f"loading {job.load} transitions of {size:.0f} MB", "device": job.device,
+             "peak_memory_mb": round(peak), "ratio": round(peak / size, 2)}]  # fmt: skip
+
+
+def count_operations(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def make_config(job, variant):
+    """The script's configuration for the job. Raises ValueError for what is no option."""
+    options = dict(option.partition("=")[::2] for option in variant.split(",") if variant != "-")
+    kinds = {field.name: field.type for field in cql.dataclasses.fields(cql.TrainConfig)}
+    if unknown := options.keys() - kinds.keys():
+        raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
+    options = {name: cql.convert(name, value, kinds[name]) for name, value in options.items()}
+    never = dict.fromkeys(("eval_freq", "log_interval", "max_timesteps"), 10**9)
+    sizes = {"batch_size": job.batch, "cql_n_actions": job.actions, "q_n_hidden_layers": job.layers}
+    return cql.TrainConfig(device=job.device, **never | sizes | options)
+
+
+def prepare_script(job, variant):
+    """The script's own agent and loop, with the job's sizes: (runs updates, operations of one, compile seconds)."""
+    config = make_config(job, variant)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    agent = cql.CQL(config, job.observation, job.action)
+    buffer, means = cql.ReplayBuffer(random_data(job), job.device), cql.Means()
+    operations = count_operations(lambda: agent.update(buffer.sample(job.batch)))
+    started = time.perf_counter()
+    updates = cql.Updates(config, agent, buffer, means)
+    return updates, operations, time.perf_counter() - started
+
+
+def prepare_peer(job, path):
+    """CORL's classes on the same job, with d4rl and gym replaced by nothing: they are not part of an update."""
+    for name in ("d4rl", "gym"):
+        if importlib.util.find_spec(name) is None:
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].Env = object
+    spec = importlib.util.spec_from_file_location("peer", Path(path) / "algorithms/offline/cql.py")
+    peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    torch.manual_seed(0)
+    critics = [peer.FullyConnectedQFunction(job.observation, job.action, True, job.layers) for _ in range(2)]
+    actor = peer.TanhGaussianPolicy(job.observation, job.action, 1.0, orthogonal_init=True)
+    adam = {net: torch.optim.Adam(net.to(job.device).parameters(), 3e-4) for net in (*critics, actor)}
+    trainer = peer.ContinuousCQL(
+        *(x for critic in critics for x in (critic, adam[critic])), actor, adam[actor],
+        target_entropy=-float(job.action), cql_n_actions=job.actions, cql_alpha=10.0, device=job.device,
+    )  # fmt: skip
+    buffer = peer.ReplayBuffer(job.observation, job.action, N_ROWS, job.device)
+    buffer.load_d4rl_dataset(random_data(job))
+
+    def update():
+        trainer.train([x.to(job.device) for x in buffer.sample(job.batch)])
+        return 1
+
+    return update, count_operations(update), 0.0
+
+
+def prepare_limit(job, dtype):
+    """The products of a critic's hidden layer: forward, and the gradients of input and weights."""
+    rows, width = job.batch * (1 + 3 * job.actions), 256
+    x, y = (torch.randn(2, rows, width, device=job.device).to(getattr(torch, dtype)) for _ in range(2))
+    weight = torch.randn(2, width, width, device=job.device).to(x.dtype)
+
+    def products():
+        torch.bmm(x, weight), torch.bmm(y, weight.mT), torch.bmm(x.mT, y)
+        return 3 * 2 * 2 * rows * width * width
+
+    return products, 1, 0.0
+
+
+def count_launches(function, device):
+    """Launches (kernels and graphs) an update on a GPU."""
+    if "cuda" not in device:
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        n = sum(function() for _ in range(10))
+    return sum(event.count for event in profiler.key_averages() if "Launch" in event.key) / n
+
+
+def peak_memory(device):
+    """MB: of the device, or of the process."""
+    if "cuda" in device:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def cpu_name():
+    """With what its matrix products are made of, where Linux tells."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    names = [line.split(": ")[1] for line in text.splitlines() if line.startswith("model name")]
+    features = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in text]
+    return " ".join([names[0] if names else platform.machine(), *features])
+
+
+def work(connection, job, kind, variant):
+    """A process: prepares, then runs a window for each number of seconds that it receives."""
+    warnings.simplefilter("ignore")
+    before = peak_memory(job.device)
+    prepare = {"script": prepare_script, "peer": prepare_peer, "limit": prepare_limit}[kind]
+    function, operations, seconds = prepare(job, variant)
+    for _ in range(3):
+        function()
+    launches = count_launches(function, job.device)
+    connection.send((operations, seconds, launches, peak_memory(job.device) - before))
+    while duration := connection.recv():
+        if "cuda" in job.device:
+            torch.cuda.synchronize()
+        n, started = 0, time.perf_counter()
+        while time.perf_counter() - started < duration:
+            n += function()
+        if "cuda" in job.device:
+            torch.cuda.synchronize()
+        connection.send(n / (time.perf_counter() - started))
+
+
+def compare(job):
+    """A row a variant, and one for the peer."""
+    specs = [("limit", "float32"), ("limit", "bfloat16")] + [("script", variant) for variant in job.variants]
+    specs += [("peer", job.peer)] if job.peer else []
+    context, workers = multiprocessing.get_context("spawn"), []
+    for spec in specs:  # one after the other: compiling uses all cores
+        connection, theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, job, *spec), daemon=True).start()
+        workers.append((connection, connection.recv(), []))
+    for _ in range(job.windows):
+        for connection, _, rates in workers:
+            connection.send(job.seconds)
+            rates.append(connection.recv())
+    for connection, *_ in workers:
+        connection.send(None)
+
+    limits = {variant: statistics.median(rates) for (_, variant), (_, _, rates) in zip(specs[:2], workers)}
+    base = statistics.median(workers[-1 if job.peer else 2][2])
+    rows = []
+    for (kind, variant), (_, (operations, seconds, launches, memory), rates) in list(zip(specs, workers))[2:]:
+        limit = limits["bfloat16" if "bfloat16" in variant else "float32"]
+        rate = statistics.median(rates)
+        rows.append({
+            "variant": "CORL" if kind == "peer" else variant, "device": job.device, "threads": torch.get_num_threads(),
+            **{name: getattr(job, name) for name in ("observation", "action", "batch", "layers", "actions")},
+            "updates_per_second": round(rate, 2), "slowest_window": round(min(rates), 2),
+            "fastest_window": round(max(rates), 2), "ratio": round(rate / base, 2),
+            "gflop_per_update": round(operations / 1e9, 2), "matmul_gflop_per_second": round(limit / 1e9, 1),
+            "utilisation": round(rate * operations / limit, 3), "peak_memory_mb": round(memory),
+            "compile_seconds": round(seconds, 1), "launches_per_update": launches, "torch": torch.__version__,
+            "machine": torch.cuda.get_device_name() if "cuda" in job.device else cpu_name(),
+        })  # fmt: skip
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--variants", nargs="+", default=["-"], help="options of the script, as name=value,name=value")
+    parser.add_argument("--peer", help="checkout of CORL")
+    for name, default in {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--load", type=int, default=0, metavar="N", help="measure loading N transitions instead")
+    parser.add_argument("--windows", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
+    parser.add_argument("--device", default=cql.TrainConfig().device)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/speed.csv")
+    job = parser.parse_args()
+    for variant in job.variants:
+        try:
+            make_config(job, variant)
+        except ValueError as error:
+            parser.error(f"--variants {variant}: {error}")
+    if job.peer and not (Path(job.peer) / "algorithms/offline/cql.py").exists():
+        parser.error(f"--peer {job.peer} is no checkout of CORL: it lacks algorithms/offline/cql.py")
+
+    rows = load(job) if job.load else compare(job)
+    for row in rows:
+        print(", ".join(f"{key} {value}" for key, value in row.items() if value not in (None, "")))
+    new = not job.output.exists()
+    with open(job.output, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
