@@ -481,7 +481,7 @@ class CQL(nn.Module):
     @torch.no_grad()
     def holdout_metrics(self, batch: Batch) -> dict[str, float]:
         """TD error, gap and data Q on transitions that are not trained on; leaves the random state as it was."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
             torch.manual_seed(self.config.eval_seed)
             mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
             noise = self.draw_noise(len(batch.rewards))
@@ -1202,7 +1202,7 @@ class Updates:
         on_gpu, self.graph, self.record_at = "cuda" in config.device, None, math.inf
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
         if config.compile or (config.compile is None and on_gpu):
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([config.device] if on_gpu else []):
                 batch, noise = buffer.sample(config.batch_size), agent.draw_noise(config.batch_size)
             calls = [(batch, noise, cloning) for cloning in {agent.n_updates < config.bc_steps, False}]
             agent.compute_gradients = compiled(agent.gradients, calls)
