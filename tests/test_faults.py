@@ -1,5 +1,6 @@
 """Runs that go wrong on the way: values that diverge, environments that fail."""
 
+import errno
 import math
 import os
 import signal
@@ -134,6 +135,14 @@ def test_folder_in_use_is_left_alone(script, tiny, run):
     status, line = refusal(script.train, tiny())
     assert status == 1 and "in use" in line and contents(folder) == good
     other.close()
+    assert script.train(tiny())["step"] == 25
+
+
+def test_file_system_without_locks_does_no_harm(script, tiny, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(script.fcntl, "flock", missing)
     assert script.train(tiny())["step"] == 25
 
 

@@ -1287,20 +1287,24 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.handle = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{self.path} is in use by another process; give another --run_id") from error
         except OSError as error:
-            raise DataError(
-                f"{self.path} cannot be made ({error.strerror}); give another --checkpoints_path"
-            ) from error
+            message = f"{self.path} cannot be made ({error.strerror}); give another --checkpoints_path"
+            raise DataError(message) from error
         try:
+            with contextlib.suppress(OSError):  # some file systems of clusters know no locks
+                self.lock()
             if self.last_written() != self.written:
                 raise DataError(f"another process wrote to {self.path} just now; start again")
             save(self.path / "config.yaml", pyrallis.dump(config))
         except DataError:
             self.close()
             raise
+
+    def lock(self) -> None:
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{self.path} is in use by another process; give another --run_id") from error
 
     def close(self) -> None:
         os.close(self.handle)
