@@ -138,12 +138,14 @@ def make_policy(name, env):
 
     try:
         network = load_policy(name)
-        shape = np.shape(network(np.stack([flatten(env.observation_space.sample())])))
+        shape = np.shape(network(np.stack([flatten(env.observation_space.sample(), env.observation_space)])))
         if shape != (1, *env.action_space.shape):
             raise ValueError(f"its actions have shape {shape[1:]}, the environment's {env.action_space.shape}")
     except Exception as error:  # whatever torch raises for another file, or for observations of another size
         fail(1, f"--policy {name} cannot act in {env.spec.id}: {error}")
-    return lambda episodes: network(np.stack([flatten(episode.observations[-1]) for episode in episodes]))
+    return lambda episodes: network(
+        np.stack([flatten(episode.observations[-1], env.observation_space) for episode in episodes])
+    )
 
 
 def store(dataset_id, buffers, root, **metadata):

@@ -100,7 +100,7 @@ def check_sizes(policy, env, path):
     if not isinstance(space, gym.spaces.Box):
         raise DataError(f"--env {env.spec.id} has actions {space}; the policy's are continuous (Box)")
     own = policy.__self__.sizes[:2]  # a method of the actor; an observation of size 1 would pass through any
-    sizes = flatten(env.observation_space.sample()).size, space.low.size
+    sizes = flatten(env.observation_space.sample(), env.observation_space).size, space.low.size
     if own != sizes:
         raise DataError(f"{path} has (observation, action) sizes {own}, but --env {env.spec.id} has {sizes}")
 

@@ -18,6 +18,7 @@ every public implementation. docs/cql.md explains each option and metric.
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -28,7 +29,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -75,6 +75,7 @@ class TrainConfig:
     normalize_reward: bool = False  # change rewards: return range (locomotion only), then reward_scale and reward_bias
     reward_scale: float = 5.0  # factor on rewards (only with normalize_reward)
     reward_bias: float = -1.0  # added to scaled rewards (only with normalize_reward)
+    reward_clip: float = math.inf  # training rewards are clipped to [-reward_clip, reward_clip]
     holdout_fraction: float = 0.0  # share of episodes kept from training, for the holdout metrics
 
     hidden_dim: int = 256  # width of hidden layers
@@ -112,8 +113,7 @@ class TrainConfig:
         check_config(self)
 
 
-# Shapes: B batch, E critics, N sampled actions, O observation, A action. Inside the networks observations are
-# normalised and actions lie in [-1, 1].
+# Shapes: B batch, E critics, N sampled actions, O observation, A action. Actions of the networks lie in [-1, 1].
 
 
 class TanhGaussianActor(nn.Module):
@@ -156,6 +156,10 @@ class TanhGaussianActor(nn.Module):
         return self.actions(observations).cpu().numpy()
 
 
+# local: the network that acts, and that policy.pt holds
+Policy = TanhGaussianActor
+
+
 class EnsembleCritic(nn.Module):
     """Q(s, a) of E critics, a batched product a layer."""
 
@@ -183,6 +187,7 @@ class EnsembleCritic(nn.Module):
         return q.view(-1, leading[-1], n_actions)
 
 
+# local: the columns that the losses take
 class Batch(NamedTuple):
     observations: Tensor  # [B, O]
     actions: Tensor  # [B, A]
@@ -446,6 +451,11 @@ class CQL(nn.Module):
         metrics["critic_grad_norm"] = nn.utils.get_total_norm(gradients["critic"])
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
+    def calls(self, batch: Batch) -> list[tuple]:
+        """Arguments of `gradients` for each of its variants."""
+        noise = self.draw_noise(len(batch.rewards))
+        return [(batch, noise, cloning) for cloning in {self.n_updates < self.config.bc_steps, False}]
+
     def step(self, name: str, gradients: tuple[Tensor, ...]) -> None:
         """Step of one optimiser."""
         for parameter, gradient in zip(self.optimizers[name].param_groups[0]["params"], gradients):
@@ -533,14 +543,23 @@ class DivergenceError(DataError):
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 WANDB_SECONDS = 20  # that W&B may take to start, and to finish
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-PRECISIONS = ("float32", "tf32", "bfloat16")
+CHOICES = {
+    "precision": ("float32", "tf32", "bfloat16"),
+    "head": ("dqn", "c51", "qr"),
+    "target": ("double", "max", "sarsa"),
+    "td_error": ("squared", "huber"),
+}
 RANGES = {
     "max_timesteps bc_steps cql_backprop_actions seed eval_seed policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
+    "dr3_coefficient": (0, 1e12),
     "eval_freq n_episodes batch_size buffer_size log_interval target_update_period cql_n_actions": (1, 1e12),
+    "n_step n_quantiles": (1, 10_000),
+    "n_atoms": (2, 10_000),
     "hidden_dim": (1, 1e5),
     "policy_n_hidden_layers q_n_hidden_layers": (1, 100),
     "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap": (-1e12, 1e12),
-    "discount soft_target_update_rate": (0, 1),
+    "discount soft_target_update_rate eval_epsilon": (0, 1),
+    "reward_clip max_grad_norm": (1e-12, math.inf),
     "holdout_fraction": (0, 0.9),
     "cql_temp": (1e-6, 1e12),
 }
@@ -558,6 +577,11 @@ def check_config(config: Any) -> None:
     low, high = options.get("cql_clip_diff_min", 0), options.get("cql_clip_diff_max", 0)
     if not (low <= high and low < math.inf and high > -math.inf):
         raise ConfigError(f"--cql_clip_diff_min {low} and --cql_clip_diff_max {high} leave nothing between")
+    low, high = options.get("v_min"), options.get("v_max")
+    if (low, high) != (None, None) and not -1e12 < (-1e11 if low is None else low) < (
+        1e11 if high is None else high
+    ) < 1e12:
+        raise ConfigError(f"--v_min {low} must be below --v_max {high}")
     if config.run_id and (config.run_id in (".", "..") or set(config.run_id) & set("/\\")):
         raise ConfigError(f"--run_id is the name of a folder, without / or \\, not {config.run_id}")
     if config.max_timesteps == 0 and not config.load_model:
@@ -566,8 +590,9 @@ def check_config(config: Any) -> None:
         known = torch.empty(0, device=config.device).device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):
         known = False
-    if options.get("precision", "float32") not in PRECISIONS:
-        raise ConfigError(f"--precision takes {', '.join(PRECISIONS)}, not {config.precision}")
+    for name in CHOICES.keys() & options.keys():
+        if options[name] not in CHOICES[name]:
+            raise ConfigError(f"--{name} takes {', '.join(CHOICES[name])}, not {options[name]}")
     if not known:
         raise ConfigError(f"--device {config.device} cannot be used here; try --device cpu")
 
@@ -626,12 +651,34 @@ def read_yaml(path: Path, option: str = "") -> dict[str, Any]:
     return content
 
 
-def flatten(observation: Any, n_leading: int = 0) -> np.ndarray:
-    """A float32 vector an observation; the parts of Dict observations (goal environments) in sorted order of keys."""
-    if isinstance(observation, dict):
-        return np.concatenate([flatten(observation[key], n_leading) for key in sorted(observation)], axis=-1)
+def flatten(observation: Any, space: gym.Space, n_leading: int = 0) -> np.ndarray:
+    """A float32 vector an observation: parts of Dict ones (goal environments) in sorted order of keys and without
+    text, Discrete ones one-hot."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [key for key, part in sorted(space.items()) if getattr(part.dtype, "kind", "") != "U"]
+        return np.concatenate([flatten(observation[key], space[key], n_leading) for key in parts], axis=-1)
+    if isinstance(space, gym.spaces.Discrete):
+        return (np.asarray(observation)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
     observation = np.asarray(observation, dtype=np.float32)
     return observation.reshape(*observation.shape[:n_leading], -1)
+
+
+def check_spaces(observation_space: gym.Space, action_space: gym.Space, name: str) -> None:
+    """Raises DataError for what this script cannot learn from."""
+    if not isinstance(action_space, ACTION_SPACES):
+        kinds = " or ".join(kind.__name__ for kind in ACTION_SPACES)
+        raise DataError(f"{name} has actions {action_space}; this script takes {kinds} ones")
+    for space in getattr(observation_space, "spaces", {"": observation_space}).values():
+        if len(space.shape or ()) > 1 and math.prod(space.shape) > 1024:
+            raise DataError(f"{name} has images of shape {space.shape}; this script takes vectors and small grids")
+
+
+def action_bounds(space: gym.Space) -> dict[str, np.ndarray]:
+    """Lowest and highest action; of MultiDiscrete and Discrete spaces too."""
+    if isinstance(space, gym.spaces.Box):
+        return {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
+    low, sizes = np.ravel(space.start), np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))
+    return {"action_low": low, "action_high": low + sizes - 1}
 
 
 def open_minari(name: str, download: bool = True) -> minari.MinariDataset:
@@ -765,7 +812,7 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
         if missing := {"observations", "actions", "rewards", "terminals"} - columns.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         for key, column in columns.items():
-            if column.ndim != (2 if key in ("observations", "actions", "next_observations") else 1):
+            if column.ndim not in {"actions": (1, 2), "observations": (2,), "next_observations": (2,)}.get(key, (1,)):
                 raise ValueError(f"its {key} have shape {column.shape}")
             if column.is_virtual:  # whose rows may be elsewhere, and zeros where they are not
                 raise ValueError(f"its {key} are a virtual dataset")
@@ -775,6 +822,7 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
         if len(lengths := {len(column) for column in columns.values()}) > 1:
             raise ValueError(f"its columns have {', '.join(map(str, sorted(lengths)))} rows")
         data = {key: column.astype(np.float32)[()] for key, column in columns.items()}
+    data["actions"] = data["actions"].reshape(len(data["actions"]), -1)  # those of a Discrete space have no columns
     for key in {"terminals", "timeouts"} & data.keys():
         if not np.isin(data[key], (0, 1)).all():
             raise ValueError(f"its {key} are not 0 or 1")
@@ -813,13 +861,11 @@ def load_dataset(name: str) -> dict[str, np.ndarray]:
         except Exception as error:  # a damaged HDF5 file raises nearly anything
             raise DataError(f"--env {name}: {path} is damaged or not of D4RL's layout: {error}") from error
     dataset = open_minari(name)
-    space = dataset.action_space
-    if not isinstance(space, gym.spaces.Box):
-        raise DataError(f"--env {name} has actions {space}; this script takes continuous ones (Box)")
+    check_spaces(dataset.observation_space, dataset.action_space, f"--env {name}")
     columns = {key: [] for key in COLUMNS}
     try:
         for episode in dataset.iterate_episodes():
-            observations = flatten(episode.observations, n_leading=1)  # [T + 1, O]
+            observations = flatten(episode.observations, dataset.observation_space, n_leading=1)  # [T + 1, O]
             if not len(observations) - 1 == len(episode.actions) == len(episode.rewards):
                 raise ValueError(
                     f"episode {episode.id} has {len(observations)} observations, {len(episode.rewards)} rewards"
@@ -829,14 +875,15 @@ def load_dataset(name: str) -> dict[str, np.ndarray]:
             )
             columns["observations"].append(observations[:-1])
             columns["next_observations"].append(observations[1:])  # known at time-outs too, so that they bootstrap
-            columns["actions"].append(flatten(episode.actions, n_leading=1))
+            actions = np.asarray(episode.actions, dtype=np.float32)
+            columns["actions"].append(actions.reshape(len(actions), -1))
             columns["rewards"].append(np.asarray(episode.rewards, dtype=np.float32))
             columns["terminals"].append(np.asarray(episode.terminations, dtype=bool))
             columns["timeouts"].append(ends & ~columns["terminals"][-1])
         data = {key: np.concatenate(columns.pop(key)) for key in list(columns)} | stored_scores(dataset)
     except Exception as error:  # a damaged HDF5 file raises nearly anything
         raise DataError(f"--env {name} is damaged: {error}") from error
-    return data | {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
+    return data | action_bounds(dataset.action_space)
 
 
 def check_dataset(data: dict[str, np.ndarray], name: str) -> None:
@@ -870,8 +917,21 @@ def episode_returns(data: dict[str, np.ndarray]) -> np.ndarray:
     return returns[:-1] if not data["terminals"][-1] and lengths[-1] < lengths.max() else returns
 
 
-def rescale_actions(actions: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> np.ndarray:
-    """From the box [low, high] to [-1, 1]. Raises DataError for actions outside by more than 1e-3 of the range."""
+# local: continuous actions
+ACTION_SPACES = (gym.spaces.Box,)
+
+
+# local: continuous actions
+def encode_actions(
+    actions: np.ndarray, low: Optional[np.ndarray], high: Optional[np.ndarray], name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From the box [low, high] (where it is not known, -1 to 1) to [-1, 1]; with the box, [A].
+
+    Raises DataError for actions outside by more than 1e-3 of the range.
+    """
+    low, high = (
+        np.broadcast_to(x if bound is None else bound, actions.shape[1:]) for bound, x in ((low, -1.0), (high, 1.0))
+    )
     if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
         raise DataError(f"--env {name}: actions need finite bounds, not {low} to {high}")
     scaled = actions.astype(np.float64)
@@ -880,14 +940,18 @@ def rescale_actions(actions: np.ndarray, low: np.ndarray, high: np.ndarray, name
     scaled -= 1
     if max(scaled.max(), -scaled.min()) > 1 + 2e-3:
         raise DataError(f"--env {name}: actions from {actions.min()} to {actions.max()} are outside {low} to {high}")
-    return scaled.clip(-1, 1, out=scaled).astype(np.float32)
+    return scaled.clip(-1, 1, out=scaled).astype(np.float32), low, high
 
 
 class ReplayBuffer:
     """All transitions, on the device; memory of the CPU is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        self.columns = [torch.as_tensor(data[key], dtype=torch.float32, device=device) for key in COLUMNS[:5]]
+        kinds = {"i": torch.int64}  # discrete actions; else float32
+        self.columns = [
+            torch.as_tensor(data[key], dtype=kinds.get(data[key].dtype.kind, torch.float32), device=device)
+            for key in Batch._fields
+        ]
 
     def sample(self, batch_size: int) -> Batch:
         rewards = self.columns[2]
@@ -994,9 +1058,13 @@ def make_environments(config: Any) -> list[gym.Env]:
 
 class Task(NamedTuple):
     envs: list[gym.Env]  # to evaluate in, may be empty
-    transform: tuple[float, float] = (1.0, 0.0)  # factor and offset of the training rewards
+    transform: tuple[float, float, float] = (1.0, 0.0, math.inf)  # factor, offset and limit of the training rewards
     reference: Optional[tuple[float, float]] = None  # returns that score 0 and 100
     value_limit: float = math.inf  # mean values beyond it have diverged
+
+    def training_rewards(self, rewards: Any) -> Any:
+        factor, offset, limit = self.transform
+        return np.clip(rewards * factor + offset, -limit, limit)
 
     def score(self, mean_return: float) -> Optional[float]:
         low, high = self.reference or (0, 0)
@@ -1012,10 +1080,10 @@ def reference_scores(name: str, envs: list[gym.Env], data: dict[str, np.ndarray]
     return None if reference is None else (float(reference[0]), float(reference[1]))
 
 
-def reward_transform(config: Any, data: dict[str, np.ndarray], envs: list[gym.Env]) -> tuple[float, float]:
-    """Factor and offset of the training rewards, (1, 0) unless normalize_reward. Raises DataError."""
+def reward_transform(config: Any, data: dict[str, np.ndarray], envs: list[gym.Env]) -> tuple[float, float, float]:
+    """Factor, offset and limit of the training rewards; (1, 0, limit) unless normalize_reward. Raises DataError."""
     if not config.normalize_reward:
-        return 1.0, 0.0
+        return 1.0, 0.0, config.reward_clip
     factor = config.reward_scale
     name = Path(config.env).name if is_file(config.env) else config.env
     task = f"{name} {envs[0].spec.id if envs else ''}".lower()
@@ -1026,7 +1094,7 @@ def reward_transform(config: Any, data: dict[str, np.ndarray], envs: list[gym.En
                 f"--normalize_reward: all episodes of {config.env} have the same return, so there is no range"
             )
         factor *= 1000 / (returns.max() - returns.min())
-    return float(factor), config.reward_bias
+    return float(factor), config.reward_bias, config.reward_clip
 
 
 def rollout(
@@ -1041,7 +1109,10 @@ def rollout(
     result["success"] = np.full(config.n_episodes, np.nan)
     for first in range(0, config.n_episodes, len(task.envs)):
         running = dict(zip(range(first, config.n_episodes), task.envs))
-        observations = {i: flatten(env.reset(seed=config.eval_seed + i)[0]) for i, env in running.items()}
+        observations, rngs = {}, {i: np.random.default_rng((config.eval_seed, i)) for i in running}
+        for i, env in running.items():
+            observations[i] = flatten(env.reset(seed=config.eval_seed + i)[0], env.observation_space)
+            env.action_space.seed(config.eval_seed + i)
         starts.extend(observations.values())
         if not np.isfinite(starts).all():
             raise ValueError("an episode starts at NaN or infinity")
@@ -1051,12 +1122,15 @@ def rollout(
             actions = policy(np.stack(list(observations.values())))
             for i, action in zip(list(observations), actions):
                 space = running[i].action_space
-                action = action.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
+                action = action.reshape(space.shape).astype(space.dtype)
+                action = action.clip(space.low, space.high) if isinstance(space, gym.spaces.Box) else action[()]
+                if rngs[i].random() < getattr(config, "eval_epsilon", 0.0):
+                    action = space.sample()
                 observation, reward, terminated, truncated, info = running[i].step(action)
-                observations[i] = flatten(observation)
+                observations[i] = flatten(observation, running[i].observation_space)
                 if not (math.isfinite(reward + result["return"][i]) and np.isfinite(observations[i]).all()):
                     raise ValueError(f"NaN or infinity at step {result['length'][i] + 1:.0f} of episode {i}")
-                trained_on = reward * task.transform[0] + task.transform[1]
+                trained_on = task.training_rewards(reward)
                 result["discounted_return"][i] += config.discount ** result["length"][i] * trained_on
                 result["return"][i] += reward
                 result["length"][i] += 1
@@ -1144,7 +1218,7 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
     content = load(path, device)
     state = content.get("policy", content)
     try:
-        actor = TanhGaussianActor(*state["sizes"]).to(device)
+        actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
     except (TypeError, RuntimeError) as error:
         raise DataError(f"{path} holds no policy of this script") from error
@@ -1191,6 +1265,13 @@ def compiled(function: Callable, calls: list[tuple]) -> Callable:
         return function
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what an update frees for the next one, instead of giving it back and taking it again."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries
+        for parameter, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
 class Updates:
     """Runs updates one by one or, on a GPU, many at a time as a CUDA graph: one launch for all their kernels."""
 
@@ -1198,13 +1279,13 @@ class Updates:
 
     def __init__(self, config: Any, agent: Any, buffer: ReplayBuffer, means: Means):
         """Compiles the losses where the configuration says so, and leaves the random state as it was."""
+        keep_freed_memory()
         self.config, self.agent, self.buffer, self.means = config, agent, buffer, means
         on_gpu, self.graph, self.record_at = "cuda" in config.device, None, math.inf
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
         if config.compile or (config.compile is None and on_gpu):
             with torch.random.fork_rng([config.device] if on_gpu else []):
-                batch, noise = buffer.sample(config.batch_size), agent.draw_noise(config.batch_size)
-            calls = [(batch, noise, cloning) for cloning in {agent.n_updates < config.bc_steps, False}]
+                calls = agent.calls(buffer.sample(config.batch_size))
             agent.compute_gradients = compiled(agent.gradients, calls)
             if on_gpu:
                 self.record_at = agent.n_updates + 3  # after updates that make what lasts, such as Adam's moments
@@ -1339,10 +1420,10 @@ class RunFolder:
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
     """Yields a list that receives the signals that ask a run to end; they take effect between two updates."""
-    received, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()  # Python allows handlers in the main thread only
-    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    received, previous = [], {}
+    with contextlib.suppress(ValueError):  # Python allows handlers in the main thread only
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            previous[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
     finally:
@@ -1384,35 +1465,34 @@ def prepare_data(
         raise ConfigError(
             f"--buffer_size {config.buffer_size} is less than the {n_transitions} transitions of the data"
         )
-    low, high = (data.get(key, default * np.ones(1)) for key, default in (("action_low", -1), ("action_high", 1)))
     if envs:
         env, sizes = envs[0], {key: data[key].shape[1] for key in ("observations", "actions")}
-        if not isinstance(env.action_space, gym.spaces.Box):
-            raise DataError(f"{env.spec.id} has actions {env.action_space}; this script takes continuous ones (Box)")
-        low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
+        space = env.observation_space
+        check_spaces(space, env.action_space, env.spec.id)
+        data |= action_bounds(env.action_space)
         try:
-            env_sizes = {"observations": flatten(env.observation_space.sample()).size, "actions": low.size}
+            env_sizes = {"observations": flatten(space.sample(), space).size, "actions": data["action_low"].size}
         except (TypeError, ValueError) as error:
             raise DataError(f"{env.spec.id} has observations {env.observation_space}, which are no numbers") from error
         if sizes != env_sizes:
             raise DataError(
                 f"--env {config.env} has sizes {sizes}, but {env.spec.id} {env_sizes}: name another --eval_env"
             )
-    low, high = (np.broadcast_to(bound, data["actions"].shape[1:]) for bound in (low, high))
 
-    factor, offset = reward_transform(config, data, envs)
+    transform = reward_transform(config, data, envs)
     # A hundred times the largest possible return (that of rewards below 1 counts as 1's): conservative values may well
     # be below any return.
-    largest_reward = max(1.0, float(np.abs(data["rewards"] * factor + offset).max()))
-    value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
-    task = Task(envs, (factor, offset), reference_scores(config.env, envs, data), value_limit)
+    task = Task(envs, transform, reference_scores(config.env, envs, data))
+    largest_reward = max(1.0, float(np.abs(task.training_rewards(data["rewards"])).max()))
+    task = task._replace(value_limit=100 * largest_reward / max(1 - config.discount, 1e-4))
     n_episodes, returns = numbers[-1] + 1, episode_returns(data)
     behaviour = {"eval_return": returns.mean(), "eval_return_std": returns.std()}
     text = describe(behaviour | {"d4rl_normalized_score": task.score(returns.mean())})
     print(f"{config.env}: {n_transitions:,} transitions, {n_episodes:,} episodes, behaviour {text}")
 
-    data["actions"] = rescale_actions(data["actions"], low, high, config.env)
-    data["rewards"] = data["rewards"] * np.float32(task.transform[0]) + np.float32(task.transform[1])
+    bounds = (data.get("action_low"), data.get("action_high"))
+    data["actions"], low, high = encode_actions(data["actions"], *bounds, config.env)
+    data["rewards"] = task.training_rewards(data["rewards"])
     n_held_out = math.ceil(config.holdout_fraction * n_episodes)
     if n_held_out == n_episodes:
         raise ConfigError(f"--holdout_fraction {config.holdout_fraction} leaves none of {n_episodes} episodes")
@@ -1444,7 +1524,8 @@ def evaluate_stored(config: Any) -> dict[str, Any]:
     envs = make_environments(config)
     if not envs:
         raise ConfigError("--max_timesteps 0 needs an environment to evaluate in: name one with --eval_env")
-    sizes = policy.__self__.sizes[0], flatten(envs[0].observation_space.sample()).size
+    space = envs[0].observation_space
+    sizes = policy.__self__.sizes[0], flatten(space.sample(), space).size
     if sizes[0] != sizes[1]:  # one of size 1 would pass through any policy
         raise DataError(
             f"--load_model {config.load_model} takes {sizes[0]} observations, {envs[0].spec.id} has {sizes[1]}"
