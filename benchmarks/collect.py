@@ -134,13 +134,18 @@ def make_policy(name, env):
 
         return lambda episodes: [heuristic(env, episode.observations[-1].tolist()) for episode in episodes]
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from algorithms.offline.cql import flatten, load_policy
+    from algorithms.offline.cql import flatten
+    from benchmarks.policies import load_policy
 
     try:
         network = load_policy(name)
-        shape = np.shape(network(np.stack([flatten(env.observation_space.sample(), env.observation_space)])))
-        if shape != (1, *env.action_space.shape):
-            raise ValueError(f"its actions have shape {shape[1:]}, the environment's {env.action_space.shape}")
+        actions, space = (
+            network(np.stack([flatten(env.observation_space.sample(), env.observation_space)])),
+            env.action_space,
+        )
+        if actions.shape != (1, *space.shape) or (actions.dtype.kind == "f") != (space.dtype.kind == "f"):
+            kinds = [f"{x.dtype} of shape {shape}" for x, shape in ((actions, actions.shape[1:]), (space, space.shape))]
+            raise ValueError(f"its actions are {kinds[0]}, the environment's {kinds[1]}")
     except Exception as error:  # whatever torch raises for another file, or for observations of another size
         fail(1, f"--policy {name} cannot act in {env.spec.id}: {error}")
     return lambda episodes: network(

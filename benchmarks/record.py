@@ -29,12 +29,15 @@ from algorithms.offline.cql import (
     DataError,
     Task,
     TrainConfig,
+    action_bounds,
     d4rl_files,
     flatten,
-    load_policy,
     make_environments,
     rollout,
 )
+from benchmarks.policies import load_policy
+
+ACTION_SPACES = {"TanhGaussianActor": gym.spaces.Box, "QNetwork": (gym.spaces.Discrete, gym.spaces.MultiDiscrete)}
 
 
 def fail(status, message):
@@ -96,11 +99,11 @@ def follow(env):
 
 def check_sizes(policy, env, path):
     """Raises DataError for a policy of another environment."""
-    space = env.action_space
-    if not isinstance(space, gym.spaces.Box):
-        raise DataError(f"--env {env.spec.id} has actions {space}; the policy's are continuous (Box)")
-    own = policy.__self__.sizes[:2]  # a method of the actor; an observation of size 1 would pass through any
-    sizes = flatten(env.observation_space.sample(), env.observation_space).size, space.low.size
+    network, space = policy.__self__, env.action_space
+    if not isinstance(space, ACTION_SPACES[type(network).__name__]):
+        raise DataError(f"--env {env.spec.id} has actions {space}, which are not of the policy's kind")
+    own = network.sizes[0], network.action_low.numel()  # an observation of size 1 would pass through any policy
+    sizes = flatten(env.observation_space.sample(), env.observation_space).size, action_bounds(space)["action_low"].size
     if own != sizes:
         raise DataError(f"{path} has (observation, action) sizes {own}, but --env {env.spec.id} has {sizes}")
 

@@ -1,6 +1,7 @@
 """Updates per second of a script on random data, beside what its arithmetic could reach on this machine, and a peer.
 
     python benchmarks/speed.py --layers 3 --variants compile=False precision=bfloat16,compile=True --peer ../CORL
+    python benchmarks/speed.py --script discrete/cql_dqn --observation 8 --action 4 --batch 64 --layers 2
 
 A variant is options of the script (`-`: none). Each runs in a process of its own; windows alternate between them, and
 the median counts. `--peer` is a checkout of CORL (https://github.com/corl-team/CORL), whose classes and replay buffer
@@ -31,13 +32,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
 
+SCRIPTS = {"offline/cql": cql, "discrete/cql_dqn": cql_dqn}
 N_ROWS = 100_000
 COLUMNS = (
-    "variant", "device", "threads", "observation", "action", "batch", "layers", "actions", "updates_per_second",
-    "slowest_window", "fastest_window", "ratio", "gflop_per_update", "matmul_gflop_per_second", "utilisation",
-    "peak_memory_mb", "compile_seconds", "launches_per_update", "torch", "machine",
+    "script", "variant", "device", "threads", "observation", "action", "batch", "layers", "actions",
+    "updates_per_second", "slowest_window", "fastest_window", "ratio", "gflop_per_update", "matmul_gflop_per_second",
+    "utilisation", "peak_memory_mb", "compile_seconds", "launches_per_update", "torch", "machine",
 )  # fmt: skip
 
 
@@ -48,6 +51,8 @@ def random_data(job, n_rows=N_ROWS):
         for key in ("observations", "next_observations")
     }
     data["actions"] = rng.uniform(-1, 1, (n_rows, job.action)).astype(np.float32)
+    if job.script == "discrete/cql_dqn":
+        data["actions"] = rng.integers(job.action, size=n_rows)
     data["rewards"] = rng.standard_normal(n_rows, dtype=np.float32)
     return data | {key: np.arange(n_rows) % 1000 == 999 for key in ("terminals", "timeouts")}
 
@@ -55,10 +60,11 @@ def random_data(job, n_rows=N_ROWS):
 def measure_loading(connection, job, folder):
     """A process: MB of N transitions in float32, and the most that it grew by while it loaded them."""
     path, size = Path(folder) / "data.hdf5", job.observation * 2 + job.action + 2
-    config = cql.TrainConfig(device=job.device, env=str(path), eval_env="none")
+    script = SCRIPTS[job.script]
+    config = script.TrainConfig(device=job.device, env=str(path), eval_env="none")
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    data, *_ = cql.prepare_data(config, [], None)
-    cql.ReplayBuffer(data, job.device)
+    data, *_ = script.prepare_data(config, [], None)
+    script.ReplayBuffer(script.td_columns(data, config) if script is cql_dqn else data, job.device)
     connection.send((4 * job.load * size / 2**20, peak_memory("cpu") - before))
 
 
@@ -71,7 +77,7 @@ def load(job):
         connection, theirs = context.Pipe()
         context.Process(target=measure_loading, args=(theirs, job, folder), daemon=True).start()
         size, peak = connection.recv()
-    return [{"variant": f"loading {job.load} transitions of {size:.0f} MB", "device": job.device,
+    return [{"script": job.script, "variant": f"loading {job.load} transitions of {size:.0f} MB", "device": job.device,
              "peak_memory_mb": round(peak), "ratio": round(peak / size, 2)}]  # fmt: skip
 
 
@@ -83,26 +89,33 @@ def count_operations(function):
 
 def make_config(job, variant):
     """The script's configuration for the job. Raises ValueError for what is no option."""
+    script = SCRIPTS[job.script]
     options = dict(option.partition("=")[::2] for option in variant.split(",") if variant != "-")
-    kinds = {field.name: field.type for field in cql.dataclasses.fields(cql.TrainConfig)}
+    kinds = {field.name: field.type for field in cql.dataclasses.fields(script.TrainConfig)}
     if unknown := options.keys() - kinds.keys():
         raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
-    options = {name: cql.convert(name, value, kinds[name]) for name, value in options.items()}
+    options = {name: script.convert(name, value, kinds[name]) for name, value in options.items()}
     never = dict.fromkeys(("eval_freq", "log_interval", "max_timesteps"), 10**9)
     sizes = {"batch_size": job.batch, "cql_n_actions": job.actions, "q_n_hidden_layers": job.layers}
-    return cql.TrainConfig(device=job.device, **never | sizes | options)
+    sizes = {name: size for name, size in sizes.items() if name in kinds}
+    return script.TrainConfig(device=job.device, **never | sizes | options)
 
 
 def prepare_script(job, variant):
     """The script's own agent and loop, with the job's sizes: (runs updates, operations of one, compile seconds)."""
-    config = make_config(job, variant)
+    script, config, data = SCRIPTS[job.script], make_config(job, variant), random_data(job)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    agent = cql.CQL(config, job.observation, job.action)
-    buffer, means = cql.ReplayBuffer(random_data(job), job.device), cql.Means()
+    if script is cql_dqn:
+        agent, data = script.DiscreteCQL(config, job.observation, [job.action]), script.td_columns(data, config)
+        if config.head == "c51":
+            agent.critic.atoms.copy_(torch.linspace(-10, 10, config.n_atoms))
+    else:
+        agent = script.CQL(config, job.observation, job.action)
+    buffer, means = script.ReplayBuffer(data, job.device), script.Means()
     operations = count_operations(lambda: agent.update(buffer.sample(job.batch)))
     started = time.perf_counter()
-    updates = cql.Updates(config, agent, buffer, means)
+    updates = script.Updates(config, agent, buffer, means)
     return updates, operations, time.perf_counter() - started
 
 
@@ -135,13 +148,14 @@ def prepare_peer(job, path):
 
 def prepare_limit(job, dtype):
     """The products of a critic's hidden layer: forward, and the gradients of input and weights."""
-    rows, width = job.batch * (1 + 3 * job.actions), 256
-    x, y = (torch.randn(2, rows, width, device=job.device).to(getattr(torch, dtype)) for _ in range(2))
-    weight = torch.randn(2, width, width, device=job.device).to(x.dtype)
+    critics, actions = (1, 1) if job.script == "discrete/cql_dqn" else (2, 1 + 3 * job.actions)
+    rows, width = job.batch * actions, 256
+    x, y = (torch.randn(critics, rows, width, device=job.device).to(getattr(torch, dtype)) for _ in range(2))
+    weight = torch.randn(critics, width, width, device=job.device).to(x.dtype)
 
     def products():
         torch.bmm(x, weight), torch.bmm(y, weight.mT), torch.bmm(x.mT, y)
-        return 3 * 2 * 2 * rows * width * width
+        return 3 * critics * 2 * rows * width * width
 
     return products, 1, 0.0
 
@@ -215,11 +229,12 @@ def compare(job):
         limit = limits["bfloat16" if "bfloat16" in variant else "float32"]
         rate = statistics.median(rates)
         rows.append({
+            "script": job.script,
             "variant": "CORL" if kind == "peer" else variant, "device": job.device, "threads": torch.get_num_threads(),
             **{name: getattr(job, name) for name in ("observation", "action", "batch", "layers", "actions")},
             "updates_per_second": round(rate, 2), "slowest_window": round(min(rates), 2),
             "fastest_window": round(max(rates), 2), "ratio": round(rate / base, 2),
-            "gflop_per_update": round(operations / 1e9, 2), "matmul_gflop_per_second": round(limit / 1e9, 1),
+            "gflop_per_update": round(operations / 1e9, 4), "matmul_gflop_per_second": round(limit / 1e9, 1),
             "utilisation": round(rate * operations / limit, 3), "peak_memory_mb": round(memory),
             "compile_seconds": round(seconds, 1), "launches_per_update": launches, "torch": torch.__version__,
             "machine": torch.cuda.get_device_name() if "cuda" in job.device else cpu_name(),
@@ -230,7 +245,8 @@ def compare(job):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--variants", nargs="+", default=["-"], help="options of the script, as name=value,name=value")
-    parser.add_argument("--peer", help="checkout of CORL")
+    parser.add_argument("--script", choices=SCRIPTS, default="offline/cql", help="below algorithms/")
+    parser.add_argument("--peer", help="checkout of CORL, for offline/cql")
     for name, default in {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--load", type=int, default=0, metavar="N", help="measure loading N transitions instead")
@@ -244,6 +260,8 @@ def main():
             make_config(job, variant)
         except ValueError as error:
             parser.error(f"--variants {variant}: {error}")
+    if job.peer and job.script != "offline/cql":
+        parser.error(f"--peer {job.peer} has no {job.script}")
     if job.peer and not (Path(job.peer) / "algorithms/offline/cql.py").exists():
         parser.error(f"--peer {job.peer} is no checkout of CORL: it lacks algorithms/offline/cql.py")
 

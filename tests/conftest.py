@@ -1,5 +1,5 @@
 """Toy environments and datasets, and ways to run a script as its users do: from Python, the command line, and until it
-is killed. Tests that take `script` run once for each file under algorithms/.
+is killed. Tests that take `script` run once for each file under algorithms/, in a toy world of its kind of actions.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ |= {"WANDB_MODE": "disabled", "MINARI_REMOTE": "none://none"}  # no test reaches a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks
@@ -27,6 +28,9 @@ import numpy as np
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
+
+for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
+    os.environ.pop(name, None)
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("algorithms/**/*.py"))]
@@ -42,7 +46,7 @@ class Counter(gym.Env):
     a terminal state where s is even, else by time-out. Success is reported on the way, by multiples of 3."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    action_space = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([1, 0.5], np.float32))
+    action_space = None  # the world's
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -101,6 +105,30 @@ class Words(Counter):
     action_space = gym.spaces.Discrete(2)
 
 
+class World(NamedTuple):
+    """What differs between the scripts."""
+
+    action_space: gym.Space  # of Counter
+    foreign: str  # an environment whose actions the script does not take
+    others: tuple[str, str]  # environments of other sizes than Counter's
+    agent: str
+    action_sizes: int | list[int]  # of Counter, as the agent takes them
+
+
+WORLDS = {
+    "algorithms.offline.cql": World(
+        gym.spaces.Box(np.array([-2, 0], np.float32), np.array([1, 0.5], np.float32)), "Words-v0",
+        ("Pendulum-v1", "MountainCarContinuous-v0"), "CQL", 2,
+    ),
+    "algorithms.discrete.cql_dqn": World(
+        gym.spaces.MultiDiscrete([4, 3], start=[-2, 0]), "Fine-v0", ("CartPole-v1", "MountainCar-v0"), "DiscreteCQL",
+        [4, 3],
+    ),
+}  # fmt: skip
+continuous = pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+discrete = pytest.mark.parametrize("script", ["algorithms.discrete.cql_dqn"], indirect=True)
+once = continuous  # for slow tests of what is the same text in all files (see test_shared_blocks.py)
+
 ENVIRONMENTS = {
     "Counter": Counter, "DictCounter": DictCounter, "Plain": Plain, "Paid": Paid, "Fine": Fine, "Words": Words,
     "Hopper-Toy": Counter, "HalfCheetah_Toy": Counter,
@@ -148,35 +176,49 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def datasets(tmp_path_factory):
-    root = tmp_path_factory.mktemp("minari")
+@pytest.fixture(params=SCRIPTS, scope="session")
+def script(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(root))
-        for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
-            patch.delenv(name, raising=False)
+        patch.setattr(Counter, "action_space", WORLDS[request.param].action_space)
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         store(DATASET, record("Counter-v0", range(100, 120)), env="Counter-v0")
-        yield root
+        yield importlib.import_module(request.param)
 
 
 @pytest.fixture
-def new_dataset(datasets, tmp_path, monkeypatch):
+def new_dataset(script, tmp_path, monkeypatch):
     """Stores buffers under a name in a Minari root of this test alone, where DATASET stands too."""
-    shutil.copytree(datasets, tmp_path / "minari")
+    shutil.copytree(os.environ["MINARI_DATASETS_PATH"], tmp_path / "minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     return lambda buffers, name="toy/new-v0", **options: store(name, buffers, **options)
 
 
-@pytest.fixture(params=SCRIPTS, scope="session")
-def script(request):
-    return importlib.import_module(request.param)
+@functools.cache
+def option_names(script):
+    return {field.name for field in dataclasses.fields(importlib.import_module(script).TrainConfig)}
 
 
 def tiny_config(script, path, **options):
-    """The configuration of a tiny run, in the folder path/run; options that other scripts lack are left out."""
-    known = {field.name for field in dataclasses.fields(script.TrainConfig)}
-    values = {name: value for name, value in TINY.items() if name in known}
-    return script.TrainConfig(**values | {"checkpoints_path": str(path)} | options)
+    """The configuration of a tiny run, in the folder path/run; options that only other scripts have are left out."""
+    others = set().union(*map(option_names, SCRIPTS)) - option_names(script.__name__)
+    values = TINY | {"checkpoints_path": str(path)} | options
+    return script.TrainConfig(**{name: value for name, value in values.items() if name not in others})
+
+
+def columns_of_a_batch(script, config, data):
+    return script.td_columns(data, config) if hasattr(script, "td_columns") else data
+
+
+def make_agent(script, config):
+    """An agent for Counter."""
+    world = WORLDS[script.__name__]
+    return getattr(script, world.agent)(config, 3, world.action_sizes)
+
+
+def tiny_arguments(script, **options):
+    """Options of a tiny run as words of a command line."""
+    names = option_names(script.__name__)
+    return [f"--{name}={value}" for name, value in (TINY | options).items() if name in names]
 
 
 @pytest.fixture
@@ -258,7 +300,7 @@ def contents(folder):
     }
 
 
-def train_until(script, options, event, place):
+def train_until(script, root, options, event, place):
     """In a process of its own: trains until the place-th call of a function (of any, where event is None), and dies
     there by SIGKILL."""
     calls = itertools.count()
@@ -269,6 +311,8 @@ def train_until(script, options, event, place):
             if event in (None, name) and next(calls) == place:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    Counter.action_space = WORLDS[script].action_space
+    os.environ["MINARI_DATASETS_PATH"] = root
     module = importlib.import_module(script)
     config = module.TrainConfig(**options)
     if place is not None:
@@ -280,7 +324,8 @@ def train_apart(config, event=None, place=None):
     """The exit code of train_until: -9 where it was killed, 0 where the run ended, as it does without a place."""
     context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but never used, torch
     context.set_forkserver_preload(["gymnasium", "minari", "pyrallis", "pytest", "torch._dynamo", "wandb"])
-    process = context.Process(target=train_until, args=(type(config).__module__, vars(config), event, place))
+    arguments = type(config).__module__, os.environ["MINARI_DATASETS_PATH"], vars(config), event, place
+    process = context.Process(target=train_until, args=arguments)
     with contextlib.closing(process):
         process.start()
         process.join()

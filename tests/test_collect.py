@@ -11,6 +11,9 @@ import gymnasium as gym
 import minari
 import numpy as np
 import pytest
+import torch
+
+from algorithms.discrete import cql_dqn
 
 PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "collect.py"
 spec = importlib.util.spec_from_file_location("collect", PROGRAM)
@@ -283,8 +286,7 @@ def test_policy_of_a_run(monkeypatch, capsys, tmp_path):
 
         return policy
 
-    script = types.SimpleNamespace(load_policy=load_policy, flatten=lambda observation: observation)
-    monkeypatch.setitem(sys.modules, "algorithms.offline.cql", script)
+    monkeypatch.setitem(sys.modules, "benchmarks.policies", types.SimpleNamespace(load_policy=load_policy))
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("policy.pt").write_text("weights")
     dataset = run(policy="policy.pt", steps=200)
@@ -297,6 +299,18 @@ def test_policy_of_a_run(monkeypatch, capsys, tmp_path):
     capsys.readouterr()
     code, line = refusal(capsys, env="CartPole-v1", policy="policy.pt", id="test/cartpole-v0")
     assert code == 1 and "--policy policy.pt" in line and "CartPole-v1" in line
+
+
+def test_policy_of_discrete_actions(capsys):
+    torch.manual_seed(0)
+    network = cql_dqn.QNetwork(4, [2], 16, 1, "dqn", 1)
+    cql_dqn.save(Path("policy.pt"), {"sizes": list(network.sizes), "weights": network.state_dict()})
+    dataset = run(policy="policy.pt", env="CartPole-v1", steps=60)
+    for episode in dataset:
+        assert episode.actions.tolist() == network.act(episode.observations[:-1]).tolist()
+    capsys.readouterr()
+    code, line = refusal(capsys, policy="policy.pt", env="InvertedPendulum-v5", id="test/pendulum-v0")
+    assert code == 1 and "InvertedPendulum-v5" in line and "int64" in line
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import DATASET, TINY
+from conftest import DATASET, TINY, Counter, option_names
 
 # Runs in the copy's folder. Only the script is there, and nothing may come from this repository.
 PROGRAM = """
@@ -30,7 +30,7 @@ row = copied.train(copied.TrainConfig(**options, max_timesteps=20))
 assert row["step"] == 20 and sorted(os.listdir()) == ["copied.py", "runs"], os.listdir()
 
 policy = copied.load_policy("runs/run/policy.pt")
-low, high = np.array([-2, 0]), np.array([1, 0.5])
+low, high = np.array(LOW), np.array(HIGH)
 rng = np.random.default_rng(0)
 observations = rng.normal(size=(64, 3)) * 10.0 ** rng.integers(-3, 9, size=(64, 1))
 actions = policy(observations)
@@ -43,24 +43,28 @@ assert policy(observations[0].tolist()).shape == (2,)
 def load_dataset(name):
     assert name == "mine"
     ends = np.arange(40) % 8 == 7
-    names = ("observations", "actions", "next_observations")
-    data = {key: rng.uniform(-1, 1, size=(40, 4 if "observations" in key else 1)) for key in names}
+    data = {key: rng.uniform(-1, 1, size=(40, 4)) for key in ("observations", "next_observations")}
+    data["actions"] = rng.integers(0, 2, size=(40, 1))
     return data | {"rewards": rng.normal(size=40), "terminals": ends, "timeouts": np.zeros(40, bool)}
 
 copied.load_dataset = load_dataset
 options |= {"env": "mine", "eval_env": "none", "run_id": "mine"}
 row = copied.train(copied.TrainConfig(**options, max_timesteps=20))
 action = copied.load_policy("runs/mine/policy.pt")(np.zeros(4))
-assert row["eval_return"] is None and action.shape == (1,) and abs(action) <= 1
+assert row["eval_return"] is None and action.size == 1 and abs(action) <= 1
 """
 
 
 def test_script_alone_in_a_folder_trains_and_acts(script, tmp_path):
     shutil.copy(script.__file__, tmp_path / "copied.py")
-    options = {name: value for name, value in TINY.items() if name != "max_timesteps"} | {"eval_env": "none"}
+    names, bounds = option_names(script.__name__) - {"max_timesteps"}, script.action_bounds(Counter.action_space)
+    options = {name: value for name, value in TINY.items() if name in names} | {"eval_env": "none"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    program = PROGRAM.replace("OPTIONS", repr(options))
+    values = {"OPTIONS": options, "LOW": bounds["action_low"].tolist(), "HIGH": bounds["action_high"].tolist()}
+    program = PROGRAM
+    for name, value in values.items():
+        program = program.replace(name, repr(value))
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", program]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

@@ -10,7 +10,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import DATASET, Counter, refusal, table
+from conftest import DATASET, WORLDS, Counter, discrete, refusal, table, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,11 +48,11 @@ SIZES = {
 
 def columns(n, **changes):
     """n rows with observations (row, ...) and rewards of the row's number, for the Counter environment."""
-    rows = np.arange(n, dtype=np.float32)
-    low, high = Counter.action_space.low, Counter.action_space.high
+    rows, space = np.arange(n, dtype=np.float32), Counter.action_space
+    space.seed(0)
     made = {
         "observations": np.stack([rows, 10 * rows, rows / 10], axis=1),
-        "actions": np.random.default_rng(0).uniform(low, high, (n, 2)).astype(np.float32),
+        "actions": np.array([space.sample() for _ in range(n)]).reshape(n, 2),
         "rewards": rows,
         "terminals": np.zeros(n, bool),
         "timeouts": np.zeros(n, bool),
@@ -97,7 +97,7 @@ def server(tmp_path, script, monkeypatch):
     asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked = asked
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setattr(script, "D4RL_URL", f"http://127.0.0.1:{server.server_port}/offline_rl")
         monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
         yield server
@@ -175,9 +175,8 @@ def test_without_next_observations_rows_are_paired_within_episodes(script, write
 
 @given(data=st.data(), n=st.integers(1, 30), stored=st.booleans(), flagged=st.booleans(), limit=st.integers(1, 8))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_episodes_are_those_of_a_slow_reading(data, n, stored, flagged, limit):
+def test_episodes_are_those_of_a_slow_reading(script, data, n, stored, flagged, limit):
     """Row by row: where the next state is known, which, and where an episode ends."""
-    script = pytest.importorskip("algorithms.offline.cql")
     some = st.lists(st.booleans(), min_size=n, max_size=n)
     terminals, timeouts = np.array(data.draw(some)), np.array(data.draw(some))
     observations = columns(n)["observations"]
@@ -212,12 +211,29 @@ def test_episodes_are_those_of_a_slow_reading(data, n, stored, flagged, limit):
 def test_a_run_on_a_file(script, tiny, run, write, capsys):
     name = write(n=60, timeouts=flags(60, range(9, 60, 10)))
     with pytest.raises(script.DataError, match=r"sizes"):
-        script.train(tiny(env=name, eval_env="Pendulum-v1"))
+        script.train(tiny(env=name, eval_env=WORLDS[script.__name__].others[0]))
     folder = run(env=name, eval_env="Counter-v0")
     row = table(folder)[-1]
     assert math.isfinite(float(row["eval_return"])) and row["d4rl_normalized_score"] == ""
     assert "54 transitions, 6 episodes" in capsys.readouterr().out
     assert table(run(env=name, eval_env="Hopper-Toy-v0", run_id="hopper"))[-1]["d4rl_normalized_score"] != ""
+
+
+def test_grids_of_a_file_become_vectors_and_images_are_refused(script, tiny, write):
+    grids = np.arange(12 * 12).reshape(12, 2, 2, 3)
+    for following in (None, grids):
+        data = script.load_dataset(write(observations=grids, next_observations=following))
+        assert data["observations"][:11].tolist() == grids.reshape(12, 12)[:11].tolist()
+        assert data["next_observations"].shape == data["observations"].shape
+    name = write(observations=np.zeros((12, 20, 20, 3)))
+    assert "observations have shape (12, 20, 20, 3)" in refusal(script.train, tiny(env=name, eval_env="none"))[1]
+
+
+@discrete
+def test_actions_of_a_file_may_have_one_axis(script, run, write):
+    name = write(n=60, actions=np.arange(60) % 3)
+    assert script.load_dataset(name)["actions"][:4].tolist() == [[0], [1], [2], [0]]
+    assert weights(run(env=name, eval_env="none"))["/weights/action_high"].tolist() == [2]
 
 
 def test_a_file_in_the_dataset_folder_is_read(script, write, tmp_path, monkeypatch):
@@ -287,7 +303,7 @@ BAD = {
     "flags of 2": ({"terminals": np.full(12, 2.0)}, "terminals"),
     "flags of NaN": ({"timeouts": np.full(12, np.nan)}, "timeouts"),
     "words": ({"rewards": np.array([b"one"] * 12)}, ""),
-    "far actions": ({"actions": np.full((12, 2), 9.0)}, "outside"),
+    "far actions": ({"actions": np.full((12, 2), 9.0)}, "9"),
     "no rows": ({"n": 0}, "no transition"),
     "one row": ({"n": 1}, "no transition"),
     "flags in a column": ({"terminals": np.zeros((12, 1), bool)}, "terminals"),
@@ -365,7 +381,7 @@ def test_nearest_names_are_told(script, tiny):
 
 
 @functools.cache
-def body():
+def body(script):
     with h5py.File("flips.hdf5", "w", driver="core", backing_store=False) as file:
         for key, value in columns(40, timeouts=flags(40, [9, 19, 29])).items():
             file[key] = value
@@ -375,9 +391,8 @@ def body():
 
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=20))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_damaged_bytes_are_refused_or_read_as_numbers(flips, tmp_path_factory):
-    script = pytest.importorskip("algorithms.offline.cql")
-    content = bytearray(body())
+def test_damaged_bytes_are_refused_or_read_as_numbers(script, flips, tmp_path_factory):
+    content = bytearray(body(script))
     for place, change in flips:
         content[int(place * len(content))] ^= change
     path = tmp_path_factory.getbasetemp() / "flips.hdf5"
@@ -385,8 +400,8 @@ def test_damaged_bytes_are_refused_or_read_as_numbers(flips, tmp_path_factory):
     try:
         data = script.load_dataset(str(path))
         script.check_dataset(data, str(path))
-        low, high = np.float32([-2, 0]), np.float32([1, 0.5])
-        data["actions"] = script.rescale_actions(data["actions"], low, high, str(path))
+        bounds = script.action_bounds(Counter.action_space)
+        data["actions"] = script.encode_actions(data["actions"], *bounds.values(), str(path))[0]
     except script.DataError as error:
         assert "\n" not in str(error)
     else:

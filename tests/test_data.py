@@ -15,26 +15,46 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, Counter, equal, record, refusal, table, weights
+from conftest import (
+    DATASET,
+    WORLDS,
+    Counter,
+    columns_of_a_batch,
+    continuous,
+    discrete,
+    equal,
+    record,
+    refusal,
+    table,
+    weights,
+)
 from minari.data_collector import EpisodeBuffer
 
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-ACTIONS = gym.spaces.Box(-1, 1, (1,), np.float32)
-SPACES = {"observation_space": OBSERVATIONS, "action_space": ACTIONS}
+ACTIONS = {
+    "algorithms.offline.cql": gym.spaces.Box(-1, 1, (1,), np.float32),
+    "algorithms.discrete.cql_dqn": gym.spaces.MultiDiscrete([3], start=[-1]),
+}
 ENDS = {"terminal": (True, False), "time-out": (False, True), "both": (True, True), "neither": (False, False)}
 
 
 def episode(number, end="terminal", length=4, **columns):
-    """Observations (number, t) and rewards number + t / 10."""
+    """Observations (number, t), rewards number + t / 10, and actions -1, 0 and 1."""
     last = np.arange(length) == length - 1
     parts = {
         "observations": np.stack([np.full(length + 1, number), np.arange(length + 1)], axis=1).astype(np.float32),
-        "actions": np.linspace(-1, 1, length, dtype=np.float32)[:, None],
+        "actions": (np.arange(length, dtype=np.float32) % 3 - 1)[:, None],
         "rewards": number + np.arange(length) / 10,
         "terminations": last & ENDS[end][0],
         "truncations": last & ENDS[end][1],
     }
     return EpisodeBuffer(**parts | columns)
+
+
+@pytest.fixture
+def spaces(script):
+    """Of the data of `episode`."""
+    return {"observation_space": OBSERVATIONS, "action_space": ACTIONS[script.__name__]}
 
 
 @pytest.fixture
@@ -48,10 +68,10 @@ def prepare(script, tiny):
     return prepare
 
 
-def test_only_terminal_states_do_not_bootstrap_and_no_transition_crosses_an_episode(script, new_dataset):
+def test_only_terminal_states_do_not_bootstrap_and_no_transition_crosses_an_episode(script, tiny, spaces, new_dataset):
     ends = [*ENDS] * 4  # 16 episodes, so that the alphabet would put number 10 before number 2
     lengths = [1, 4, 1, 3, 2, 1, 5, 1] * 2
-    name = new_dataset([episode(i, end, length) for i, (end, length) in enumerate(zip(ends, lengths))], **SPACES)
+    name = new_dataset([episode(i, end, length) for i, (end, length) in enumerate(zip(ends, lengths))], **spaces)
     data = script.load_dataset(name)
     assert data["observations"].tolist() == [[i, t] for i, length in enumerate(lengths) for t in range(length)]
     assert np.all(data["next_observations"] - data["observations"] == [0, 1])  # at every end, too
@@ -60,23 +80,20 @@ def test_only_terminal_states_do_not_bootstrap_and_no_transition_crosses_an_epis
     for flag, meant in (("terminals", ("terminal", "both")), ("timeouts", ("time-out", "neither"))):
         assert np.flatnonzero(data[flag]).tolist() == [i for i, end in zip(last, ends) if end in meant]
     assert script.episode_numbers(data).tolist() == data["observations"][:, 0].tolist()
-    batch = script.ReplayBuffer(data, "cpu").rows(slice(None))
+    batch = script.ReplayBuffer(columns_of_a_batch(script, tiny(), data), "cpu").rows(slice(None))
     assert np.flatnonzero(batch.terminals).tolist() == np.flatnonzero(data["terminals"]).tolist()
 
 
-def test_time_out_inside_an_episode_ends_it(script, new_dataset):
+def test_time_out_inside_an_episode_ends_it(script, spaces, new_dataset):
     cut = np.array([False, True, False, False])
-    data = script.load_dataset(new_dataset([episode(0, truncations=cut), episode(1)], **SPACES))
+    data = script.load_dataset(new_dataset([episode(0, truncations=cut), episode(1)], **spaces))
     assert np.flatnonzero(data["timeouts"]).tolist() == [1]
     assert script.episode_numbers(data).tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
-def test_numbers_become_float32(script, new_dataset):
-    double = gym.spaces.Box(-1, 1, (1,), np.float64)
-    columns = {"observations": np.random.default_rng(0).random((5, 2)), "actions": np.full((4, 1), 0.1)}
-    data = script.load_dataset(
-        new_dataset([episode(0, **columns)], observation_space=OBSERVATIONS, action_space=double)
-    )
+def test_numbers_become_float32(script, spaces, new_dataset):
+    columns = {"observations": np.random.default_rng(0).random((5, 2)), "actions": np.ones((4, 1))}
+    data = script.load_dataset(new_dataset([episode(0, **columns)], **spaces))
     for key in ("observations", "next_observations", "actions", "rewards"):
         assert data[key].dtype == np.float32
     assert data["observations"].tolist() == columns["observations"][:-1].astype(np.float32).tolist()
@@ -90,12 +107,14 @@ def test_parts_of_dict_observations_stand_in_sorted_order_in_data_and_environmen
     for key in ("observations", "next_observations"):
         assert data[key].dtype == np.float32 and np.array_equal(data[key], flat[key][:, order])
     env = gym.make("DictCounter-v0")
-    assert script.flatten(env.reset(seed=3)[0]).tolist() == [3, 0, 0]
-    step = env.step(np.array([1, 0.5], np.float32))[0]
-    assert script.flatten(step).tolist() == [3, 1.5, 1]
+    space = env.observation_space
+    assert script.flatten(env.reset(seed=3)[0], space).tolist() == [3, 0, 0]
+    step = env.step(np.array([1, 0], env.action_space.dtype))[0]
+    assert script.flatten(step, space).tolist() == [3, 1, 1]
     assert float(table(run(env=name))[-1]["eval_length"]) == 3.5
 
 
+@continuous
 def test_actions_are_rescaled_to_one_and_back(script, prepare, new_dataset):
     low, high = Counter.action_space.low, Counter.action_space.high
     actions = np.random.default_rng(0).uniform(low, high, (30, 2)).astype(np.float32)
@@ -115,6 +134,7 @@ def test_actions_are_rescaled_to_one_and_back(script, prepare, new_dataset):
     assert actor.act(np.zeros((2, 3))).tolist() == [low.tolist(), high.tolist()]
 
 
+@continuous
 def test_no_rounding_takes_an_action_out_of_its_bounds(script):
     rng = np.random.default_rng(0)
     low, high = np.sort(rng.normal(size=(2, 500)).astype(np.float32), axis=0)
@@ -127,6 +147,7 @@ def test_no_rounding_takes_an_action_out_of_its_bounds(script):
         assert actions == pytest.approx(low if mean < 0 else high, abs=1e-6)
 
 
+@continuous
 @pytest.mark.parametrize("environment", ["none", "Counter-v0"])
 def test_actions_a_little_outside_are_clipped_and_others_refused(environment, prepare, new_dataset):
     low, high = Counter.action_space.low, Counter.action_space.high
@@ -143,14 +164,16 @@ def test_actions_a_little_outside_are_clipped_and_others_refused(environment, pr
         assert status == 1 and name in line and "outside" in line
 
 
+@continuous
 def test_actions_of_many_dimensions_are_refused_in_one_line_too(prepare, new_dataset):
     space = gym.spaces.Box(-1 / 3, 1, (30,), np.float32)
     buffers = [episode(i, actions=np.full((4, 30), -0.9, np.float32)) for i in range(2)]
     assert refusal(prepare, env=new_dataset(buffers, observation_space=OBSERVATIONS, action_space=space))[0] == 1
 
 
-def test_actions_at_the_bounds_train_without_nan(run, new_dataset):
-    actions = np.array([[-2, 0], [1, 0.5], [-2, 0.5], [1, 0]], np.float32)
+def test_actions_at_the_bounds_train_without_nan(script, run, new_dataset):
+    bounds = script.action_bounds(Counter.action_space)
+    actions = np.stack([bounds[f"action_{end}"] for end in ("low", "high", "low", "high")])
     observations = np.random.default_rng(0).random((5, 3)).astype(np.float32)
     name = new_dataset([episode(i, actions=actions, observations=observations) for i in range(3)], env="Counter-v0")
     folder = run(env=name, bc_steps=20)
@@ -175,7 +198,7 @@ def test_observations_are_normalised_by_the_training_data(holdout_fraction, scri
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_statistics_are_stored_and_used_to_act(normalize, script, run):
-    folder = run(normalize=normalize, policy_lr=1e-2)
+    folder = run(normalize=normalize, policy_lr=1e-2, qf_lr=1e-2, reward_clip=1.0)
     stored = weights(folder)
     mean, std = stored["/weights/observation_mean"].numpy(), stored["/weights/observation_std"].numpy()
     raw = script.load_dataset(DATASET)["observations"]
@@ -183,11 +206,11 @@ def test_statistics_are_stored_and_used_to_act(normalize, script, run):
     assert std == pytest.approx(raw.std(0) + 1e-3 if normalize else 1, rel=1e-5)
 
     policy = torch.load(folder / "policy.pt", weights_only=True)
-    actor = script.TanhGaussianActor(*policy["sizes"])
+    actor = script.Policy(*policy["sizes"])
     unscaled = {"observation_mean": torch.zeros(3), "observation_std": torch.ones(3)}
     actor.load_state_dict(policy["weights"] | unscaled)
     expected = actor.act((raw - mean) / std)
-    assert np.ptp(expected, axis=0).min() > 0.01
+    assert np.ptp(expected) > 0.01
     assert script.load_policy(folder / "policy.pt")(raw) == pytest.approx(expected, abs=1e-5)
 
 
@@ -209,18 +232,25 @@ def test_rewards(name, environment, ranged, script, prepare, new_dataset):
     raw = script.load_dataset(name)["rewards"]
     for change in ({}, {"reward_scale": 3}, {"reward_bias": 2}):
         data, _, _, task = prepare(**options, **change)
-        assert np.array_equal(data["rewards"], raw) and task.transform == (1, 0)
+        assert np.array_equal(data["rewards"], raw) and task.transform == (1, 0, math.inf)
     returns = [sum(s + t for t in range(1, Counter.length(s) + 1)) for s in range(7)]
     factor = 1000 / (max(returns) - min(returns)) if ranged else 1
     data, _, _, task = prepare(**options, normalize_reward=True)
     assert data["rewards"] == pytest.approx(raw * factor * 5 - 1, rel=1e-5)
-    assert task.transform == pytest.approx((factor * 5, -1))
+    assert task.transform == pytest.approx((factor * 5, -1, math.inf))
     data = prepare(**options, normalize_reward=True, reward_scale=0.5, reward_bias=0.25)[0]
     assert data["rewards"] == pytest.approx(raw * factor * 0.5 + 0.25, rel=1e-5) and data["rewards"].dtype == np.float32
 
 
-def test_rewards_without_a_range(prepare, new_dataset):
-    name = new_dataset([episode(0), episode(0)], "toy/hopper-v0", **SPACES)
+def test_training_rewards_are_clipped_after_the_change(script, prepare):
+    raw = script.load_dataset(DATASET)["rewards"]
+    data, _, _, task = prepare(normalize_reward=True, reward_scale=0.5, reward_bias=-55.0, reward_clip=2.0)
+    assert np.array_equal(data["rewards"], (raw * 0.5 - 55).clip(-2, 2)) and {-2, 2} < {*data["rewards"]}
+    assert [task.training_rewards(reward) for reward in (0.0, 111.0, 999.0)] == [-2, 0.5, 2]
+
+
+def test_rewards_without_a_range(prepare, spaces, new_dataset):
+    name = new_dataset([episode(0), episode(0)], "toy/hopper-v0", **spaces)
     status, line = refusal(prepare, env=name, normalize_reward=True)
     assert status == 1 and "--normalize_reward" in line
 
@@ -336,8 +366,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_broken_data_is_refused_before_training(fault, script, tiny, new_dataset, tmp_path):
-    name = new_dataset([episode(i) for i in range(6)], **SPACES)
+def test_broken_data_is_refused_before_training(fault, script, tiny, spaces, new_dataset, tmp_path):
+    name = new_dataset([episode(i) for i in range(6)], **spaces)
     change, word = BROKEN[fault]
     change(tmp_path / "minari" / name / "data")
     status, line = refusal(script.train, tiny(env=name))
@@ -381,9 +411,6 @@ def test_equal_reference_scores_end_no_run(script, tiny, new_dataset):
         ({"env": "../../etc"}, 1, ["../../etc"]),
         ({"env": "/etc"}, 1, ["/etc"]),
         ({"env": "toy/" + 300 * "x" + "-v0"}, 1, ["xxx"]),
-        ({"eval_env": "Pendulum-v1"}, 1, ["--eval_env", "Pendulum-v1", "3", "2", "1"]),
-        ({"eval_env": "MountainCarContinuous-v0"}, 1, ["--eval_env", "MountainCarContinuous-v0"]),
-        ({"eval_env": "Words-v0"}, 1, ["Words-v0", "Discrete"]),
         ({"eval_env": "NoSuchEnvironment-v0"}, 2, ["--eval_env NoSuchEnvironment-v0"]),
         ({"eval_env": "no_such_module:Counter-v0"}, 2, ["--eval_env no_such_module:Counter-v0"]),
         ({"buffer_size": 89}, 2, ["--buffer_size 89", "100"]),
@@ -395,6 +422,20 @@ def test_what_does_not_fit_is_refused_before_training(options, status, words, sc
     code, line = refusal(lambda: script.train(tiny(**options)))
     assert code == status and all(word in line for word in words), line
     assert not (tmp_path / "runs").exists()
+
+
+def test_environment_of_other_sizes_is_refused_before_training(script, tiny, tmp_path):
+    for name in WORLDS[script.__name__].others:
+        status, line = refusal(script.train, tiny(eval_env=name))
+        sizes = "{'observations': 3, 'actions': 2}"
+        assert status == 1 and all(word in line for word in ("--eval_env", name, sizes, "'actions': 1"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_environment_with_other_actions_is_refused_before_training(script, tiny, tmp_path):
+    name = WORLDS[script.__name__].foreign
+    status, line = refusal(script.train, tiny(eval_env=name))
+    assert status == 1 and all(word in line for word in (name, "Box", "Discrete")) and not (tmp_path / "runs").exists()
 
 
 def test_without_network_the_line_says_where_the_file_belongs(script, tiny, new_dataset, monkeypatch, tmp_path):
@@ -413,22 +454,102 @@ def test_no_dataset_outside_the_minari_root_is_read(script, tiny, new_dataset, t
         assert status == 1 and name in line
 
 
-def test_other_folders_in_the_minari_root_do_no_harm(script, tiny, new_dataset, tmp_path):
-    new_dataset([episode(0)], **SPACES)
+def test_other_folders_in_the_minari_root_do_no_harm(script, tiny, spaces, new_dataset, tmp_path):
+    new_dataset([episode(0)], **spaces)
     (tmp_path / "minari" / "notes" / "data").mkdir(parents=True)
     status, line = refusal(script.train, tiny(env="toy/newer-v0"))
     assert status == 1 and "toy/newer-v0" in line
 
 
-def test_data_without_bounds_or_with_other_actions_are_refused(tiny, script, new_dataset):
+def test_data_with_other_actions_are_refused(script, tiny, new_dataset):
+    name = WORLDS[script.__name__].foreign
+    status, line = refusal(script.train, tiny(env=new_dataset(record(name, range(3)), env=name), eval_env="none"))
+    assert status == 1 and "--env toy/new-v0" in line and "Box" in line and "Discrete" in line
+
+
+@continuous
+def test_data_without_bounds_are_refused(tiny, script, new_dataset):
     endless = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     name = new_dataset([episode(0), episode(1)], observation_space=OBSERVATIONS, action_space=endless)
     status, line = refusal(script.train, tiny(env=name))
     assert status == 1 and "bounds" in line
-    for i, actions in enumerate(([0, 1, 0, 1], [0, 2, 1, 2])):
-        buffers, discrete = [episode(0, actions=np.array(actions)), episode(1, actions=np.array(actions))], [2, 3][i]
-        spaces = SPACES | {"action_space": gym.spaces.Discrete(discrete)}
-        assert refusal(script.train, tiny(env=new_dataset(buffers, f"toy/discrete-v{i}", **spaces)))[0] == 1
+
+
+def test_images_are_refused(script, tiny, spaces, new_dataset):
+    image = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
+    for i, space in enumerate((image, gym.spaces.Dict({"pixels": image}))):
+        pixels = np.zeros((5, 40, 40, 3), np.uint8)
+        buffers = [episode(0, observations={"pixels": pixels} if i else pixels)]
+        name = new_dataset(buffers, f"toy/image-v{i}", **spaces | {"observation_space": space})
+        status, line = refusal(script.train, tiny(env=name))
+        assert status == 1 and f"--env {name}" in line and "(40, 40, 3)" in line
+
+
+def test_small_grids_become_vectors_and_discrete_observations_one_hot(script, run, spaces, new_dataset):
+    grid, number = gym.spaces.Box(0, 255, (2, 3), np.uint8), gym.spaces.Discrete(3, start=5)
+    parts = {"grid": grid, "number": number, "text": gym.spaces.Text(9)}
+    space = gym.spaces.Dict(parts)
+    observation = {"grid": np.arange(6).reshape(2, 3), "number": 6, "text": "go"}
+    assert script.flatten(observation, space).tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 0]
+    columns = {"grid": np.arange(30).reshape(5, 2, 3), "number": np.array([5, 6, 7, 5, 6])}
+    expected = np.concatenate([np.arange(30).reshape(5, 6), np.eye(3)[[0, 1, 2, 0, 1]]], axis=1)
+    assert np.array_equal(script.flatten(columns, gym.spaces.Dict(grid=grid, number=number), n_leading=1), expected)
+    name = new_dataset([episode(0, observations=columns["number"])], **spaces | {"observation_space": number})
+    assert script.load_dataset(name)["next_observations"].tolist() == np.eye(3)[[1, 2, 0, 1]].tolist()
+    assert weights(run(env=name))["/weights/observation_mean"].tolist() == [0.5, 0.25, 0.25]
+
+
+DISCRETE = {
+    "Discrete": (gym.spaces.Discrete(3), [0, 2, 1, 0], [0], [2], [0, 2, 1, 0]),
+    "Discrete from 3": (gym.spaces.Discrete(3, start=3), [3, 5, 4, 3], [3], [5], [0, 2, 1, 0]),
+    "MultiDiscrete": (
+        gym.spaces.MultiDiscrete([2, 3]), [[0, 0], [1, 2], [0, 2], [1, 0]], [0, 0], [1, 2], [0, 5, 2, 3],
+    ),
+    "MultiDiscrete from -1": (
+        gym.spaces.MultiDiscrete([2, 3], start=[-1, 4]), [[-1, 4], [0, 6], [-1, 6], [0, 4]], [-1, 4], [0, 6],
+        [0, 5, 2, 3],
+    ),
+}  # fmt: skip
+
+
+@discrete
+@pytest.mark.parametrize("kind", DISCRETE)
+def test_actions_are_numbered_from_zero_and_back(kind, script, prepare, run, new_dataset):
+    space, actions, low, high, numbers = DISCRETE[kind]
+    options = {"observation_space": OBSERVATIONS, "action_space": space}
+    name = new_dataset([episode(0, actions=np.array(actions))], **options)
+    data, _, scaling, _ = prepare(env=name)
+    assert data["actions"].tolist() == numbers and data["actions"].dtype == np.int64
+    assert (scaling["action_low"].tolist(), scaling["action_high"].tolist()) == (low, high)
+    assert script.ReplayBuffer(script.td_columns(data, script.TrainConfig()), "cpu").columns[1].dtype == torch.int64
+
+    network = script.QNetwork(2, [y - x + 1 for x, y in zip(low, high)], 4, 1, "dqn", 1)
+    network.load_state_dict(scaling, strict=False)
+    for action, number in zip(actions, numbers):
+        network.last.bias.data = 9.0 * torch.nn.functional.one_hot(torch.tensor(number), len(network.last.bias))
+        assert network.act(np.zeros(2)).tolist() == action
+        assert network.act(np.zeros((7, 2))).tolist() == 7 * [action]
+    assert script.load_policy(run(env=name) / "policy.pt")(np.zeros(2)).tolist() in space
+
+
+@discrete
+@pytest.mark.parametrize("environment", ["none", "Counter-v0"])
+@pytest.mark.parametrize("action", [[-3, 0], [2, 0], [0, 3], [0.5, 0], [0, 2.001]])
+def test_actions_outside_the_bounds_or_between_numbers_are_refused(action, environment, prepare, new_dataset):
+    columns = {"observations": np.zeros((3, 3), np.float32), "actions": np.array([[0, 0], action])}
+    name = new_dataset([episode(0, length=2, **columns), *record("Counter-v0", [1])], env="Counter-v0")
+    status, line = refusal(prepare, env=name, eval_env=environment)
+    wrong = next(f"{x:g}" for x in action if x)
+    assert status == 1 and f"--env {name}: an action is {wrong}, none of the whole numbers" in line
+
+
+@discrete
+def test_too_many_actions_are_refused(script, tiny, new_dataset):
+    space = gym.spaces.MultiDiscrete(30 * [10])
+    buffers = [episode(i, actions=np.full((4, 30), 9)) for i in range(2)]
+    name = new_dataset(buffers, observation_space=OBSERVATIONS, action_space=space)
+    status, line = refusal(script.train, tiny(env=name))
+    assert status == 1 and "100,000" in line
 
 
 def test_buffer_size_of_the_data_is_enough(run):
@@ -468,6 +589,7 @@ def test_minibatches_cover_all_rows_and_keep_them_together(script):
     rows = np.arange(n, dtype=np.float32)
     data = {key: rows for key in ("rewards", "terminals", "timeouts")}
     data |= {key: np.stack([rows, rows], axis=1) for key in ("observations", "actions", "next_observations")}
+    data |= {key: rows for key in script.Batch._fields if key not in data}
     buffer = script.ReplayBuffer(data, "cpu")
     torch.manual_seed(0)
     batch = buffer.sample(100 * n)
@@ -535,19 +657,19 @@ def test_no_simulator_where_none_is_wanted(script, run, monkeypatch):
     monkeypatch.setattr(script.gym, "make", lambda *_, **__: pytest.fail("an environment was made"))
     folder = run(eval_env="none")
     assert [row["eval_return"] for row in table(folder)] == ["", "", ""]
-    stored = weights(folder)
-    assert stored["/weights/action_low"].tolist() == [-2, 0] and stored["/weights/action_high"].tolist() == [1, 0.5]
+    stored, bounds = weights(folder), script.action_bounds(Counter.action_space)
+    assert {key: stored[f"/weights/{key}"].tolist() for key in bounds} == {k: x.tolist() for k, x in bounds.items()}
     assert script.load_policy(folder / "policy.pt")(np.zeros(3)).shape == (2,)
 
 
 @pytest.mark.parametrize("optional", list(itertools.product([0, 1], [0, 1])))
 def test_load_dataset_may_be_replaced(optional, script, run, monkeypatch):
-    """Plain arrays are enough; bounds and reference scores are optional, and actions then lie in [-1, 1]."""
+    """Plain arrays are enough; bounds and reference scores are optional."""
     rng = np.random.default_rng(0)
     terminals = np.arange(60) % 6 == 5
     data = {
         "observations": rng.normal(size=(60, 3)),
-        "actions": rng.uniform(-1, 1, size=(60, 2)),
+        "actions": rng.integers(0, 2, size=(60, 2)),
         "rewards": rng.normal(size=60),
         "next_observations": rng.normal(size=(60, 3)),
         "terminals": terminals,
@@ -560,9 +682,10 @@ def test_load_dataset_may_be_replaced(optional, script, run, monkeypatch):
     monkeypatch.setattr(script, "load_dataset", lambda name: dict(data))
     folder = run(env="my own data", eval_env="none")
     assert weights(folder)["/weights/action_high"].tolist() == ([1, 2] if optional[0] else [1, 1])
-    data["actions"] = data["actions"].clip(0, 0.5)
+    data["actions"] = data["actions"] * 0
     folder = run(env="my own data", eval_env="Counter-v0", run_id="evaluated")  # whose bounds count
-    assert weights(folder)["/weights/action_high"].tolist() == [1, 0.5]
+    high = script.action_bounds(Counter.action_space)["action_high"]
+    assert weights(folder)["/weights/action_high"].tolist() == high.tolist()
     assert (table(folder)[-1]["d4rl_normalized_score"] != "") == bool(optional[1])
 
 
@@ -590,7 +713,7 @@ def test_loading_needs_less_than_twice_the_data(layout, script, tiny, new_datase
     n, rng = 50_000, np.random.default_rng(0)
     columns = {
         "observations": rng.standard_normal((n, 20), dtype=np.float32),
-        "actions": rng.uniform(-1, 1, (n, 4)).astype(np.float32),
+        "actions": rng.integers(0, 2, (n, 4)).astype(np.float32),
         "rewards": rng.standard_normal(n, dtype=np.float32),
     }
     name = str(tmp_path / "large.hdf5")
@@ -602,7 +725,8 @@ def test_loading_needs_less_than_twice_the_data(layout, script, tiny, new_datase
                           rewards=columns["rewards"][i : i + 1000], **ends)
             for i in range(0, n - 1000, 1000)
         ]  # fmt: skip
-        actions = gym.spaces.Box(-1, 1, (4,), np.float32)
+        kinds = {gym.spaces.Box: gym.spaces.Box(-1, 1, (4,), np.float32)}
+        actions = kinds.get(script.ACTION_SPACES[0], gym.spaces.MultiDiscrete([2, 2, 2, 2]))
         name = new_dataset(episodes, observation_space=space, action_space=actions)
         del episodes
     else:
@@ -617,8 +741,9 @@ def test_loading_needs_less_than_twice_the_data(layout, script, tiny, new_datase
     gc.collect()
     tracemalloc.start()
     try:
-        data, *_ = script.prepare_data(tiny(env=name, eval_env="none"), [], None)
-        buffer = script.ReplayBuffer(data, "cpu")
+        config = tiny(env=name, eval_env="none")
+        data, *_ = script.prepare_data(config, [], None)
+        buffer = script.ReplayBuffer(columns_of_a_batch(script, config, data), "cpu")
         assert tracemalloc.get_traced_memory()[1] < 2 * size and len(buffer.columns[0]) > 0.9 * n
     finally:
         tracemalloc.stop()

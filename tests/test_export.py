@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import contents, tiny_config
+from conftest import contents, continuous, tiny_config
 
 from algorithms.offline import cql
 
@@ -104,7 +104,8 @@ def test_one_valid_file_without_this_machine_in_it(exported):
         assert part in printed
 
 
-def test_policy_and_checkpoint_of_a_run_go_to_any_place(tmp_path, capsys, monkeypatch, request):
+@continuous
+def test_policy_and_checkpoint_of_a_run_go_to_any_place(script, tmp_path, capsys, monkeypatch, request):
     def weights(actor):
         return b"".join(tensor.numpy().tobytes() for tensor in actor.state_dict().values())
 

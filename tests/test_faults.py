@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import Counter, contents, equal, refusal, table, weights
+from conftest import WORLDS, Counter, contents, equal, refusal, table, weights
 
 
 @pytest.fixture
@@ -15,20 +15,26 @@ def diverge(script, monkeypatch):
     """From the given update on, updates report this value of a metric."""
 
     def diverge(metric, value, first):
-        update = script.CQL.update
+        agent = getattr(script, WORLDS[script.__name__].agent)
+        update = agent.update
 
-        def changed(agent, batch):
-            metrics = update(agent, batch)
-            return metrics | {metric: torch.tensor(value)} if agent.n_updates >= first else metrics
+        def changed(self, batch):
+            metrics = update(self, batch)
+            return metrics | {metric: torch.tensor(value)} if self.n_updates >= first else metrics
 
-        monkeypatch.setattr(script.CQL, "update", changed)
+        monkeypatch.setattr(agent, "update", changed)
 
     return diverge
 
 
 @pytest.mark.parametrize(
     ("metric", "value"),
-    [("qf1_loss", math.nan), ("policy_loss", math.inf), ("policy_loss", -math.inf), ("average_qf2", -1e7)],
+    [
+        ("critic_grad_norm", math.nan),
+        ("critic_grad_norm", math.inf),
+        ("critic_grad_norm", -math.inf),
+        ("average_target_q", -1e7),
+    ],
 )
 @pytest.mark.parametrize("log_interval", [2, 1000])
 def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval, script, tiny, run, diverge):
@@ -43,14 +49,14 @@ def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval
 
 
 def test_diverging_run_writes_nothing_but_its_configuration(script, tiny, tmp_path, diverge):
-    diverge("qf1_loss", math.nan, 3)
+    diverge("critic_grad_norm", math.nan, 3)
     refusal(script.train, tiny())
     assert [path.name for path in (tmp_path / "runs" / "run").iterdir()] == ["config.yaml"]
 
 
 def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, run, diverge, monkeypatch):
     good = contents(run(max_timesteps=10))
-    diverge("qf1_loss", math.nan, 12)
+    diverge("critic_grad_norm", math.nan, 12)
     sample = script.ReplayBuffer.sample
 
     def stop(buffer, *arguments):
@@ -73,7 +79,7 @@ def test_rates_that_are_far_too_large_end_a_run(options, script, tiny):
 
 
 def test_values_may_be_far_below_any_return(script, run, diverge):
-    diverge("average_qf1", -1e4, 0)  # the largest reward is 125, so that returns may be 12,500
+    diverge("average_target_q", -1e4, 0)  # the largest reward is 125, so that returns may be 12,500
     assert len(table(run())) == 3
 
 
@@ -167,14 +173,14 @@ def test_damaged_run_is_refused_in_a_line(damage, script, tiny, run):
     assert str(folder) in line and contents(folder) == bad
 
 
-@pytest.mark.parametrize("part", ["agent", "means", "random", ("agent", "optimizers"), ("agent", "networks")])
+@pytest.mark.parametrize("part", ["agent", "means", "random", "optimizer", "networks"])
 def test_checkpoint_without_a_part_is_refused_in_a_line(part, script, tiny, run):
     path = run(max_timesteps=10) / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
-    if isinstance(part, str):
+    if part in content:
         del content[part]
     else:
-        content[part[0]][part[1]] = {}
+        content["agent"] = {key: {} if key.startswith(part) else x for key, x in content["agent"].items()}
     torch.save(content, path)
     assert str(path.parent) in refusal(script.train, tiny())[1]
 

@@ -17,28 +17,38 @@ from typing import Optional
 import pytest
 import torch
 import yaml
-from conftest import DATASET, ROOT, SCRIPTS, TINY, record, refusal, table, weights
+from conftest import (
+    DATASET,
+    ROOT,
+    SCRIPTS,
+    continuous,
+    once,
+    option_names,
+    record,
+    refusal,
+    table,
+    tiny_arguments,
+    weights,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # Name, type and default of CORL's options. Its checkpoints_path None writes nothing, here it is "runs"; its device is
 # "cuda"; buffer_size is a limit here.
 CORL = {
-    "algorithms.offline.cql": {
-        "device": (str, "cuda" if torch.cuda.is_available() else "cpu"), "env": (str, "halfcheetah-medium-expert-v2"),
-        "seed": (int, 0), "eval_freq": (int, 5000), "n_episodes": (int, 10), "max_timesteps": (int, 1_000_000),
-        "checkpoints_path": (Optional[str], "runs"), "load_model": (str, ""), "buffer_size": (int, 2_000_000),
-        "batch_size": (int, 256), "discount": (float, 0.99), "alpha_multiplier": (float, 1.0),
-        "use_automatic_entropy_tuning": (bool, True), "backup_entropy": (bool, False), "policy_lr": (float, 3e-5),
-        "qf_lr": (float, 3e-4), "soft_target_update_rate": (float, 5e-3), "target_update_period": (int, 1),
-        "cql_n_actions": (int, 10), "cql_importance_sample": (bool, True), "cql_lagrange": (bool, False),
-        "cql_target_action_gap": (float, -1.0), "cql_temp": (float, 1.0), "cql_alpha": (float, 10.0),
-        "cql_max_target_backup": (bool, False), "cql_clip_diff_min": (float, -math.inf),
-        "cql_clip_diff_max": (float, math.inf), "orthogonal_init": (bool, True), "normalize": (bool, True),
-        "normalize_reward": (bool, False), "q_n_hidden_layers": (int, 3), "reward_scale": (float, 5.0),
-        "reward_bias": (float, -1.0), "bc_steps": (int, 0), "policy_log_std_multiplier": (float, 1.0),
-        "project": (str, "CORL"), "group": (str, "CQL-D4RL"), "name": (str, "CQL"),
-    },
+    "device": (str, "cuda" if torch.cuda.is_available() else "cpu"), "env": (str, "halfcheetah-medium-expert-v2"),
+    "seed": (int, 0), "eval_freq": (int, 5000), "n_episodes": (int, 10), "max_timesteps": (int, 1_000_000),
+    "checkpoints_path": (Optional[str], "runs"), "load_model": (str, ""), "buffer_size": (int, 2_000_000),
+    "batch_size": (int, 256), "discount": (float, 0.99), "alpha_multiplier": (float, 1.0),
+    "use_automatic_entropy_tuning": (bool, True), "backup_entropy": (bool, False), "policy_lr": (float, 3e-5),
+    "qf_lr": (float, 3e-4), "soft_target_update_rate": (float, 5e-3), "target_update_period": (int, 1),
+    "cql_n_actions": (int, 10), "cql_importance_sample": (bool, True), "cql_lagrange": (bool, False),
+    "cql_target_action_gap": (float, -1.0), "cql_temp": (float, 1.0), "cql_alpha": (float, 10.0),
+    "cql_max_target_backup": (bool, False), "cql_clip_diff_min": (float, -math.inf),
+    "cql_clip_diff_max": (float, math.inf), "orthogonal_init": (bool, True), "normalize": (bool, True),
+    "normalize_reward": (bool, False), "q_n_hidden_layers": (int, 3), "reward_scale": (float, 5.0),
+    "reward_bias": (float, -1.0), "bc_steps": (int, 0), "policy_log_std_multiplier": (float, 1.0),
+    "project": (str, "CORL"), "group": (str, "CQL-D4RL"), "name": (str, "CQL"),
 }  # fmt: skip
 
 
@@ -64,15 +74,29 @@ def parse(script, tmp_path):
     return parse
 
 
+def known(cases):
+    """[(script, case, ...)] of the scripts that have the option which a case is about."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    names = [re.match(r"(?:--)?(\w+)", case[0])[1] for case in cases]
+    return [(script, *case) for script in SCRIPTS for name, case in zip(names, cases) if name in option_names(script)]
+
+
+def test_an_option_has_one_type_in_all_scripts():
+    scripts = [importlib.import_module(name) for name in SCRIPTS]
+    for name in set.intersection(*map(option_names, SCRIPTS)):
+        assert len({options_of(script)[name].type for script in scripts}) == 1, name
+
+
+@continuous
 def test_options_of_corl_keep_name_type_and_default(script):
     options = options_of(script)
-    for name, (kind, default) in CORL[script.__name__].items():
+    for name, (kind, default) in CORL.items():
         assert options[name].type == kind and vars(script.TrainConfig())[name] == default, name
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"),
-    [
+    ("script", "argument", "value"),
+    known([
         ("--normalize=True", True), ("--normalize=False", False), ("--normalize=true", True),
         ("--normalize=false", False), ("--seed=7", 7), ("--seed=1e6", 1_000_000), ("--seed=1_000", 1000),
         ("--seed=2.0", 2), ("--seed=010", 10), ("--discount=1", 1.0), ("--policy_lr=1e-05", 1e-5),
@@ -83,7 +107,11 @@ def test_options_of_corl_keep_name_type_and_default(script):
         ("--name=null", "null"), ("--name=[a, b]", "[a, b]"), ("--name=a: b", "a: b"), ("--name= x ", " x "),
         ("--compile=None", None), ("--compile=True", True), ("--compile=false", False),
         ("--name=-", "-"), ("--group=False", "False"), ("--load_model=", ""), ("--env=0x10", "0x10"),
-    ],
+        ("--reward_clip=inf", math.inf), ("--reward_clip=1", 1.0), ("--max_grad_norm=.inf", math.inf),
+        ("--v_min=None", None), ("--v_min=-2", -2.0), ("--v_max=2.5", 2.5), ("--head=qr", "qr"),
+        ("--bc_only=True", True),
+    ]),
+    indirect=["script"],
 )  # fmt: skip
 def test_command_line_says_what_it_says(argument, value, parse):
     name = argument[2:].split("=")[0]
@@ -93,13 +121,13 @@ def test_command_line_says_what_it_says(argument, value, parse):
 
 
 def test_option_and_value_may_be_two_words(parse):
-    config = parse("--seed", "3", "--cql_target_action_gap", "-5", "--normalize", "False", "--name", "a b")
-    assert (config.seed, config.cql_target_action_gap, config.normalize, config.name) == (3, -5.0, False, "a b")
+    config = parse("--seed", "3", "--reward_bias", "-5", "--normalize", "False", "--name", "a b")
+    assert (config.seed, config.reward_bias, config.normalize, config.name) == (3, -5.0, False, "a b")
 
 
 @pytest.mark.parametrize(
-    ("line", "name", "value"),
-    [
+    ("script", "line", "name", "value"),
+    known([
         ("policy_lr: 1e-4", "policy_lr", 1e-4),  # a text to YAML 1.1
         ("seed: 1e6", "seed", 1_000_000),
         ("seed: 1_000_000", "seed", 1_000_000),
@@ -111,10 +139,13 @@ def test_option_and_value_may_be_two_words(parse):
         ("eval_env: ~", "eval_env", None),
         ("run_id: '0123'", "run_id", "0123"),
         ("discount: 1", "discount", 1.0),
+        ("v_max: ~", "v_max", None),
+        ("reward_clip: .inf", "reward_clip", math.inf),
         ("seed: 1\nseed: 2", "seed", 2),  # as YAML has it
         ("load_model: ''", "load_model", ""),
-    ],
-)
+    ]),
+    indirect=["script"],
+)  # fmt: skip
 def test_yaml_says_what_it_says(line, name, value, parse):
     parsed = vars(parse(text=f"batch_size: 7\n{line}"))
     assert parsed[name] == value and type(parsed[name]) is type(value) and parsed["batch_size"] == 7
@@ -133,11 +164,14 @@ BAD_VALUES = [
     "cql_clip_diff_max=nan", "holdout_fraction=1", "holdout_fraction=-0.1", "policy_log_std_multiplier=nan",
     "policy_log_std_multiplier=-inf", "env=", "name=", "run_id=a/b", "run_id=..", "run_id=.", "device=gpu",
     "precision=half", "compile=maybe", "cql_backprop_actions=-1", "device=meta", "device=cuda:99", "device=",
-    "max_timesteps=0",
+    "max_timesteps=0", "reward_clip=0", "reward_clip=-1", "reward_clip=nan", "max_grad_norm=0", "max_grad_norm=nan",
+    "head=ddqn", "head=", "head=None", "target=mean", "td_error=absolute", "n_step=0", "n_step=1.5", "n_atoms=1",
+    "n_quantiles=0", "eval_epsilon=2", "eval_epsilon=-0.1", "v_min=nan", "v_min=inf", "v_min=-inf", "v_max=-inf",
+    "v_max=inf", "v_max=high", "dr3_coefficient=-1", "bc_only=maybe", "normalize_features=2",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("argument", BAD_VALUES)
+@pytest.mark.parametrize(("script", "argument"), known(BAD_VALUES), indirect=["script"])
 def test_bad_value_is_one_line_that_names_the_option(argument, parse):
     status, line = refusal(parse, f"--{argument}")
     name, value = argument.split("=")
@@ -156,7 +190,6 @@ def test_bad_value_is_one_line_that_names_the_option(argument, parse):
         (["seed=4"], "seed=4"),
         (["--seed"], "--seed"),
         (["--normalize"], "--normalize"),
-        (["--cql_clip_diff_min=2", "--cql_clip_diff_max=1"], "--cql_clip_diff_min"),
         (["--config_path=missing.yaml"], "missing.yaml"),
         (["--config_path="], "--config_path"),
         (["--name=a\0b"], "--name"),
@@ -168,6 +201,16 @@ def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     status, line = refusal(parse, *arguments)
     assert status == 2 and word in line
+
+
+@pytest.mark.parametrize(
+    ("script", "low", "high", "values"),
+    known([("cql_clip_diff_min", "cql_clip_diff_max", (2, 1)), ("v_min", "v_max", (2, 1)), ("v_min", "v_max", (1, 1))]),
+    indirect=["script"],
+)
+def test_limits_in_the_wrong_order_are_one_line(low, high, values, parse):
+    status, line = refusal(parse, f"--{low}={values[0]}", f"--{high}={values[1]}")
+    assert status == 2 and f"--{low} {values[0]:.1f}" in line and f"--{high} {values[1]:.1f}" in line
 
 
 @pytest.mark.parametrize(
@@ -217,8 +260,12 @@ def check_parsed(script, name, value, parsed):
     kind = options_of(script)[name].type
     if kind in (bool, Optional[bool]) and value not in ("None", "null"):
         assert parsed is {"true": True, "false": False}[value.lower()]
-    elif kind in (int, float):
-        assert type(parsed) is kind and parsed == float(value.replace(".inf", "inf")) and not math.isnan(parsed)
+    elif kind in (int, float) or (kind == Optional[float] and value not in ("None", "null")):
+        assert (
+            type(parsed) is (int if kind is int else float)
+            and parsed == float(value.replace(".inf", "inf"))
+            and not math.isnan(parsed)
+        )
     elif kind is str or value not in ("None", "null"):
         assert parsed == value
     else:
@@ -280,7 +327,7 @@ def test_help_is_shown_beside_other_options(command_line):
 
 
 def test_too_little_memory_is_one_line(script, command_line, tmp_path):
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [f"--checkpoints_path={tmp_path}"]
+    arguments = tiny_arguments(script, checkpoints_path=tmp_path)
     status, _, err = command_line(*arguments, "--batch_size=1000000000000")
     assert status == 1 and err.count("\n") == 1 and "--batch_size" in err
 
@@ -295,7 +342,7 @@ def test_help_lists_every_option_with_its_comment(script, command_line):
 
 
 def test_program_exits_with_0_1_and_2_and_says_why_in_a_line(script, command_line, run, tmp_path):
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [f"--checkpoints_path={tmp_path / 'runs'}"]
+    arguments = tiny_arguments(script, checkpoints_path=tmp_path / "runs")
     status, out, err = command_line(*arguments)
     assert (status, err) == (0, "") and str(tmp_path / "runs" / "run") in out.splitlines()[-1]
     for bad, code in (("--seed=x", 2), ("--buffer_size=99", 2), ("--env=toy/nothing-v0", 1)):
@@ -305,6 +352,7 @@ def test_program_exits_with_0_1_and_2_and_says_why_in_a_line(script, command_lin
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
 
 
+@once
 def test_unknown_environment_is_one_line_in_a_fresh_process(script, tmp_path):
     """gymnasium-robotics, which is imported to look for it, prints a notice of its own."""
     command = [sys.executable, script.__file__, "--env", DATASET, "--eval_env", "NoSuchEnvironment-v0", "--device=cpu"]
@@ -317,7 +365,7 @@ def test_stored_configuration_is_a_config_file(parse, tiny, run):
         "name": "1e3",
         "group": "no",
         "reward_bias": -1e-7,
-        "cql_clip_diff_min": -3.5,
+        "reward_clip": 3.5,
         "checkpoints_path": "null x",
     }
     folder = run(**options | {"checkpoints_path": tiny().checkpoints_path})
@@ -340,7 +388,7 @@ CORL_FILES = {
 
 
 @pytest.mark.parametrize("name", " ".join(CORL_FILES).split())
-@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+@continuous
 def test_file_of_corl_means_what_our_configuration_does(name, script, parse):
     """Written as CORL writes its files: every key, null, .inf, -.inf, 3.0e-05, '' and a device."""
     text = """
@@ -392,7 +440,7 @@ def test_file_of_corl_means_what_our_configuration_does(name, script, parse):
     assert (theirs["buffer_size"], theirs["checkpoints_path"]) == (10**7, "runs")
 
 
-@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+@continuous
 def test_file_for_another_script_is_refused_by_its_options(parse):
     line = refusal(parse, text="offline_iterations: 1000000\nonline_iterations: 1000000\ncql_alpha: 5.0\n")[1]
     assert "offline_iterations, online_iterations" in line and "cql_alpha" not in line
@@ -422,6 +470,7 @@ ACTS = {
         "normalize_reward": ({}, True),
         "reward_scale": ({"normalize_reward": True}, 4.0),
         "reward_bias": ({"normalize_reward": True}, 0.0),
+        "reward_clip": ({}, 110.0),
         "holdout_fraction": ({}, 0.1),
         "hidden_dim": ({}, 17),
         "policy_n_hidden_layers": ({}, 2),
@@ -447,6 +496,54 @@ ACTS = {
         "cql_clip_diff_max": ({}, 2.0),
         "cql_lagrange": ({}, True),
         "cql_target_action_gap": ({"cql_lagrange": True}, 2.0),
+        "project": ({}, "other"),
+        "group": ({}, "other"),
+        "name": ({"run_id": None}, "other"),
+    },
+    "algorithms.discrete.cql_dqn": {
+        "device": ({}, "cuda:99"),
+        "env": ({}, "toy/new-v0"),
+        "eval_env": ({}, "Plain-v0"),
+        "seed": ({}, 1),
+        "eval_seed": ({}, 1),
+        "eval_freq": ({}, 5),
+        "eval_epsilon": ({"eval_env": "Paid-v0"}, 0.5),
+        "n_episodes": ({}, 3),
+        "max_timesteps": ({}, 11),
+        "checkpoints_path": ({}, "elsewhere"),
+        "run_id": ({}, "other"),
+        "load_model": ({}, "checkpoint.pt"),
+        "log_interval": ({}, 3),
+        "compile": ({}, True),
+        "precision": ({}, "bfloat16"),
+        "buffer_size": ({}, 99),
+        "batch_size": ({}, 33),
+        "normalize": ({}, False),
+        "normalize_reward": ({}, True),
+        "reward_scale": ({"normalize_reward": True}, 4.0),
+        "reward_bias": ({"normalize_reward": True}, 0.0),
+        "reward_clip": ({}, 110.0),
+        "holdout_fraction": ({}, 0.1),
+        "head": ({}, "qr"),
+        "n_atoms": ({"head": "c51"}, 11),
+        "v_min": ({"head": "c51"}, -500.0),
+        "v_max": ({"head": "c51"}, 5000.0),
+        "n_quantiles": ({"head": "qr"}, 11),
+        "hidden_dim": ({}, 17),
+        "q_n_hidden_layers": ({}, 2),
+        "orthogonal_init": ({}, False),
+        "normalize_features": ({}, True),
+        "discount": ({}, 0.9),
+        "n_step": ({}, 2),
+        "target": ({}, "sarsa"),
+        "td_error": ({}, "squared"),
+        "qf_lr": ({}, 1e-4),
+        "max_grad_norm": ({}, 0.1),
+        "soft_target_update_rate": ({}, 0.1),
+        "target_update_period": ({}, 2),
+        "cql_alpha": ({}, 5.0),
+        "bc_only": ({}, True),
+        "dr3_coefficient": ({}, 0.1),
         "project": ({}, "other"),
         "group": ({}, "other"),
         "name": ({"run_id": None}, "other"),
@@ -501,6 +598,8 @@ def observe(script, tiny, tmp_path, monkeypatch):
 
 
 def halved(gradients, metrics):
+    if isinstance(gradients, tuple):
+        return tuple(x / 2 for x in gradients), metrics
     return {name: [x / 2 for x in values] for name, values in gradients.items()}, metrics
 
 
@@ -527,9 +626,8 @@ def test_every_option_changes_something(option, script, observe, run, new_datase
     assert observe("other", **context | {option: value}) != base
 
 
-@pytest.mark.parametrize(
-    ("context", "option", "value"),
-    [
+INERT = {
+    "algorithms.offline.cql": [
         ({}, "reward_scale", 4.0),
         ({}, "reward_bias", 4.0),
         ({}, "cql_target_action_gap", 4.0),
@@ -537,15 +635,31 @@ def test_every_option_changes_something(option, script, observe, run, new_datase
         ({"cql_alpha": 0}, "cql_n_actions", 5),
         ({}, "buffer_size", 100),
     ],
+    "algorithms.discrete.cql_dqn": [
+        ({}, "n_atoms", 11),
+        ({}, "v_min", 0.0),
+        ({"head": "c51"}, "td_error", "squared"),
+        ({"head": "c51"}, "n_quantiles", 11),
+        ({"bc_only": True}, "cql_alpha", 5.0),
+        ({"bc_only": True}, "td_error", "squared"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "context", "option", "value"),
+    [(name, *case) for name, cases in INERT.items() for case in cases],
+    indirect=["script"],
 )
-@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
 def test_options_that_a_configuration_switches_off_change_nothing(context, option, value, script, observe):
-    assert observe("base", **context) == observe("other", **context | {option: value})
+    base, other = observe("base", **context), observe("other", **context | {option: value})
+    assert base == other and isinstance(base, dict)
 
 
 # Configurations, docs and README
 
 CONFIGURATIONS = sorted(ROOT.glob("configs/*/**/*.yaml"))
+D4RL_CONFIGURATIONS = [path for path in CONFIGURATIONS if "offline" in path.parts]
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -555,15 +669,15 @@ def test_configurations_load_and_say_only_what_differs(path):
     script = importlib.import_module(f"algorithms.{setting}.{algorithm}")
     config = parser_of(script).parse_args(["--config_path", str(path)])
     stated, defaults = yaml.safe_load(path.read_text()), vars(script.TrainConfig())
-    assert stated and {name for name in stated if vars(config)[name] == defaults[name]} == set()
+    assert {name for name in stated if vars(config)[name] == defaults[name]} <= {"env"}
     assert all(isinstance(vars(config)[name], type(value)) for name, value in stated.items())
     *_, domain, dataset = path.with_suffix("").parts
-    assert re.fullmatch(rf"{domain}-{dataset}(-v0)?", config.env.replace("/", "-"))
+    assert re.fullmatch(rf"(D4RL-)?{domain}-{dataset}(-v0)?", config.env.replace("/", "-"))
 
 
-@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+@continuous
 def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark(script):
-    stored = {parser_of(script).parse_args(["--config_path", str(path)]).env for path in CONFIGURATIONS}
+    stored = {parser_of(script).parse_args(["--config_path", str(path)]).env for path in D4RL_CONFIGURATIONS}
     kinds = ["random", "medium", "medium-replay", "medium-expert", "expert", "full-replay"]
     wanted = {f"{task}-{kind}-v2" for task in ("halfcheetah", "hopper", "walker2d") for kind in kinds}
     hands = [(task, kind) for task in ("pen", "door", "hammer", "relocate") for kind in ("human", "cloned", "expert")]
@@ -582,18 +696,34 @@ def documented(page):
     return [name for cell in cells for name in re.findall("`(.+?)`", cell)]
 
 
-@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+# Page of a script, and configurations that write all its metrics between them.
+PAGES = {
+    "algorithms.offline.cql": (
+        "cql.md",
+        [
+            {},
+            {"cql_lagrange": True, "holdout_fraction": 0.2, "bc_steps": 3},
+            {"cql_alpha": 0},
+            {"use_automatic_entropy_tuning": False, "eval_env": "none"},
+            {"cql_importance_sample": False},
+        ],
+    ),
+    "algorithms.discrete.cql_dqn": (
+        "discrete_cql.md",
+        [{}, {"head": "c51", "holdout_fraction": 0.2}, {"head": "qr", "dr3_coefficient": 0.1}, {"bc_only": True}],
+    ),
+}
+
+
 def test_documented_metrics_are_those_that_are_written(script, run):
-    variants = [{}, {"cql_lagrange": True, "holdout_fraction": 0.2, "bc_steps": 3}, {"cql_alpha": 0}]
-    variants += [{"use_automatic_entropy_tuning": False, "eval_env": "none"}, {"cql_importance_sample": False}]
+    page, variants = PAGES[script.__name__]
     written = {name for i, options in enumerate(variants) for name in table(run(**options, run_id=f"{i}"))[0]}
-    names = documented("cql.md")
+    names = documented(page)
     assert len(names) == len(set(names)) and set(names) == written | {"updates_per_second"}
 
 
-@pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
 def test_documented_options_are_those_that_exist(script):
-    section = (ROOT / "docs/cql.md").read_text().split("\n## Options\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / PAGES[script.__name__][0]).read_text().split("\n## Options\n")[1].split("\n## ")[0]
     assert options_of(script).keys() <= set(re.findall(r"`(\w+)`", section))
 
 
@@ -630,7 +760,7 @@ def test_second_block_of_the_readme_runs_the_tests():
 
 
 def test_every_option_that_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text() + (ROOT / "docs/cql.md").read_text()
+    text = "".join(path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
     commands = re.findall(r"^ *(python algorithms/.*)", text.replace("\\\n", " "), re.MULTILINE)
     assert commands
     for line in commands:

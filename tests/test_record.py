@@ -14,10 +14,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, Counter, contents
+from conftest import DATASET, Counter, contents, continuous
 from conftest import record as record_episodes
 
+from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
+
+pytestmark = continuous  # the world of Painted; record.py takes policies of every script
 
 PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "record.py"
 spec = importlib.util.spec_from_file_location("record", PROGRAM)
@@ -57,6 +60,12 @@ for kind in (Painted, Flat, NoScreen, Failing):
     gym.register(f"{kind.__name__}-v0", entry_point=f"{__name__}:{kind.__name__}")
 
 
+def store_discrete_policy(path):
+    torch.manual_seed(0)
+    network = cql_dqn.QNetwork(4, [2], 16, 1, "dqn", 1)
+    cql_dqn.save(Path(path), {"sizes": list(network.sizes), "weights": network.state_dict()})
+
+
 def store_policy(path, sizes=(3, 2)):
     torch.manual_seed(0)
     actor = cql.TanhGaussianActor(*sizes, 16, 1)
@@ -65,7 +74,7 @@ def store_policy(path, sizes=(3, 2)):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(script, tmp_path, monkeypatch):
     """With a policy.pt; and what the program changes in its process is undone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
@@ -134,6 +143,16 @@ def test_an_episode_is_a_video_from_its_start_to_its_end(frames, capsys):
         video, fps = frames(path)
         assert fps == 10 and video.shape[1:] == (32, 48, 3)
         check_frames(video, int(length))
+
+
+def test_policy_of_discrete_actions(frames, capsys):
+    store_discrete_policy("policy.pt")
+    run("--seed", 3, env="CartPole-v1", output="video.mp4")
+    config = cql_dqn.TrainConfig(n_episodes=1, eval_seed=3)
+    task = cql_dqn.Task([gym.make("CartPole-v1")])
+    (length,) = cql_dqn.rollout(config, task, cql_dqn.load_policy("policy.pt"))["length"]
+    assert f"return {length:.1f}, {length:.0f} steps" in capsys.readouterr().out
+    assert len(frames("video.mp4")[0]) in (length + 1, length + 2)
 
 
 def test_one_file_replaces_an_older_one(frames, capsys, monkeypatch):
@@ -210,7 +229,9 @@ def test_missing_package(name, capsys, monkeypatch):
         ([], {"policy": "wide.pt"}, 1, ["wide.pt", "(4, 2)", "(3, 2)", "Painted-v0"]),
         ([], {"policy": "narrow.pt"}, 1, ["narrow.pt", "(3, 1)", "(3, 2)"]),
         ([], {"policy": "wide.pt", "env": "Pendulum-v1"}, 1, ["wide.pt", "(3, 1)", "Pendulum-v1"]),
-        ([], {"env": "CartPole-v1"}, 1, ["--env CartPole-v1", "Discrete(2)", "Box"]),
+        ([], {"env": "CartPole-v1"}, 1, ["--env CartPole-v1", "Discrete(2)", "kind"]),
+        ([], {"policy": "discrete.pt"}, 1, ["--env Painted-v0", "Box", "kind"]),
+        ([], {"policy": "discrete.pt", "env": "MountainCar-v0"}, 1, ["discrete.pt", "(4, 1)", "(2, 1)"]),
         ([], {"env": "Painte-v0"}, 2, ["--env Painte-v0", "Painted"]),
         ([], {"env": "LunarLander-v2"}, 2, ["--env LunarLander-v2", "LunarLander-v3"]),
         ([], {"env": "no_such_module:Painted-v0"}, 2, ["--env no_such_module:Painted-v0", "no_such_module"]),
@@ -226,6 +247,7 @@ def test_user_errors_are_one_line_and_write_nothing(options, named, code, words,
     Path("text").write_text("no policy")
     store_policy("wide.pt", sizes=(4, 2))
     store_policy("narrow.pt", sizes=(3, 1))
+    store_discrete_policy("discrete.pt")
     before = contents(folder)
     status, line = refusal(capsys, *options, **named)
     assert status == code and all(word in line for word in words), line

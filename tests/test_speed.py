@@ -31,9 +31,19 @@ def test_a_row_for_each_variant(measure):
 
 
 def test_operations_are_those_of_the_products():
-    job = type("Job", (), {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10, "device": "cpu"})
+    sizes = {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}
+    job = type("Job", (), sizes | {"script": "offline/cql", "device": "cpu"})
     operations = [speed.prepare_script(job, variant)[1] for variant in ("-", "cql_backprop_actions=2")]
     assert operations[0] == pytest.approx(13.72e9, rel=0.01) and operations[1] < 0.5 * operations[0]
+
+
+def test_operations_of_the_discrete_script_are_those_of_the_products():
+    """Forward and backward passes, and those of both networks on the next observations."""
+    sizes = {"observation": 8, "action": 4, "batch": 64, "layers": 2, "actions": 10}
+    job = type("Job", (), sizes | {"script": "discrete/cql_dqn", "device": "cpu"})
+    operations = speed.prepare_script(job, "-")[1]
+    network = 2 * 64 * (8 * 256 + 256 * 256 + 256 * 4)
+    assert operations == pytest.approx(5 * network, rel=0.05)
 
 
 def test_loading_is_measured(measure):

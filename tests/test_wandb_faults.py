@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
-from conftest import ROOT, TINY, equal, table, weights
+from conftest import ROOT, TINY, equal, once, table, weights
 from fake_wandb import Server
+
+pytestmark = once
 
 SECONDS, SPARE = 2, 6  # the limit in these tests, and what a busy machine may need beside it
 FAULTS = ("refused", "silent", "error", "garbage")

@@ -542,6 +542,7 @@ class DivergenceError(DataError):
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 WANDB_SECONDS = 20  # that W&B may take to start, and to finish
+MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 CHOICES = {
     "precision": ("float32", "tf32", "bfloat16"),
@@ -668,8 +669,9 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space, name: st
     if not isinstance(action_space, ACTION_SPACES):
         kinds = " or ".join(kind.__name__ for kind in ACTION_SPACES)
         raise DataError(f"{name} has actions {action_space}; this script takes {kinds} ones")
-    for space in getattr(observation_space, "spaces", {"": observation_space}).values():
-        if len(space.shape or ()) > 1 and math.prod(space.shape) > 1024:
+    parts = observation_space.values() if isinstance(observation_space, gym.spaces.Dict) else [observation_space]
+    for space in parts:
+        if len(space.shape or ()) > 1 and math.prod(space.shape) > MAX_GRID:
             raise DataError(f"{name} has images of shape {space.shape}; this script takes vectors and small grids")
 
 
@@ -812,7 +814,8 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
         if missing := {"observations", "actions", "rewards", "terminals"} - columns.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         for key, column in columns.items():
-            if column.ndim not in {"actions": (1, 2), "observations": (2,), "next_observations": (2,)}.get(key, (1,)):
+            n_axes = {"observations": (2, 3, 4), "next_observations": (2, 3, 4), "actions": (1, 2)}.get(key, (1,))
+            if column.ndim not in n_axes or column.ndim > 2 and math.prod(column.shape[1:]) > MAX_GRID:
                 raise ValueError(f"its {key} have shape {column.shape}")
             if column.is_virtual:  # whose rows may be elsewhere, and zeros where they are not
                 raise ValueError(f"its {key} are a virtual dataset")
@@ -822,7 +825,9 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
         if len(lengths := {len(column) for column in columns.values()}) > 1:
             raise ValueError(f"its columns have {', '.join(map(str, sorted(lengths)))} rows")
         data = {key: column.astype(np.float32)[()] for key, column in columns.items()}
-    data["actions"] = data["actions"].reshape(len(data["actions"]), -1)  # those of a Discrete space have no columns
+    for key in {"observations", "next_observations", "actions"} & data.keys():
+        if data[key].ndim != 2:  # grids, and actions of a Discrete space
+            data[key] = data[key].reshape(len(data[key]), math.prod(data[key].shape[1:]))
     for key in {"terminals", "timeouts"} & data.keys():
         if not np.isin(data[key], (0, 1)).all():
             raise ValueError(f"its {key} are not 0 or 1")
@@ -1525,6 +1530,7 @@ def evaluate_stored(config: Any) -> dict[str, Any]:
     if not envs:
         raise ConfigError("--max_timesteps 0 needs an environment to evaluate in: name one with --eval_env")
     space = envs[0].observation_space
+    check_spaces(space, envs[0].action_space, envs[0].spec.id)
     sizes = policy.__self__.sizes[0], flatten(space.sample(), space).size
     if sizes[0] != sizes[1]:  # one of size 1 would pass through any policy
         raise DataError(

@@ -1,0 +1,696 @@
+"""The method of the discrete script against closed forms, numbers worked out by hand, and slow loops."""
+
+import copy
+import dataclasses
+import math
+from itertools import accumulate
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import refusal, store
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minari.data_collector import EpisodeBuffer
+from torch import nn
+
+from algorithms.discrete import cql_dqn as cql
+
+S, A, B = 4, 3, 6  # states or size of observations, actions, transitions a batch
+INF = math.inf
+pytestmark = pytest.mark.usefixtures("float64")
+HEADS = pytest.mark.parametrize("head", ("dqn", "c51", "qr"))
+
+
+def make_agent(observation_dim=S, sizes=(A,), **options):
+    """Small networks with all parameters random, so that online and target values differ widely."""
+    torch.manual_seed(0)
+    options = {"device": "cpu", "hidden_dim": 8, "n_atoms": 5, "n_quantiles": 4, "qf_lr": 0.01} | options
+    agent = cql.DiscreteCQL(cql.TrainConfig(**options), observation_dim, list(sizes))
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        if agent.config.head == "c51":
+            agent.critic.atoms.copy_(torch.linspace(-2, 2, len(agent.critic.atoms)))
+    return agent
+
+
+def make_batch(batch_size=B):
+    observations, next_observations = torch.randn(2, batch_size, S)
+    actions, next_actions = torch.randint(A, (2, batch_size))
+    terminals = (torch.arange(batch_size) % 3 == 1).to(observations.dtype)
+    rewards, discounts = torch.randn(batch_size), 0.9 * (1 - terminals)
+    return cql.Batch(observations, actions, rewards, next_observations, terminals, discounts, next_actions)
+
+
+def set_table(network, outputs):
+    """Makes a network answer with outputs [S, A, Z] at one-hot observations, which are its features."""
+    network.hidden = nn.Identity()
+    network.last = nn.Linear(len(outputs), outputs[0].numel(), bias=False)
+    network.last.weight = nn.Parameter(outputs.flatten(1).T.clone())
+
+
+def outputs_of(head, q):
+    """Outputs whose expected values are q [S, A], for two quantiles or for atoms 0 to 10 (then q are whole numbers)."""
+    q = torch.as_tensor(q, dtype=torch.float64)
+    if head == "c51":
+        return 100 * F.one_hot(q.long(), 11).double()
+    return torch.stack([q - 1, q + 1], dim=-1) if head == "qr" else q.unsqueeze(-1)
+
+
+def tabular_agent(head, q, target_q=None, **options):
+    """An agent whose networks have values q and target_q [S, A] at one-hot observations."""
+    agent = make_agent(len(q), [len(q[0])], head=head, n_quantiles=2, n_atoms=11, **options)
+    agent.critic.atoms.copy_(torch.arange(len(agent.critic.atoms)))
+    set_table(agent.critic, outputs_of(head, q))
+    set_table(agent.target_critic, outputs_of(head, q if target_q is None else target_q))
+    return agent
+
+
+def tabular_batch(actions, rewards, discounts, next_actions=None):
+    """One transition from each state to itself."""
+    states, discounts = torch.eye(len(actions)), torch.tensor(discounts)
+    columns = torch.tensor(actions), torch.tensor(rewards), states, (discounts == 0).double(), discounts
+    return cql.Batch(states, *columns, torch.tensor(next_actions or actions))
+
+
+def close(actual, expected, tolerance=1e-9):
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def same(network, other):
+    return all(torch.equal(x, y) for x, y in zip(network.parameters(), other.parameters()))
+
+
+# Closed forms. With errors that are squared without 1/2 the alpha of the theorems is cql_alpha / 2.
+
+
+class Problem:
+    """Transitions as a tabular MDP: their counts are the probabilities P and beta, their mean rewards r."""
+
+    def __init__(self, seed, scale=1.0, noise=1.0, discount=0.8):
+        rng = np.random.default_rng(seed)
+        self.pairs = np.concatenate([np.arange(S * A), rng.integers(S * A, size=40)])  # of (s, a), each one visited
+        n = len(self.pairs)
+        self.rewards = scale * (rng.normal(size=S * A)[self.pairs] + noise * rng.normal(size=n))
+        self.next_states, self.next_actions = rng.integers(S, size=n), rng.integers(A, size=n)
+        self.terminals = rng.random(n) < 0.1
+        self.discounts = discount * ~self.terminals
+        self.counts = np.bincount(self.pairs)
+        self.beta = self.counts.reshape(S, A) / self.counts.reshape(S, A).sum(axis=1, keepdims=True)
+
+    @property
+    def batch(self):
+        columns = self.rewards, np.eye(S)[self.next_states], self.terminals.astype(float), self.discounts
+        columns = np.eye(S)[self.pairs // A], self.pairs % A, *columns, self.next_actions
+        return cql.Batch(*map(torch.as_tensor, columns))
+
+    def excess(self, q):
+        """softmax(Q) / beta - 1."""
+        weights = np.exp(q - q.max(axis=1, keepdims=True))
+        return weights / weights.sum(axis=1, keepdims=True) / self.beta - 1
+
+    def fixed_point(self, alpha, target="max"):
+        """Q = B Q - alpha (softmax(Q) / beta - 1), by small steps."""
+        q = np.zeros((S, A))
+        for _ in range(2000):
+            following = q[self.next_states, self.next_actions] if target == "sarsa" else q.max(axis=1)[self.next_states]
+            backup = np.bincount(self.pairs, weights=self.rewards + self.discounts * following) / self.counts
+            q += 0.1 * (backup.reshape(S, A) - alpha * self.excess(q) - q)
+        return q
+
+    def gradient(self, outputs, **options):
+        """The agent's, where its networks' outputs are these, and its metrics."""
+        agent = make_agent(n_quantiles=outputs.shape[2], **options)
+        set_table(agent.critic, torch.as_tensor(outputs))
+        set_table(agent.target_critic, torch.as_tensor(outputs))
+        (gradient,), metrics = agent.gradients(self.batch)
+        return gradient, metrics
+
+
+ERRORS = pytest.mark.parametrize("td_error, cql_alpha, scale", (("squared", 2.0, 3.0), ("huber", 0.1, 0.2)))
+
+
+@ERRORS
+@pytest.mark.parametrize("target", ("double", "max", "sarsa"))
+@pytest.mark.parametrize("head", ("dqn", "qr"))
+def test_gradient_vanishes_at_the_closed_form(head, target, td_error, cql_alpha, scale):
+    """A Huber error within 1 is the squared one; a single quantile is the mean."""
+    problem = Problem(0, scale)
+    q = problem.fixed_point(cql_alpha / 2, target)[:, :, None]
+    options = {"head": head, "target": target, "td_error": td_error, "cql_alpha": cql_alpha}
+    gradient, metrics = problem.gradient(q, **options)
+    assert gradient.abs().max() < 1e-10
+    assert (metrics["td_linear_share"] == 0) == (td_error == "huber")
+
+
+@ERRORS
+def test_gradient_vanishes_at_the_closed_form_of_quantiles(td_error, cql_alpha, scale):
+    """Without a future, and with one reward a pair, 4 |tau_i - 1(theta_i > r)| (r - theta_i) = cql_alpha excess."""
+    n, problem = 5, Problem(1, scale, noise=0.0, discount=0.0)
+    tau = (np.arange(n) + 0.5) / n
+    x = problem.excess(problem.fixed_point(cql_alpha / 4 * (1 / tau).mean()))[:, :, None]
+    rewards = problem.rewards[: S * A].reshape(S, A, 1)
+    theta = rewards - cql_alpha / 4 * x / np.where(x > 0, tau, 1 - tau)
+    gradient, metrics = problem.gradient(theta, head="qr", td_error=td_error, cql_alpha=cql_alpha, target="max")
+    assert gradient.abs().max() < 1e-10 and (td_error == "squared" or metrics["td_linear_share"] == 0)
+
+
+@pytest.mark.parametrize("td_error", ("squared", "huber"))
+def test_cql_alpha_is_as_strong_for_quantiles(td_error):
+    """Tied quantiles that move together feel what a single value does, errors beyond 1 included."""
+    problem, q, options = Problem(2, 2.0), torch.randn(S, A, 1).numpy(), {"td_error": td_error, "cql_alpha": 0.7}
+    single, metrics = problem.gradient(q, head="dqn", **options)
+    tied, _ = problem.gradient(q.repeat(7, axis=2), head="qr", **options)
+    assert close(tied.unflatten(0, (A, 7)).sum(dim=1), single) and 0 < metrics["td_linear_share"] < 1
+
+
+# The whole loss.
+
+
+def slow_project(probabilities, atoms, reward, discount):
+    """The paper's loop."""
+    mass, step, n = [0.0] * len(atoms), (atoms[-1] - atoms[0]) / (len(atoms) - 1), len(atoms)
+    for p, z in zip(probabilities, atoms):
+        place = (min(max(reward + discount * z, atoms[0]), atoms[-1]) - atoms[0]) / step
+        low, high = min(math.floor(place), n - 1), min(math.ceil(place), n - 1)
+        mass[low] = mass[low] + p * (1 if low == high else high - place)
+        mass[high] = mass[high] + p * (place - low)
+    return mass
+
+
+def slow_quantile_loss(quantiles, targets, huber):
+    total, n = 0, len(quantiles)
+    for i, quantile in enumerate(quantiles):
+        for target in targets:
+            u = target - quantile
+            error = 2 * abs(u) - 1 if huber and abs(u) > 1 else u**2
+            total = total + 2 / n**2 * abs((i + 0.5) / n - (1 if u < 0 else 0)) * error
+    return total
+
+
+def expected(critic, output):
+    if critic.head == "c51":
+        weights = [x.exp() for x in output]
+        return sum(w * z for w, z in zip(weights, critic.atoms)) / sum(weights)
+    return sum(output) / len(output)
+
+
+def slow_loss(agent, batch):
+    """One transition, action and output at a time."""
+    config, critic, total = agent.config, agent.critic, 0
+    for s, a, reward, s_next, terminal, discount, a_next in zip(*batch):
+        features, following = critic.features(s), critic.features(s_next)
+        output, next_output = critic(features), agent.target_critic(agent.target_critic.features(s_next)).detach()
+        q = [expected(critic, x) for x in output]
+        total = total + config.cql_alpha * (sum(x.exp() for x in q).log() - q[a])
+        chooser = {"double": critic(following), "max": next_output}.get(config.target)
+        if chooser is not None:
+            a_next = max(range(A), key=lambda i: expected(critic, chooser[i]).item())
+        if config.head == "c51":
+            mass = slow_project(next_output[a_next].softmax(0), critic.atoms, reward, discount)
+            total = total - sum(m * (x - output[a].logsumexp(0)) for m, x in zip(mass, output[a]))
+        else:
+            targets = reward + discount * next_output[a_next]
+            total = total + slow_quantile_loss(output[a], targets, config.td_error == "huber")
+        if not terminal:
+            total = total + config.dr3_coefficient * sum(x * y for x, y in zip(features, following))
+    return total / len(batch.rewards)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"td_error": "squared", "target": "max", "cql_alpha": 0.3},
+        {"dr3_coefficient": 0.7, "target": "sarsa", "cql_alpha": 0.0},
+        {"dr3_coefficient": 0.7, "normalize_features": True},
+    ],
+    ids=str,
+)
+@HEADS
+def test_loss_and_gradient_are_those_of_slow_loops(head, options):
+    agent, batch = make_agent(head=head, **options), make_batch()
+    batch = batch._replace(rewards=3 * batch.rewards)
+    slow = slow_loss(agent, batch)
+    assert close(agent.loss(batch)[0], slow)
+    gradients, _ = agent.gradients(batch)
+    for actual, other in zip(gradients, torch.autograd.grad(slow, list(agent.critic.parameters()))):
+        assert close(actual, other) and actual.abs().max() > 1e-3
+
+
+# TD targets.
+
+
+@pytest.mark.parametrize("target, expected", (("double", 1 + 0.5 * 6), ("max", 1 + 0.5 * 10), ("sarsa", 1 + 0.5 * 4)))
+@HEADS
+def test_next_action_is_of_the_online_network_the_target_network_or_the_data(head, target, expected):
+    """Values are the target network's in each case."""
+    agent = tabular_agent(head, [[1, 3, 2]] * 2, [[4, 6, 10]] * 2, target=target)
+    batch = tabular_batch([1, 1], [1.0, 7.0], [0.5, 0.0], next_actions=[0, 0])
+    td_target = agent.td_target(batch)
+    values = td_target @ agent.critic.atoms if head == "c51" else td_target.mean(dim=1)
+    assert close(values, [expected, 7.0])  # the second one ends
+
+
+@HEADS
+def test_no_gradient_flows_through_the_target(head):
+    agent = tabular_agent(head, [[1, 3, 2]], [[4, 6, 10]])
+    target = agent.td_target(tabular_batch([0], [1.0], [0.5]))
+    assert agent.critic.last.weight.requires_grad and agent.target_critic.last.weight.requires_grad
+    assert not target.requires_grad
+
+
+# C51 and quantiles.
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_projection_is_the_papers(seed):
+    """Atoms stand at whole numbers, so that many targets hit one; many others are out of range."""
+    rng = np.random.default_rng(seed)
+    atoms = torch.arange(-2.0, 4)
+    probabilities = torch.tensor(rng.dirichlet(np.ones(6), size=B))
+    rewards = torch.tensor(rng.choice([-100.0, -2.0, 0.0, 1.0, 0.5, 3.0, 7.0, *rng.normal(scale=3, size=7)], size=B))
+    discounts = torch.tensor(rng.choice([0.0, 0.5, 0.9, 1.0], size=B))
+    actual = cql.project(probabilities, atoms, rewards, discounts)
+    slow = [slow_project(*row) for row in zip(probabilities, [atoms] * B, rewards, discounts)]
+    assert close(actual, slow) and close(actual.sum(dim=1), torch.ones(B)) and (actual >= 0).all()
+
+
+def test_projection_keeps_the_mean_in_range_and_ends_at_the_edges():
+    atoms, probabilities = torch.linspace(-2, 3, 11), torch.rand(B, 11).softmax(dim=1)
+    rewards, discounts = torch.empty(B).uniform_(-0.5, 0.7), torch.full((B,), 0.7)
+    actual = cql.project(probabilities, atoms, rewards, discounts)
+    assert close(actual @ atoms, rewards + 0.7 * probabilities @ atoms)
+    for reward, edge in ((-50.0, 0), (50.0, -1)):
+        assert close(cql.project(probabilities, atoms, rewards + reward, discounts)[:, edge], torch.ones(B))
+
+
+@pytest.mark.parametrize("huber", (False, True))
+def test_quantile_loss_is_the_slow_double_loop(huber):
+    quantiles, targets = 2 * torch.randn(2, 5, 4)
+    slow = [slow_quantile_loss(*row, huber) for row in zip(quantiles.tolist(), targets.tolist())]
+    assert close(cql.quantile_loss(quantiles, targets, huber), slow)
+
+
+def test_one_quantile_is_the_squared_error_or_the_doubled_huber():
+    quantiles, targets = 2 * torch.randn(2, 5, 1)
+    for huber, error in ((False, F.mse_loss), (True, lambda *x, **y: 2 * F.huber_loss(*x, **y))):
+        actual = cql.quantile_loss(quantiles, targets, huber)
+        assert close(actual, error(quantiles, targets, reduction="none").squeeze(1))
+
+
+# The penalty.
+
+
+@HEADS
+def test_gap_is_of_expected_values_over_the_actions_of_each_state(head):
+    """Of states with 1, 3 and 2, 1 for two actions, of which the data has the first. Over the batch, or of logits or
+    quantiles, it would be another."""
+    agent = tabular_agent(head, [[1, 3], [2, 1]], discount=0.0)
+    loss, metrics = agent.loss(tabular_batch([0, 0], [1.0, 10.0], [0.0, 0.0]))
+    hand = {
+        "cql_qf_diff": (math.log(math.e + math.e**3) - 1 + math.log(math.e**2 + math.e) - 2) / 2,
+        "average_qf": 1.5, "cql_q_greedy": 2.5, "cql_std_q": 0.75, "greedy_is_data": 0.5, "average_target_q": 5.5,
+        "cql_data_probability": (1 / (1 + math.e**2) + 1 / (1 + math.exp(-1))) / 2,
+        {"c51": "c51_edge_mass"}.get(head, "td_linear_share"): 0.5,
+    }  # fmt: skip
+    assert {name for name in hand if not close(metrics[name], hand[name])} == set()
+    assert hand.keys() | {"qf_loss", "cql_min_qf_loss"} == metrics.keys()
+    assert close(metrics["cql_min_qf_loss"], hand["cql_qf_diff"])
+    assert close(loss, metrics["qf_loss"] + hand["cql_qf_diff"])
+
+
+@HEADS
+def test_large_values_overflow_nothing(head):
+    """Of two actions with 1e4 and 0 the data has the second."""
+    agent = tabular_agent(head, [[10, 0]])
+    (agent.critic.atoms if head == "c51" else agent.critic.last.weight.data).mul_(1e3)
+    gradients, metrics = agent.gradients(tabular_batch([1], [0.0], [0.5]))
+    assert close(metrics["cql_qf_diff"], 1e4)
+    assert all(x.isfinite().all() for x in (*gradients, *metrics.values()))
+
+
+@HEADS
+def test_clone_is_cross_entropy_alone(head):
+    agent, batch = make_agent(head=head, bc_only=True), make_batch()
+    batch = batch._replace(rewards=batch.rewards * math.nan, discounts=batch.discounts * math.nan)
+    loss, metrics = agent.loss(batch)
+    q = agent.critic.values(agent.critic(agent.critic.features(batch.observations)))
+    assert close(loss, -q.softmax(dim=1)[torch.arange(B), batch.actions].log().mean())
+    assert metrics.keys() == {"cql_qf_diff", *agent.action_metrics(q, batch.actions)}
+    assert agent.holdout_metrics(batch).keys() == {"holdout_gap", "holdout_q"}
+    assert np.isnan(agent.start_values(np.ones((2, S)))).all()
+
+
+# Features.
+
+
+@pytest.mark.parametrize("head", ("dqn", "qr"))
+def test_features_of_norm_1_are_finite_where_they_vanish(head):
+    agent, batch = make_agent(head=head, normalize_features=True, dr3_coefficient=0.1), make_batch()
+    features = agent.critic.features(batch.observations)
+    assert close(features.norm(dim=1), torch.ones(B))
+    nn.init.constant_(agent.critic.hidden[-2].bias, -1e3)  # below what ReLU lets through
+    assert not agent.critic.features(batch.observations).any()
+    gradients, metrics = agent.gradients(batch)
+    assert all(x.isfinite().all() for x in (*gradients, *metrics.values()))
+
+
+def test_metrics_of_features():
+    """Singular values 3, 4 and 0.01; the last one is less than a hundredth of all."""
+    agent, batch = tabular_agent("dqn", [[0]] * 3), make_batch(4)
+    observations = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.01], [0.0, 0.0, 0.0]])
+    following = torch.tensor([[3.0, 4.0, 0.0], [0.0, -2.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    batch = batch._replace(observations=observations, next_observations=following)
+    hand = {"feature_rank": 2, "feature_norm": 7.01 / 4, "feature_dot": 1.01 / 4, "feature_cosine": 0.6 / 4}
+    metrics = agent.feature_metrics(batch)
+    assert metrics.keys() == hand.keys() and all(close(metrics[name], hand[name]) for name in hand)
+    assert agent.feature_metrics(batch._replace(observations=0 * observations))["feature_rank"] == 1
+
+
+# Columns of a batch, and the range of atoms.
+
+KINDS = ("terminal", "timeout", "both", "open")
+# Lengths and ends of episodes, the last of which the recording may cut short.
+EPISODES = st.tuples(
+    st.lists(st.tuples(st.integers(1, 7), st.sampled_from(KINDS[:3])), max_size=5),
+    st.tuples(st.integers(1, 7), st.sampled_from(KINDS)),
+).map(lambda parts: [*parts[0], parts[1]])
+
+
+def make_data(episodes):
+    """Observation t of episode e is 100 e + t, and no two actions are the same."""
+    lengths, n = [length for length, _ in episodes], sum(length for length, _ in episodes)
+    observations = np.concatenate([100.0 * e + np.arange(length) for e, length in enumerate(lengths)])
+    terminals, timeouts = np.zeros((2, n), dtype=bool)
+    for (_, kind), last in zip(episodes, accumulate(lengths)):
+        terminals[last - 1], timeouts[last - 1] = kind in ("terminal", "both"), kind in ("timeout", "both")
+    return {
+        "observations": observations[:, None], "actions": np.arange(n), "rewards": np.arange(n, dtype=np.float32) ** 2,
+        "next_observations": observations[:, None] + 1, "terminals": terminals, "timeouts": timeouts,
+    }  # fmt: skip
+
+
+def slow_rows(episodes, data, config):
+    first, gamma = 0, config.discount
+    for length, kind in episodes:
+        terminal = kind in ("terminal", "both")
+        usable = length - (config.target == "sarsa" and not terminal)  # rows that an action or the end follows
+        for t in range(usable):
+            end = min(t + config.n_step, usable)
+            ends = terminal and end == length
+            reward = sum(gamma**i * float(data["rewards"][first + t + i]) for i in range(end - t))
+            after = None if config.target != "sarsa" or ends else first + end
+            observation = data["observations"][first, 0]
+            yield observation + t, first + t, reward, observation + end, ends, gamma ** (end - t) * (not ends), after
+        first += length
+
+
+@pytest.mark.parametrize("n_step", (1, 2, 5, 20))
+@pytest.mark.parametrize("target", ("double", "sarsa"))
+@settings(deadline=None, max_examples=60)
+@given(episodes=EPISODES)
+def test_columns_are_those_of_a_slow_loop(target, n_step, episodes):
+    """No reward, observation or action is of another episode."""
+    config = cql.TrainConfig(device="cpu", target=target, n_step=n_step, discount=0.5)
+    data = make_data(episodes)
+    rows = list(slow_rows(episodes, data, config))
+    columns = cql.td_columns(data, config)
+    *columns, next_actions = [columns[key].reshape(-1) for key in cql.Batch._fields]
+    *expected, after = zip(*rows) if rows else [()] * 7
+    assert all(x.tolist() == list(y) for x, y in zip(columns, expected)), (columns, expected)
+    assert next_actions.dtype == columns[1].dtype == int and len(next_actions) == len(rows)
+    assert all(y is None or x == y for x, y in zip(next_actions, after))
+
+
+@settings(deadline=None, max_examples=60)
+@given(episodes=EPISODES, discount=st.sampled_from((0.0, 0.5, 1.0)))
+def test_atoms_span_the_discounted_returns(episodes, discount):
+    data, returns, first = make_data(episodes), [], 0
+    for length, _ in episodes:
+        rewards = data["rewards"][first : first + length].tolist()
+        returns += [sum(discount**i * r for i, r in enumerate(rewards[t:])) for t in range(length)]
+        first += length
+    atoms = cql.support(data, cql.TrainConfig(device="cpu", discount=discount, n_atoms=7))
+    margin = (max(returns) - min(returns)) / 4 or max(1, max(returns) / 100)
+    assert close(atoms, torch.linspace(min(returns) - margin, max(returns) + margin, 7))
+
+
+@pytest.mark.parametrize("reward", (0.0, -3.0, 1e7))
+def test_atoms_differ_where_all_returns_are_the_same(reward):
+    """In float32 too."""
+    torch.set_default_dtype(torch.float32)
+    data = make_data([(1, "terminal")] * 4)
+    atoms = cql.support(data | {"rewards": np.full(4, reward, dtype=np.float32)}, cql.TrainConfig(device="cpu"))
+    assert atoms.diff().min() > 0 and atoms[0] < reward < atoms[-1]
+
+
+def test_given_ends_of_the_atoms_count():
+    """Returns are 0, 1 and 5."""
+    data = make_data([(3, "terminal")])
+
+    def ends(**options):
+        return cql.support(data, cql.TrainConfig(device="cpu", discount=1.0, n_atoms=3, **options)).tolist()
+
+    assert ends() == [4 - 0.25, 4.5, 5 + 0.25]
+    assert ends(v_min=-1.0) == [-1, 2.125, 5.25] and ends(v_max=7.0) == [3.75, 5.375, 7]
+    assert ends(v_min=100.0, v_max=101.0) == [100, 100.5, 101]
+    for options in ({"v_min": 6.0}, {"v_max": 3.0}, {"v_min": 5.25}):
+        status, message = refusal(ends, **options)
+        assert status == 2 and "--v_min" in message and "--v_max" in message
+
+
+# The update.
+
+
+@pytest.mark.parametrize("rate, period", ((1.0, 3), (0.3, 1), (0.3, 2)))
+def test_target_follows_the_network(rate, period):
+    agent = make_agent(soft_target_update_rate=rate, target_update_period=period)
+    assert agent.changing == (period > 1) and not same(agent.critic, agent.target_critic)
+    for i in range(1, 7):
+        before = copy.deepcopy(agent.target_critic)
+        agent.update(make_batch())
+        share = rate if i % period == 0 else 0.0
+        for old, new, actual in zip(*(x.parameters() for x in (before, agent.critic, agent.target_critic))):
+            assert close(actual, (1 - share) * old + share * new)
+            assert not torch.equal(old, new)
+        assert same(agent.target_critic, agent.critic) == (share == 1)
+
+
+def test_only_larger_gradients_are_scaled_to_the_limit():
+    batch = make_batch()
+    gradients, metrics = make_agent().gradients(batch)
+    norm = torch.cat([x.flatten() for x in gradients]).norm()
+    assert close(metrics["critic_grad_norm"], norm)
+    for factor in (0.5, 2.0):
+        clipped, clipped_metrics = make_agent(max_grad_norm=factor * norm.item()).gradients(batch)
+        assert all(close(x, min(factor, 1) * y) for x, y in zip(clipped, gradients))
+        assert clipped_metrics == metrics  # its norm is that before
+
+
+OPTIONS = pytest.mark.parametrize("options", [{}, {"bc_only": True}, {"dr3_coefficient": 0.1, "n_step": 3}], ids=str)
+
+
+@OPTIONS
+@HEADS
+def test_updates_move_all_parameters_and_name_the_same_metrics(head, options):
+    agent, names = make_agent(head=head, **options), set()
+    for i in range(1, 4):
+        before = copy.deepcopy(agent)
+        metrics = agent.update(make_batch())
+        names.add(tuple(metrics))
+        assert agent.n_updates == i and all(x.isfinite() and not x.requires_grad for x in metrics.values())
+        assert not any(torch.equal(x, y) for x, y in zip(before.parameters(), agent.parameters()))
+        buffers = dict(agent.named_buffers())
+        assert all(torch.equal(x, buffers[name]) for name, x in before.named_buffers())
+    assert len(names) == 1 and ("dr3_loss" in metrics) == ("dr3_coefficient" in options)
+
+
+@HEADS
+def test_gradients_change_nothing(head):
+    agent, batch = make_agent(head=head, dr3_coefficient=0.1, max_grad_norm=1.0), make_batch()
+    agent.update(batch)
+    for parameter in agent.parameters():
+        parameter.grad = None
+    before, state = copy.deepcopy(agent.checkpoint()), torch.get_rng_state()
+    first, _ = agent.gradients(batch)
+    second, _ = agent.gradients(batch)
+    assert all(torch.equal(x, y) for x, y in zip(first, second)) and torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(agent.checkpoint(), before, rtol=0, atol=0)
+    assert all(x.grad is None for x in agent.parameters())
+
+
+def test_first_step_is_as_long_as_the_learning_rate():
+    agent = make_agent(qf_lr=0.03)
+    before = copy.deepcopy(agent)
+    agent.update(make_batch())
+    steps = [(x - y).abs().max().item() for x, y in zip(agent.critic.parameters(), before.critic.parameters())]
+    assert max(steps) == pytest.approx(0.03, rel=1e-4)
+
+
+# A value other than the default, and the other options without which it has no effect.
+ACTS = {
+    "head": ("qr", {}), "n_atoms": (7, {"head": "c51"}), "v_min": (-3.0, {"head": "c51"}),
+    "v_max": (300.0, {"head": "c51"}), "n_quantiles": (7, {"head": "qr"}), "hidden_dim": (9, {}),
+    "q_n_hidden_layers": (3, {}), "orthogonal_init": (False, {}), "normalize_features": (True, {}),
+    "discount": (0.9, {}), "n_step": (2, {}), "target": ("sarsa", {}), "td_error": ("squared", {}), "qf_lr": (1e-3, {}),
+    "max_grad_norm": (0.1, {}), "soft_target_update_rate": (0.1, {}), "target_update_period": (2, {}),
+    "cql_alpha": (2.0, {}), "bc_only": (True, {}), "dr3_coefficient": (0.1, {}),
+}  # fmt: skip
+
+
+def learned(**options):
+    """What some updates lead to, on the data as training prepares it."""
+    agent = make_agent(observation_dim=1, **options)
+    data = make_data([(5, "terminal"), (4, "timeout"), (3, "terminal")])
+    data |= {"actions": data["actions"] % A}
+    if agent.config.head == "c51":
+        agent.critic.atoms.copy_(cql.support(data, agent.config))
+    batch = cql.Batch(*map(torch.as_tensor, cql.td_columns(data, agent.config).values()))
+    for _ in range(3):
+        agent.update(batch._replace(terminals=batch.terminals.double()))
+    return agent.state_dict()
+
+
+def test_table_names_every_option_of_the_method():
+    names = [field.name for field in dataclasses.fields(cql.TrainConfig)]
+    assert set(names[names.index("head") : names.index("dr3_coefficient") + 1]) == ACTS.keys()
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_every_option_changes_what_is_learned(name):
+    value, needed = ACTS[name]
+    assert value != getattr(cql.TrainConfig(device="cpu"), name)
+    usual, changed = learned(**needed), learned(**needed | {name: value})
+    assert {key: x.shape for key, x in usual.items()} != {key: x.shape for key, x in changed.items()} or any(
+        not torch.equal(usual[key], changed[key]) for key in usual
+    )
+
+
+# Precision and compilation.
+
+
+@HEADS
+def test_bfloat16_is_of_the_hidden_products_alone(head):
+    torch.set_default_dtype(torch.float32)
+    agents = [make_agent(head=head, precision=precision, hidden_dim=64) for precision in ("float32", "bfloat16")]
+    agents[1].load_state_dict(agents[0].state_dict())
+    batch = make_batch(64)
+    (exact, metrics), (rounded, other) = (agent.gradients(batch) for agent in agents)
+    assert all(x.dtype == torch.float32 for x in (*rounded, *other.values(), *agents[1].parameters()))
+    assert metrics["qf_loss"] != other["qf_loss"]
+    for key in ("qf_loss", "cql_qf_diff", "average_qf", "average_target_q"):
+        assert abs(metrics[key] - other[key]) < 0.03 * max(1, abs(metrics[key])), key
+    x, y = (torch.cat([part.flatten() for part in parts]) for parts in (exact, rounded))
+    assert 0 < (x - y).norm() < 0.1 * x.norm()
+
+
+COMPILED = [
+    {"head": "dqn"},
+    {"head": "c51", "target": "sarsa", "dr3_coefficient": 0.1},
+    {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0, "normalize_features": True},
+]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+def test_compiled_gradients_are_the_same(options):
+    torch.set_default_dtype(torch.float32)
+    agent, batch = make_agent(**options), make_batch()
+    fast, tolerance = cql.compiled(agent.gradients, agent.calls(batch)), 2e-2 if "precision" in options else 1e-4
+    assert fast != agent.gradients
+    for x in (batch, make_batch()):
+        (actual, metrics), (expected, others) = fast(x), agent.gradients(x)
+        assert metrics.keys() == others.keys()
+        for x, y in zip((*actual, *metrics.values()), (*expected, *others.values())):
+            assert close(x, y, tolerance)
+
+
+# Actions.
+
+
+@pytest.mark.parametrize(
+    "space",
+    [gym.spaces.Discrete(6), gym.spaces.Discrete(6, start=-2), gym.spaces.MultiDiscrete([2, 3], start=[0, 1])],
+    ids=str,
+)
+def test_actions_are_the_environments_numbers(space):
+    """Each combination of parts is the greedy action of one observation, which is shifted and scaled: elsewhere a
+    greater number would stand at another action."""
+    torch.set_default_dtype(torch.float32)
+    bounds = cql.action_bounds(space)
+    sizes = (bounds["action_high"] - bounds["action_low"] + 1).tolist()
+    network = cql.QNetwork(6, sizes, 8, 1, "dqn", 1)
+    set_table(network, torch.eye(6).unsqueeze(-1))
+    network.action_low.copy_(torch.tensor(bounds["action_low"]))
+    mean, std = 10 * np.arange(6), 4.0 ** np.arange(6)
+    network.observation_mean.copy_(torch.tensor(mean))
+    network.observation_std.copy_(torch.tensor(std))
+    raw = (np.eye(6) + np.eye(6, k=1) / 2) * std + mean
+    actions = network.act(raw)
+    combinations = [low + np.arange(size) for low, size in zip(bounds["action_low"], sizes)]
+    expected = np.stack([x.ravel() for x in np.meshgrid(*combinations, indexing="ij")], axis=1)
+    assert actions.tolist() == expected.reshape(6, *space.shape).tolist()
+    assert all(space.contains(action.astype(space.dtype)[()]) for action in actions)
+    assert all(np.array_equal(network.act(x), action) for x, action in zip(raw, actions))
+    indices, low, high = cql.encode_actions(expected.astype(np.float32), *bounds.values(), "data")
+    assert indices.tolist() == list(range(6)) and indices.dtype == int
+    assert np.array_equal((low, high), (bounds["action_low"], bounds["action_high"]))
+
+
+def test_bounds_of_actions_that_nobody_tells_are_0_and_the_largest():
+    indices, low, high = cql.encode_actions(np.array([[0.0, 2.0], [3.0, 1.0]]), None, None, "data")
+    assert indices.tolist() == [2, 10] and low.tolist() == [0, 0] and high.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "action, sizes, text",
+    [([1.5], [3], "1.5"), ([-1.0], [3], "-1"), ([1.0, 3.0], [3, 3], "3"), ([1.0] * 4, [20] * 4, "20 x 20 x 20 x 20")],
+)
+def test_actions_that_cannot_be_are_refused(action, sizes, text):
+    low, high = np.zeros(len(sizes)), np.array(sizes) - 1
+    status, message = refusal(cql.encode_actions, np.array([action]), low, high, "my-data")
+    assert status == 1 and "my-data" in message and text in message
+
+
+# Learning.
+
+CORRIDOR = 6  # states, with the goal after the last one; actions are left, stay, right
+BEHAVIOUR = (0.5, 0.2, 0.3)
+
+
+def corridor_episodes(n=60, n_steps=15):
+    rng = np.random.default_rng(0)
+    for _ in range(n):
+        states, actions = [int(rng.integers(CORRIDOR))], []
+        while len(actions) < n_steps and states[-1] < CORRIDOR:
+            actions.append(int(rng.choice(3, p=BEHAVIOUR)))
+            states.append(max(states[-1] + actions[-1] - 1, 0))
+        done = np.arange(1, len(states)) == len(actions)
+        terminals = done & (states[-1] == CORRIDOR)
+        yield EpisodeBuffer(
+            None, None, None, np.array(states), np.array(actions), 10.0 * terminals, terminals, done & ~terminals
+        )
+
+
+@pytest.mark.parametrize(
+    "options, best",
+    [({"head": "dqn"}, 2), ({"head": "c51"}, 2), ({"head": "qr"}, 2), ({"bc_only": True}, 0)],
+    ids=("dqn", "c51", "qr", "clone"),
+)
+def test_heads_learn_to_go_right_where_a_clone_goes_left(options, best, monkeypatch, tmp_path):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    torch.set_default_dtype(torch.float32)
+    spaces = {"observation_space": gym.spaces.Discrete(CORRIDOR + 1), "action_space": gym.spaces.Discrete(3)}
+    config = cql.TrainConfig(
+        device="cpu", env=store("toy/corridor-v0", list(corridor_episodes()), **spaces), eval_env="none",
+        max_timesteps=500, eval_freq=500, checkpoints_path=str(tmp_path), run_id="run", hidden_dim=32,
+        q_n_hidden_layers=1, qf_lr=3e-3, discount=0.9, n_quantiles=11, soft_target_update_rate=0.05, cql_alpha=0.02,
+        **options,
+    )  # fmt: skip
+    cql.train(config)
+    policy = cql.load_policy(tmp_path / "run/policy.pt")
+    assert policy(np.eye(CORRIDOR + 1)[:CORRIDOR]).tolist() == [best] * CORRIDOR
