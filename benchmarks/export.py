@@ -3,9 +3,10 @@
     python benchmarks/export.py runs/<run>/policy.pt
 
 writes runs/<run>/policy.onnx, one file that needs neither torch nor this repository. Its input `observation`, float32
-[batch, O], takes raw observations (Dict observations flattened in the sorted order of their keys); its output `action`,
-float32 [batch, A], is in the environment's units and within its bounds. The normalisation of observations and the
-scaling of actions are inside. The file is kept only if onnxruntime computes from it what torch does.
+[batch, O], takes raw observations (Dict observations flattened in the sorted order of their keys). Its output `action`
+is in the environment's units: float32 [batch, A] within its bounds, int64 [batch] for Discrete actions, [batch, A] for
+MultiDiscrete ones. The normalisation of observations and the scaling of actions are inside. The file is kept only if
+onnxruntime computes from it what torch does.
 
 Needs requirements-extra.txt. Exit status: 0 written, 1 cannot be done, 2 a bad command line; an error is one line on
 stderr and leaves an older file as it was.
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algorithms.offline.cql import DataError, TanhGaussianActor, load_policy
+from algorithms.offline.cql import DataError
+from benchmarks.policies import load_policy
 
 TOLERANCE = 1e-5  # largest difference to torch, as a share of the action range
 
@@ -36,9 +38,9 @@ def fail(status, message):
 
 
 class Policy(nn.Module):
-    """TanhGaussianActor.actions as a module: [B, O] -> [B, A]."""
+    """The network's `actions` as a module: [B, O] -> [B, A], or [B] for actions of a Discrete space."""
 
-    def __init__(self, actor: TanhGaussianActor):
+    def __init__(self, actor: nn.Module):
         super().__init__()
         self.actor = actor
 
@@ -46,7 +48,7 @@ class Policy(nn.Module):
         return self.actor.actions(observations)
 
 
-def to_onnx(actor: TanhGaussianActor) -> bytes:
+def to_onnx(actor: nn.Module) -> bytes:
     """The content of an ONNX file with the weights in it, for any number of observations in a batch."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else it says that torchvision is not installed
     with warnings.catch_warnings(action="ignore"):  # torch 2.13 warns of its own code
@@ -65,7 +67,7 @@ def to_onnx(actor: TanhGaussianActor) -> bytes:
     return model.SerializeToString()
 
 
-def largest_difference(model: bytes, actor: TanhGaussianActor) -> float:
+def largest_difference(model: bytes, actor: nn.Module) -> float:
     """Between onnxruntime and torch, as a share of the action range, over random observations; NaN if there is any."""
     import onnxruntime
 
@@ -80,7 +82,7 @@ def largest_difference(model: bytes, actor: TanhGaussianActor) -> float:
         observations = mean + std * scale * rng.standard_normal((batch_size, mean.size))
         observations = observations.astype(np.float32)
         (actions,) = session.run(["action"], {"observation": observations})
-        differences.append(np.abs(actions - actor.act(observations)) / (high - low))
+        differences.append(np.abs(actions - actor.act(observations)) / np.where(high > low, high - low, 1))
     return float(np.concatenate(differences).max())
 
 
@@ -104,7 +106,8 @@ def export(args: argparse.Namespace) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    sizes = f"observation [batch, {actor.sizes[0]}] -> action [batch, {actor.sizes[1]}]"
+    shape = actor.act(np.zeros((1, actor.sizes[0]))).shape[1:]
+    sizes = f"observation [batch, {actor.sizes[0]}] -> action {['batch', *shape]}".replace("'", "")
     print(f"{args.output}: {sizes}, differs from torch by at most {difference:.1e} of the action range")
 
 

@@ -148,6 +148,7 @@ def prepare_peer(job, path):
 
 def prepare_limit(job, dtype):
     """The products of a critic's hidden layer: forward, and the gradients of input and weights."""
+    cql.keep_freed_memory()
     critics, actions = (1, 1) if job.script == "discrete/cql_dqn" else (2, 1 + 3 * job.actions)
     rows, width = job.batch * actions, 256
     x, y = (torch.randn(critics, rows, width, device=job.device).to(getattr(torch, dtype)) for _ in range(2))
