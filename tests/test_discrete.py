@@ -419,9 +419,12 @@ def test_columns_are_those_of_a_slow_loop(target, n_step, episodes):
     config = cql.TrainConfig(device="cpu", target=target, n_step=n_step, discount=0.5)
     data = make_data(episodes)
     rows = list(slow_rows(episodes, data, config))
+    if not rows:
+        assert refusal(cql.td_columns, data, config)[0] == 1
+        return
     columns = cql.td_columns(data, config)
     *columns, next_actions = [columns[key].reshape(-1) for key in cql.Batch._fields]
-    *expected, after = zip(*rows) if rows else [()] * 7
+    *expected, after = zip(*rows)
     assert all(x.tolist() == list(y) for x, y in zip(columns, expected)), (columns, expected)
     assert next_actions.dtype == columns[1].dtype == int and len(next_actions) == len(rows)
     assert all(y is None or x == y for x, y in zip(next_actions, after))
@@ -520,7 +523,8 @@ def test_gradients_change_nothing(head):
     first, _ = agent.gradients(batch)
     second, _ = agent.gradients(batch)
     assert all(torch.equal(x, y) for x, y in zip(first, second)) and torch.equal(state, torch.get_rng_state())
-    torch.testing.assert_close(agent.checkpoint(), before, rtol=0, atol=0)
+    for key in ("networks", "optimizer"):
+        torch.testing.assert_close(agent.checkpoint()[key], before[key], rtol=0, atol=0)
     assert all(x.grad is None for x in agent.parameters())
 
 

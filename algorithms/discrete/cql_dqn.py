@@ -234,6 +234,11 @@ class DiscreteCQL(nn.Module):
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 
+    @property
+    def actor(self) -> QNetwork:
+        """What acts: greedily, the network itself."""
+        return self.critic
+
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:
         """r + gamma Z'(s', a') as quantiles, or as probabilities of the atoms (c51): -> [B, Z]."""
@@ -369,9 +374,12 @@ class DiscreteCQL(nn.Module):
 
     def checkpoint(self) -> dict[str, Any]:
         """All that training goes on from, as tensors and plain values."""
-        return {"networks": self.state_dict(), "optimizer": self.optimizer.state_dict(), "n_updates": self.n_updates}
+        state = {"networks": self.state_dict(), "optimizer": self.optimizer.state_dict(), "n_updates": self.n_updates}
+        return state | {"sizes": list(self.critic.sizes)}
 
     def restore(self, state: dict[str, Any]) -> None:
+        if state["sizes"] != list(self.critic.sizes):  # c51 and qr may have weights of the same shapes
+            raise ValueError(f"its network is {state['sizes']}, not {list(self.critic.sizes)}")
         self.load_state_dict(state["networks"])
         own = {key: self.optimizer.param_groups[0][key] for key in ("lr", "capturable")}
         self.optimizer.load_state_dict(state["optimizer"])
@@ -389,6 +397,8 @@ def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np
     next_actions = np.append(data["actions"][1:], data["actions"][:1])
     if config.target == "sarsa":
         known = ~ends | data["terminals"]
+        if len(known) and not known.any():
+            raise DataError(f"--env {config.env} holds no transition with a known next action, as --target sarsa needs")
         data = {key: data[key][known] for key in COLUMNS}
         ends = (ends | np.append(~known[1:], False))[known]
         next_actions = next_actions[known]
@@ -854,6 +864,13 @@ def encode_actions(
     return np.ravel_multi_index(tuple((actions - low).astype(np.int64).T), sizes), low, high
 
 
+# local: discrete actions
+def environment_action(config: TrainConfig, action: np.ndarray, space: gym.Space) -> np.ndarray:
+    """As the environment takes it, or a random one with probability eval_epsilon."""
+    random = space.np_random.random() < config.eval_epsilon
+    return space.sample() if random else action.reshape(space.shape).astype(space.dtype)[()]
+
+
 class ReplayBuffer:
     """All transitions, on the device; memory of the CPU is shared with the arrays."""
 
@@ -1020,7 +1037,7 @@ def rollout(
     result["success"] = np.full(config.n_episodes, np.nan)
     for first in range(0, config.n_episodes, len(task.envs)):
         running = dict(zip(range(first, config.n_episodes), task.envs))
-        observations, rngs = {}, {i: np.random.default_rng((config.eval_seed, i)) for i in running}
+        observations = {}
         for i, env in running.items():
             observations[i] = flatten(env.reset(seed=config.eval_seed + i)[0], env.observation_space)
             env.action_space.seed(config.eval_seed + i)
@@ -1032,11 +1049,7 @@ def rollout(
                 return None
             actions = policy(np.stack(list(observations.values())))
             for i, action in zip(list(observations), actions):
-                space = running[i].action_space
-                action = action.reshape(space.shape).astype(space.dtype)
-                action = action.clip(space.low, space.high) if isinstance(space, gym.spaces.Box) else action[()]
-                if rngs[i].random() < getattr(config, "eval_epsilon", 0.0):
-                    action = space.sample()
+                action = environment_action(config, action, running[i].action_space)
                 observation, reward, terminated, truncated, info = running[i].step(action)
                 observations[i] = flatten(observation, running[i].observation_space)
                 if not (math.isfinite(reward + result["return"][i]) and np.isfinite(observations[i]).all()):
@@ -1322,6 +1335,12 @@ class RunFolder:
         save(self.path / "metrics.csv", text.getvalue())
         self.rows.append(row)
 
+    def save(self, agent: Any, means: Means, random_state: Tensor) -> None:
+        policy = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}
+        state = {"agent": agent.checkpoint(), "means": vars(means), "random": random_state, "policy": policy}
+        save(self.path / "policy.pt", policy)
+        save(self.path / "checkpoint.pt", state)
+
     @property
     def last_row(self) -> dict[str, Any]:
         """As numbers, None where empty; step 0 before the first row."""
@@ -1487,18 +1506,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.head == "c51" and not start:
         scaling["atoms"] = support(data, config)
     data, holdout = td_columns(data, config), td_columns(holdout, config)
-    if not len(data["rewards"]):
-        raise DataError(f"--env {config.env} holds no transition with a known next action, as --target sarsa needs")
     buffer, means, rng = ReplayBuffer(data, config.device), Means(), torch.cuda if "cuda" in config.device else torch
-    shown = np.random.default_rng(config.seed).permutation(len(data["rewards"]))[:2048]
-    sample = buffer.rows(torch.as_tensor(shown, device=config.device))
+    sample = buffer.rows(slice(None, None, 1 + len(data["rewards"]) // 2048))  # for the features' metrics
     # The holdout metrics are over the same ten minibatches at each evaluation, or less.
     shown = np.random.default_rng(config.seed).permutation(len(holdout["rewards"]))[: 10 * config.batch_size]
     holdout = ReplayBuffer({key: column[shown] for key, column in holdout.items()}, config.device).rows(slice(None))
     if start:
         try:
-            if start["policy"]["sizes"] != list(agent.critic.sizes):  # c51 and qr may have weights of the same shapes
-                raise ValueError(f"its network is {start['policy']['sizes']}, not {list(agent.critic.sizes)}")
             agent.restore(start["agent"])
             if folder.checkpoint:
                 vars(means).update(start["means"])
@@ -1507,7 +1521,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         except Exception as error:  # of other networks, or of a damaged file
             source = folder.path / "checkpoint.pt" if folder.checkpoint else f"--load_model {config.load_model}"
             raise DataError(f"{source} does not fit this run, or is damaged: {error!r}"[:300]) from error
-    agent.critic.load_state_dict(scaling, strict=False)
+    agent.actor.load_state_dict(scaling, strict=False)
     agent.n_updates = agent.n_updates if folder.checkpoint else 0
 
     updates = Updates(config, agent, buffer, means)
@@ -1518,19 +1532,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         check_convergence(averages | {"the norm of all weights": norm}, agent.n_updates, task.value_limit)
         return averages
 
-    def save_checkpoint() -> None:
-        policy = {"sizes": list(agent.critic.sizes), "weights": agent.critic.state_dict()}
-        state = {"agent": agent.checkpoint(), "means": vars(means), "random": rng.get_rng_state(), "policy": policy}
-        save(folder.path / "policy.pt", policy)
-        save(folder.path / "checkpoint.pt", state)
-
     def record(step: int) -> None:
         """Evaluates and writes row, policy and checkpoint, unless a signal comes in between."""
         started = time.perf_counter()
         averages = read_means()  # waits for the device
         means.seconds += time.perf_counter() - started
         if folder.last_row["step"] < step:  # else the row was written just before a kill
-            row = try_evaluate(step, config, task, agent.critic.act, agent.start_values, lambda: bool(received))
+            row = try_evaluate(step, config, task, agent.actor.act, agent.start_values, lambda: bool(received))
             if row is None:
                 return
             check_convergence({"eval_predicted_value": row["eval_predicted_value"] or 0.0}, step, task.value_limit)
@@ -1542,7 +1550,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             progress.write(f"update {step:,}: {describe(row)}, {row['updates_per_second']:.0f} updates/s")
         progress.set_postfix_str(describe(folder.last_row))
         means.reset()
-        save_checkpoint()
+        folder.save(agent, means, rng.get_rng_state())
 
     folder.open(config)
     run = start_wandb(config, folder.path)
@@ -1557,7 +1565,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if received:
                     if means.count:
                         read_means()  # no checkpoint of a run that diverged
-                    save_checkpoint()
+                    folder.save(agent, means, rng.get_rng_state())
                     progress.write(f"signal {received[0]} at update {step:,}: saved in {folder.path}")
                     if received[0] != signal.SIGINT:
                         with contextlib.suppress(Exception):

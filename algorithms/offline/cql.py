@@ -948,6 +948,12 @@ def encode_actions(
     return scaled.clip(-1, 1, out=scaled).astype(np.float32), low, high
 
 
+# local: continuous actions
+def environment_action(config: TrainConfig, action: np.ndarray, space: gym.Space) -> np.ndarray:
+    """As the environment takes it."""
+    return action.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
+
+
 class ReplayBuffer:
     """All transitions, on the device; memory of the CPU is shared with the arrays."""
 
@@ -1114,7 +1120,7 @@ def rollout(
     result["success"] = np.full(config.n_episodes, np.nan)
     for first in range(0, config.n_episodes, len(task.envs)):
         running = dict(zip(range(first, config.n_episodes), task.envs))
-        observations, rngs = {}, {i: np.random.default_rng((config.eval_seed, i)) for i in running}
+        observations = {}
         for i, env in running.items():
             observations[i] = flatten(env.reset(seed=config.eval_seed + i)[0], env.observation_space)
             env.action_space.seed(config.eval_seed + i)
@@ -1126,11 +1132,7 @@ def rollout(
                 return None
             actions = policy(np.stack(list(observations.values())))
             for i, action in zip(list(observations), actions):
-                space = running[i].action_space
-                action = action.reshape(space.shape).astype(space.dtype)
-                action = action.clip(space.low, space.high) if isinstance(space, gym.spaces.Box) else action[()]
-                if rngs[i].random() < getattr(config, "eval_epsilon", 0.0):
-                    action = space.sample()
+                action = environment_action(config, action, running[i].action_space)
                 observation, reward, terminated, truncated, info = running[i].step(action)
                 observations[i] = flatten(observation, running[i].observation_space)
                 if not (math.isfinite(reward + result["return"][i]) and np.isfinite(observations[i]).all()):
@@ -1416,6 +1418,12 @@ class RunFolder:
         save(self.path / "metrics.csv", text.getvalue())
         self.rows.append(row)
 
+    def save(self, agent: Any, means: Means, random_state: Tensor) -> None:
+        policy = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}
+        state = {"agent": agent.checkpoint(), "means": vars(means), "random": random_state, "policy": policy}
+        save(self.path / "policy.pt", policy)
+        save(self.path / "checkpoint.pt", state)
+
     @property
     def last_row(self) -> dict[str, Any]:
         """As numbers, None where empty; step 0 before the first row."""
@@ -1602,12 +1610,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         check_convergence(averages | {"the norm of all weights": norm}, agent.n_updates, task.value_limit)
         return averages
 
-    def save_checkpoint() -> None:
-        policy = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}
-        state = {"agent": agent.checkpoint(), "means": vars(means), "random": rng.get_rng_state(), "policy": policy}
-        save(folder.path / "policy.pt", policy)
-        save(folder.path / "checkpoint.pt", state)
-
     def record(step: int) -> None:
         """Evaluates and writes row, policy and checkpoint, unless a signal comes in between."""
         started = time.perf_counter()
@@ -1625,7 +1627,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             progress.write(f"update {step:,}: {describe(row)}, {row['updates_per_second']:.0f} updates/s")
         progress.set_postfix_str(describe(folder.last_row))
         means.reset()
-        save_checkpoint()
+        folder.save(agent, means, rng.get_rng_state())
 
     folder.open(config)
     run = start_wandb(config, folder.path)
@@ -1640,7 +1642,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if received:
                     if means.count:
                         read_means()  # no checkpoint of a run that diverged
-                    save_checkpoint()
+                    folder.save(agent, means, rng.get_rng_state())
                     progress.write(f"signal {received[0]} at update {step:,}: saved in {folder.path}")
                     if received[0] != signal.SIGINT:
                         with contextlib.suppress(Exception):
