@@ -72,7 +72,7 @@ class TrainConfig:
     precision: str = "float32"  # float32, tf32 (NVIDIA GPUs), or bfloat16: of the hidden layers' matrix products
 
     buffer_size: int = 2_000_000  # most transitions that are accepted; memory follows the data
-    batch_size: int = 64  # transitions a minibatch
+    batch_size: int = 256  # transitions a minibatch
     normalize: bool = True  # shift and scale observations by the data's mean and standard deviation
     normalize_reward: bool = False  # change rewards: return range (locomotion only), then reward_scale and reward_bias
     reward_scale: float = 5.0  # factor on rewards (only with normalize_reward)
@@ -94,7 +94,7 @@ class TrainConfig:
     n_step: int = 1  # rewards in a TD target, all of one episode
     target: str = "double"  # next action: double (online network's choice), max (target network's), sarsa (the data's)
     td_error: str = "huber"  # squared, or huber: linear beyond 1
-    qf_lr: float = 3e-4  # learning rate
+    qf_lr: float = 1e-3  # learning rate
     max_grad_norm: float = math.inf  # gradients of a larger norm are scaled down to it
     soft_target_update_rate: float = 5e-3  # Polyak rate of the target network; 1 with a longer period: hard updates
     target_update_period: int = 1  # updates between two target updates
