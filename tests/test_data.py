@@ -477,12 +477,36 @@ def test_data_without_bounds_are_refused(tiny, script, new_dataset):
 
 def test_images_are_refused(script, tiny, spaces, new_dataset):
     image = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
-    for i, space in enumerate((image, gym.spaces.Dict({"pixels": image}))):
-        pixels = np.zeros((5, 40, 40, 3), np.uint8)
-        buffers = [episode(0, observations={"pixels": pixels} if i else pixels)]
+    pixels, nested = np.zeros((5, 40, 40, 3), np.uint8), gym.spaces.Dict({"pixels": image})
+    observations = [pixels, {"pixels": pixels}, {"camera": {"pixels": pixels}}]
+    for i, space in enumerate((image, nested, gym.spaces.Dict({"camera": nested}))):
+        buffers = [episode(0, observations=observations[i])]
         name = new_dataset(buffers, f"toy/image-v{i}", **spaces | {"observation_space": space})
         status, line = refusal(script.train, tiny(env=name))
         assert status == 1 and f"--env {name}" in line and "(40, 40, 3)" in line
+
+
+def test_observations_that_are_no_arrays_are_refused(script, tiny, monkeypatch):
+    parts = gym.spaces.Tuple([gym.spaces.Discrete(2), gym.spaces.Discrete(3)])
+    for space in (parts, gym.spaces.Dict({"cards": parts}), gym.spaces.Sequence(gym.spaces.Discrete(2))):
+        status, line = refusal(script.check_spaces, space, Counter.action_space, "--env toy")
+        assert status == 1 and "--env toy has observations" in line
+
+
+def test_an_episode_without_end_ends_in_evaluation(script, run, monkeypatch):
+    monkeypatch.setattr(script, "MAX_STEPS", 30)
+    monkeypatch.setattr(Counter, "length", staticmethod(lambda seed: 10**9))
+    assert float(table(run(max_timesteps=10))[-1]["eval_length"]) == 30
+    spec = gym.spec("Counter-v0")
+    monkeypatch.setattr(spec, "max_episode_steps", 40)  # the environment's own limit counts
+    assert float(table(run(max_timesteps=10, eval_env="Counter-v0", run_id="own"))[-1]["eval_length"]) == 40
+
+
+def test_a_policy_takes_observations_of_its_size_alone(script, run):
+    policy = script.load_policy(run() / "policy.pt")
+    for wrong in (0, np.zeros(1), np.zeros((3, 2)), np.zeros(16)):
+        with pytest.raises(ValueError, match="size 3"):
+            policy(wrong)
 
 
 def test_small_grids_become_vectors_and_discrete_observations_one_hot(script, run, spaces, new_dataset):
@@ -540,7 +564,15 @@ def test_actions_outside_the_bounds_or_between_numbers_are_refused(action, envir
     name = new_dataset([episode(0, length=2, **columns), *record("Counter-v0", [1])], env="Counter-v0")
     status, line = refusal(prepare, env=name, eval_env=environment)
     wrong = next(f"{x:g}" for x in action if x)
-    assert status == 1 and f"--env {name}: an action is {wrong}, none of the whole numbers" in line
+    assert status == 1 and f"--env {name}: an action is {wrong}" in line
+
+
+@discrete
+def test_one_hot_actions_without_a_space_are_refused(script):
+    for n in (2, 70):
+        status, line = refusal(script.encode_actions, np.eye(n, dtype=np.float32), None, None, "logged.hdf5")
+        assert status == 1 and "one-hot" in line
+    assert script.encode_actions(np.float32([[0, 1], [1, 1]]), None, None, "")[0].tolist() == [1, 3]
 
 
 @discrete

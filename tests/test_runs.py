@@ -556,6 +556,15 @@ def test_load_model_takes_the_learning_rates_of_the_new_run(script, run):
         assert not equal(base, other)
 
 
+@discrete
+def test_load_model_keeps_the_atoms_but_for_given_ends(run):
+    path = run(run_id="old", head="c51", v_min=-3.0) / "checkpoint.pt"
+    old = weights(path.parent)["/weights/atoms"]
+    for options, ends in (({}, old[[0, -1]].tolist()), ({"v_min": -2.0, "v_max": 9.0}, [-2, 9])):
+        atoms = weights(run(run_id=f"{len(options)}", head="c51", load_model=str(path), **options))["/weights/atoms"]
+        assert atoms[[0, -1]].tolist() == ends
+
+
 def test_load_model_of_another_size_is_one_line(new_dataset, script, tiny, run):
     path = str(run() / "checkpoint.pt")
     status, line = refusal(script.train, tiny(load_model=path, run_id="next", hidden_dim=8))

@@ -143,9 +143,13 @@ class QNetwork(nn.Module):
         features = features.to(observations.dtype)
         return F.normalize(features, dim=-1, eps=1e-6) if self.normalize_features else features
 
-    def forward(self, features: Tensor) -> Tensor:
+    def outputs(self, features: Tensor) -> Tensor:
         """Values (dqn), logits (c51) or quantiles (qr) of each action: [..., H] -> [..., A, Z]."""
         return self.last(features).unflatten(-1, (-1, self.n_outputs))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """[..., O] -> [..., A, Z]."""
+        return self.outputs(self.features(observations))
 
     def values(self, outputs: Tensor) -> Tensor:
         """Expected Q: [..., Z] -> [...]."""
@@ -155,15 +159,17 @@ class QNetwork(nn.Module):
         """Greedy actions in the environment's numbers for raw observations: [..., O] -> [...], or [..., k] where an
         action has k > 1 parts."""
         observations = (observations - self.observation_mean) / self.observation_std
-        best = self.values(self(self.features(observations))).argmax(dim=-1)
+        best = self.values(self(observations)).argmax(dim=-1)
         parts = torch.stack(torch.unravel_index(best, self.action_sizes), dim=-1) + self.action_low.long()
         return parts if len(self.action_sizes) > 1 else parts.squeeze(-1)
 
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """The same for arrays."""
+        """The same for arrays. Raises ValueError."""
         observations = torch.as_tensor(observations, dtype=torch.float32, device=self.observation_mean.device)
-        return self.actions(observations).cpu().numpy()
+        if observations.shape[-1:] != self.observation_mean.shape:
+            raise ValueError(f"the policy takes observations of size {self.sizes[0]}, not {list(observations.shape)}")
+        return self.actions(observations).cpu().numpy()[()]
 
 
 # local: the network that acts, and that policy.pt holds
@@ -242,14 +248,13 @@ class DiscreteCQL(nn.Module):
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:
         """r + gamma Z'(s', a') as quantiles, or as probabilities of the atoms (c51): -> [B, Z]."""
-        critic, target_critic = self.critic, self.target_critic
-        next_outputs = target_critic(target_critic.features(batch.next_observations))  # [B, A, Z]
+        critic, next_outputs = self.critic, self.target_critic(batch.next_observations)  # [B, A, Z]
         if self.config.target == "sarsa":
             next_actions = batch.next_actions
         elif self.config.target == "max":
             next_actions = critic.values(next_outputs).argmax(dim=1)
         else:
-            next_actions = critic.values(critic(critic.features(batch.next_observations))).argmax(dim=1)
+            next_actions = critic.values(critic(batch.next_observations)).argmax(dim=1)
         next_outputs = of_actions(next_outputs, next_actions)  # [B, Z]
         if self.config.head == "c51":
             return project(next_outputs.softmax(dim=1), critic.atoms, batch.rewards, batch.discounts)
@@ -267,7 +272,8 @@ class DiscreteCQL(nn.Module):
         return F.cross_entropy(q, actions)
 
     def dr3(self, batch: Batch, features: Tensor) -> Tensor:
-        """Mean dot product of the features of (s, a) and (s', a'), which all actions share: [B, H] -> []."""
+        """Mean dot product of the features of (s, a) and (s', a'), which all actions share; s' is n_step steps later:
+        [B, H] -> []."""
         next_features = self.critic.features(batch.next_observations)
         return ((features * next_features).sum(dim=1) * (1 - batch.terminals)).mean()
 
@@ -275,7 +281,7 @@ class DiscreteCQL(nn.Module):
         """TD loss + cql_alpha gap + dr3_coefficient dr3, or the gap alone (behaviour cloning), and metrics."""
         config = self.config
         features = self.critic.features(batch.observations)  # [B, H]
-        outputs = self.critic(features)  # [B, A, Z]
+        outputs = self.critic.outputs(features)  # [B, A, Z]
         q = self.critic.values(outputs)  # [B, A]
         gap = self.gap(q, batch.actions)
         metrics = {"cql_qf_diff": gap, **self.action_metrics(q, batch.actions)}
@@ -350,7 +356,7 @@ class DiscreteCQL(nn.Module):
             return np.full(len(observations), np.nan)
         observations = torch.as_tensor(observations, device=self.config.device)
         observations = (observations - self.critic.observation_mean) / self.critic.observation_std
-        return self.critic.values(self.critic(self.critic.features(observations))).max(dim=1).values.cpu().numpy()
+        return self.critic.values(self.critic(observations)).max(dim=1).values.cpu().numpy()
 
     @torch.no_grad()
     def holdout_metrics(self, batch: Batch) -> dict[str, float]:
@@ -405,7 +411,8 @@ def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np
     rows = np.arange(len(ends))
     last, rewards = rows, data["rewards"].astype(np.float64)
     for i in range(1, config.n_step):
-        going = ~ends[last]
+        if not (going := ~ends[last]).any():
+            break
         last = last + going
         rewards += going * config.discount**i * data["rewards"][last]
     discounts = config.discount ** (last - rows + 1) * ~data["terminals"][last]
@@ -421,8 +428,8 @@ def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np
 
 
 def support(data: dict[str, np.ndarray], config: TrainConfig) -> Tensor:
-    """Atoms of c51, from v_min to v_max: by default the range of the data's discounted returns, and a quarter of it on
-    either side."""
+    """Atoms of c51, from v_min to v_max: by default the range of the data's discounted returns, which end at time-outs,
+    and a quarter of it on either side."""
     returns, following = [], 0.0
     ends = data["terminals"] | data["timeouts"]
     for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1].tolist()):
@@ -434,7 +441,10 @@ def support(data: dict[str, np.ndarray], config: TrainConfig) -> Tensor:
     high = high + margin if config.v_max is None else config.v_max
     if not low < high:
         raise ConfigError(f"--v_min {low:g} is not below --v_max {high:g}, by the data's returns; give both")
-    return torch.linspace(low, high, config.n_atoms)
+    atoms = torch.linspace(low, high, config.n_atoms)
+    if not (atoms.float().diff() > 0).all():
+        raise ConfigError(f"--v_min {low:g} and --v_max {high:g} are too near for {config.n_atoms} atoms in float32")
+    return atoms
 
 
 # Common to all files from here on: configuration, data, evaluation, run folder.
@@ -462,6 +472,7 @@ class DivergenceError(DataError):
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 WANDB_SECONDS = 20  # that W&B may take to start, and to finish
 MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
+MAX_STEPS = 10_000  # of an evaluation episode, where the environment has no limit
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 CHOICES = {
     "precision": ("float32", "tf32", "bfloat16"),
@@ -477,7 +488,7 @@ RANGES = {
     "n_atoms": (2, 10_000),
     "hidden_dim": (1, 1e5),
     "policy_n_hidden_layers q_n_hidden_layers": (1, 100),
-    "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap": (-1e12, 1e12),
+    "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap v_min v_max": (-1e12, 1e12),
     "discount soft_target_update_rate eval_epsilon": (0, 1),
     "reward_clip max_grad_norm": (1e-12, math.inf),
     "holdout_fraction": (0, 0.9),
@@ -492,15 +503,13 @@ def check_config(config: Any) -> None:
     options = vars(config)
     for names, (low, high) in RANGES.items():
         for name in set(names.split()) & options.keys():
-            if not low <= options[name] <= high:
+            if options[name] is not None and not low <= options[name] <= high:
                 raise ConfigError(f"--{name} takes a number from {low} to {high:g}, not {options[name]}")
     low, high = options.get("cql_clip_diff_min", 0), options.get("cql_clip_diff_max", 0)
     if not (low <= high and low < math.inf and high > -math.inf):
         raise ConfigError(f"--cql_clip_diff_min {low} and --cql_clip_diff_max {high} leave nothing between")
     low, high = options.get("v_min"), options.get("v_max")
-    if (low, high) != (None, None) and not -1e12 < (-1e11 if low is None else low) < (
-        1e11 if high is None else high
-    ) < 1e12:
+    if None not in (low, high) and not low < high:
         raise ConfigError(f"--v_min {low} must be below --v_max {high}")
     if config.run_id and (config.run_id in (".", "..") or set(config.run_id) & set("/\\")):
         raise ConfigError(f"--run_id is the name of a folder, without / or \\, not {config.run_id}")
@@ -571,11 +580,15 @@ def read_yaml(path: Path, option: str = "") -> dict[str, Any]:
     return content
 
 
+def is_text(space: gym.Space) -> bool:
+    return getattr(space.dtype, "kind", "") == "U"
+
+
 def flatten(observation: Any, space: gym.Space, n_leading: int = 0) -> np.ndarray:
     """A float32 vector an observation: parts of Dict ones (goal environments) in sorted order of keys and without
     text, Discrete ones one-hot."""
     if isinstance(space, gym.spaces.Dict):
-        parts = [key for key, part in sorted(space.items()) if getattr(part.dtype, "kind", "") != "U"]
+        parts = [key for key, part in sorted(space.items()) if not is_text(part)]
         return np.concatenate([flatten(observation[key], space[key], n_leading) for key in parts], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
         return (np.asarray(observation)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
@@ -588,10 +601,14 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space, name: st
     if not isinstance(action_space, ACTION_SPACES):
         kinds = " or ".join(kind.__name__ for kind in ACTION_SPACES)
         raise DataError(f"{name} has actions {action_space}; this script takes {kinds} ones")
-    parts = observation_space.values() if isinstance(observation_space, gym.spaces.Dict) else [observation_space]
-    for space in parts:
-        if len(space.shape or ()) > 1 and math.prod(space.shape) > MAX_GRID:
-            raise DataError(f"{name} has images of shape {space.shape}; this script takes vectors and small grids")
+    shape, numbers = observation_space.shape or (), ("Box", "Discrete", "MultiDiscrete", "MultiBinary")
+    if isinstance(observation_space, gym.spaces.Dict):
+        for part in observation_space.values():
+            check_spaces(part, action_space, name)
+    elif type(observation_space).__name__ not in numbers and not is_text(observation_space):
+        raise DataError(f"{name} has observations {observation_space}; this script takes vectors, and Dicts of them")
+    elif len(shape) > 1 and math.prod(shape) > MAX_GRID:
+        raise DataError(f"{name} has images of shape {shape}; this script takes vectors and small grids")
 
 
 def action_bounds(space: gym.Space) -> dict[str, np.ndarray]:
@@ -735,7 +752,7 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
         for key, column in columns.items():
             n_axes = {"observations": (2, 3, 4), "next_observations": (2, 3, 4), "actions": (1, 2)}.get(key, (1,))
             if column.ndim not in n_axes or column.ndim > 2 and math.prod(column.shape[1:]) > MAX_GRID:
-                raise ValueError(f"its {key} have shape {column.shape}")
+                raise ValueError(f"its {key} have shape {column.shape}{', of images' * (column.ndim > 2)}")
             if column.is_virtual:  # whose rows may be elsewhere, and zeros where they are not
                 raise ValueError(f"its {key} are a virtual dataset")
         n_bytes = 4 * sum(column.size for column in columns.values())
@@ -853,22 +870,28 @@ def encode_actions(
 
     Bounds that are not known are 0 and the largest in the data. Raises DataError.
     """
-    low = np.zeros(actions.shape[1]) if low is None else low
-    high = actions.max(axis=0) if high is None else high
-    wrong = (actions != np.rint(actions)) | (actions < low) | (actions > high)
-    if wrong.any():
-        raise DataError(f"--env {name}: an action is {actions[wrong][0]:g}, none of the whole numbers {low} to {high}")
-    sizes = (high - low + 1).astype(np.int64)
-    if np.prod(sizes.astype(np.float64)) > 100_000:
+    unknown = low is None
+    low, high = (np.zeros(actions.shape[1]), actions.max(axis=0)) if unknown else (low, high)
+    if (fractions := actions != np.rint(actions)).any():
+        raise DataError(f"--env {name}: an action is {actions[fractions][0]:g}; this script takes whole numbers")
+    if unknown and actions.shape[1] > 1 and actions.min() >= 0 and (actions.sum(axis=1) == 1).all():
+        raise DataError(f"--env {name}: actions are one-hot vectors; store the number of each action instead")
+    low, high = low.astype(np.int64), high.astype(np.int64)
+    if (outside := (actions < low) | (actions > high)).any():
+        raise DataError(f"--env {name}: an action is {actions[outside][0]:g}, outside {low} to {high}")
+    sizes = high - low + 1
+    if len(sizes) > 32 or np.prod(sizes.astype(np.float64)) > 100_000:
         raise DataError(f"--env {name} has {' x '.join(map(str, sizes))} actions; this script takes up to 100,000")
     return np.ravel_multi_index(tuple((actions - low).astype(np.int64).T), sizes), low, high
 
 
 # local: discrete actions
-def environment_action(config: TrainConfig, action: np.ndarray, space: gym.Space) -> np.ndarray:
+def environment_action(config: TrainConfig, action: np.ndarray, space: gym.Space, rng: Any) -> np.ndarray:
     """As the environment takes it, or a random one with probability eval_epsilon."""
-    random = space.np_random.random() < config.eval_epsilon
-    return space.sample() if random else action.reshape(space.shape).astype(space.dtype)[()]
+    if rng.random() < config.eval_epsilon:
+        space.seed(int(rng.integers(2**31)))  # other environments may have the same space
+        return space.sample()
+    return action.reshape(space.shape).astype(space.dtype)[()]
 
 
 class ReplayBuffer:
@@ -976,6 +999,8 @@ def make_environments(config: Any) -> list[gym.Env]:
             print(f"{config.env} was recorded in {name}, unknown to Gymnasium: no evaluation (--eval_env names one)")
             return []
         with warnings.catch_warnings(action="ignore"):  # that there are later versions
+            if not arguments.get("max_episode_steps") and gym.spec(name).max_episode_steps is None:
+                arguments["max_episode_steps"] = MAX_STEPS  # a greedy policy may stand still for ever
             return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
     except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
         if config.eval_env is None:
@@ -1037,10 +1062,9 @@ def rollout(
     result["success"] = np.full(config.n_episodes, np.nan)
     for first in range(0, config.n_episodes, len(task.envs)):
         running = dict(zip(range(first, config.n_episodes), task.envs))
-        observations = {}
+        observations, rngs = {}, {i: np.random.default_rng((config.eval_seed, i)) for i in running}
         for i, env in running.items():
             observations[i] = flatten(env.reset(seed=config.eval_seed + i)[0], env.observation_space)
-            env.action_space.seed(config.eval_seed + i)
         starts.extend(observations.values())
         if not np.isfinite(starts).all():
             raise ValueError("an episode starts at NaN or infinity")
@@ -1049,7 +1073,7 @@ def rollout(
                 return None
             actions = policy(np.stack(list(observations.values())))
             for i, action in zip(list(observations), actions):
-                action = environment_action(config, action, running[i].action_space)
+                action = environment_action(config, action, running[i].action_space, rngs[i])
                 observation, reward, terminated, truncated, info = running[i].step(action)
                 observations[i] = flatten(observation, running[i].observation_space)
                 if not (math.isfinite(reward + result["return"][i]) and np.isfinite(observations[i]).all()):
@@ -1503,7 +1527,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     action_sizes = (scaling["action_high"] - scaling["action_low"] + 1).int().tolist()
     agent = DiscreteCQL(config, data["observations"].shape[1], action_sizes)
-    if config.head == "c51" and not start:
+    if config.head == "c51" and not (start and config.v_min is config.v_max is None):
         scaling["atoms"] = support(data, config)
     data, holdout = td_columns(data, config), td_columns(holdout, config)
     buffer, means, rng = ReplayBuffer(data, config.device), Means(), torch.cuda if "cuda" in config.device else torch

@@ -151,8 +151,10 @@ class TanhGaussianActor(nn.Module):
 
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """The same for arrays."""
+        """The same for arrays. Raises ValueError."""
         observations = torch.as_tensor(observations, dtype=torch.float32, device=self.observation_mean.device)
+        if observations.shape[-1:] != self.observation_mean.shape:
+            raise ValueError(f"the policy takes observations of size {self.sizes[0]}, not {list(observations.shape)}")
         return self.actions(observations).cpu().numpy()
 
 
@@ -543,6 +545,7 @@ class DivergenceError(DataError):
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 WANDB_SECONDS = 20  # that W&B may take to start, and to finish
 MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
+MAX_STEPS = 10_000  # of an evaluation episode, where the environment has no limit
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 CHOICES = {
     "precision": ("float32", "tf32", "bfloat16"),
@@ -558,7 +561,7 @@ RANGES = {
     "n_atoms": (2, 10_000),
     "hidden_dim": (1, 1e5),
     "policy_n_hidden_layers q_n_hidden_layers": (1, 100),
-    "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap": (-1e12, 1e12),
+    "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap v_min v_max": (-1e12, 1e12),
     "discount soft_target_update_rate eval_epsilon": (0, 1),
     "reward_clip max_grad_norm": (1e-12, math.inf),
     "holdout_fraction": (0, 0.9),
@@ -573,15 +576,13 @@ def check_config(config: Any) -> None:
     options = vars(config)
     for names, (low, high) in RANGES.items():
         for name in set(names.split()) & options.keys():
-            if not low <= options[name] <= high:
+            if options[name] is not None and not low <= options[name] <= high:
                 raise ConfigError(f"--{name} takes a number from {low} to {high:g}, not {options[name]}")
     low, high = options.get("cql_clip_diff_min", 0), options.get("cql_clip_diff_max", 0)
     if not (low <= high and low < math.inf and high > -math.inf):
         raise ConfigError(f"--cql_clip_diff_min {low} and --cql_clip_diff_max {high} leave nothing between")
     low, high = options.get("v_min"), options.get("v_max")
-    if (low, high) != (None, None) and not -1e12 < (-1e11 if low is None else low) < (
-        1e11 if high is None else high
-    ) < 1e12:
+    if None not in (low, high) and not low < high:
         raise ConfigError(f"--v_min {low} must be below --v_max {high}")
     if config.run_id and (config.run_id in (".", "..") or set(config.run_id) & set("/\\")):
         raise ConfigError(f"--run_id is the name of a folder, without / or \\, not {config.run_id}")
@@ -652,11 +653,15 @@ def read_yaml(path: Path, option: str = "") -> dict[str, Any]:
     return content
 
 
+def is_text(space: gym.Space) -> bool:
+    return getattr(space.dtype, "kind", "") == "U"
+
+
 def flatten(observation: Any, space: gym.Space, n_leading: int = 0) -> np.ndarray:
     """A float32 vector an observation: parts of Dict ones (goal environments) in sorted order of keys and without
     text, Discrete ones one-hot."""
     if isinstance(space, gym.spaces.Dict):
-        parts = [key for key, part in sorted(space.items()) if getattr(part.dtype, "kind", "") != "U"]
+        parts = [key for key, part in sorted(space.items()) if not is_text(part)]
         return np.concatenate([flatten(observation[key], space[key], n_leading) for key in parts], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
         return (np.asarray(observation)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
@@ -669,10 +674,14 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space, name: st
     if not isinstance(action_space, ACTION_SPACES):
         kinds = " or ".join(kind.__name__ for kind in ACTION_SPACES)
         raise DataError(f"{name} has actions {action_space}; this script takes {kinds} ones")
-    parts = observation_space.values() if isinstance(observation_space, gym.spaces.Dict) else [observation_space]
-    for space in parts:
-        if len(space.shape or ()) > 1 and math.prod(space.shape) > MAX_GRID:
-            raise DataError(f"{name} has images of shape {space.shape}; this script takes vectors and small grids")
+    shape, numbers = observation_space.shape or (), ("Box", "Discrete", "MultiDiscrete", "MultiBinary")
+    if isinstance(observation_space, gym.spaces.Dict):
+        for part in observation_space.values():
+            check_spaces(part, action_space, name)
+    elif type(observation_space).__name__ not in numbers and not is_text(observation_space):
+        raise DataError(f"{name} has observations {observation_space}; this script takes vectors, and Dicts of them")
+    elif len(shape) > 1 and math.prod(shape) > MAX_GRID:
+        raise DataError(f"{name} has images of shape {shape}; this script takes vectors and small grids")
 
 
 def action_bounds(space: gym.Space) -> dict[str, np.ndarray]:
@@ -816,7 +825,7 @@ def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
         for key, column in columns.items():
             n_axes = {"observations": (2, 3, 4), "next_observations": (2, 3, 4), "actions": (1, 2)}.get(key, (1,))
             if column.ndim not in n_axes or column.ndim > 2 and math.prod(column.shape[1:]) > MAX_GRID:
-                raise ValueError(f"its {key} have shape {column.shape}")
+                raise ValueError(f"its {key} have shape {column.shape}{', of images' * (column.ndim > 2)}")
             if column.is_virtual:  # whose rows may be elsewhere, and zeros where they are not
                 raise ValueError(f"its {key} are a virtual dataset")
         n_bytes = 4 * sum(column.size for column in columns.values())
@@ -949,7 +958,7 @@ def encode_actions(
 
 
 # local: continuous actions
-def environment_action(config: TrainConfig, action: np.ndarray, space: gym.Space) -> np.ndarray:
+def environment_action(config: TrainConfig, action: np.ndarray, space: gym.Space, rng: Any) -> np.ndarray:
     """As the environment takes it."""
     return action.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
 
@@ -1059,6 +1068,8 @@ def make_environments(config: Any) -> list[gym.Env]:
             print(f"{config.env} was recorded in {name}, unknown to Gymnasium: no evaluation (--eval_env names one)")
             return []
         with warnings.catch_warnings(action="ignore"):  # that there are later versions
+            if not arguments.get("max_episode_steps") and gym.spec(name).max_episode_steps is None:
+                arguments["max_episode_steps"] = MAX_STEPS  # a greedy policy may stand still for ever
             return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
     except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
         if config.eval_env is None:
@@ -1120,10 +1131,9 @@ def rollout(
     result["success"] = np.full(config.n_episodes, np.nan)
     for first in range(0, config.n_episodes, len(task.envs)):
         running = dict(zip(range(first, config.n_episodes), task.envs))
-        observations = {}
+        observations, rngs = {}, {i: np.random.default_rng((config.eval_seed, i)) for i in running}
         for i, env in running.items():
             observations[i] = flatten(env.reset(seed=config.eval_seed + i)[0], env.observation_space)
-            env.action_space.seed(config.eval_seed + i)
         starts.extend(observations.values())
         if not np.isfinite(starts).all():
             raise ValueError("an episode starts at NaN or infinity")
@@ -1132,7 +1142,7 @@ def rollout(
                 return None
             actions = policy(np.stack(list(observations.values())))
             for i, action in zip(list(observations), actions):
-                action = environment_action(config, action, running[i].action_space)
+                action = environment_action(config, action, running[i].action_space, rngs[i])
                 observation, reward, terminated, truncated, info = running[i].step(action)
                 observations[i] = flatten(observation, running[i].observation_space)
                 if not (math.isfinite(reward + result["return"][i]) and np.isfinite(observations[i]).all()):
