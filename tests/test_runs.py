@@ -188,7 +188,7 @@ def test_start_values_are_those_of_the_action_that_is_taken(script, tiny, run):
     scaled = (torch.tensor(observations) - stored["/weights/observation_mean"]) / stored["/weights/observation_std"]
     actions = script.load_policy(folder / "policy.pt")(observations) - Counter.action_space.start
     with torch.no_grad():
-        q = agent.critic(agent.critic.features(scaled))[..., 0].numpy()
+        q = agent.critic(scaled)[..., 0].numpy()
     values = q[range(20), np.ravel_multi_index(actions.T, Counter.action_space.nvec)]
     assert agent.start_values(observations) == pytest.approx(values, abs=1e-4) and np.ptp(values) > 0.01
     assert np.array_equal(values, q.max(axis=1))
