@@ -5,7 +5,7 @@ DR3: https://arxiv.org/abs/2112.04716.
 
     python algorithms/discrete/cql_dqn.py --config_path configs/discrete/cql_dqn/lunarlander/medium.yaml
 
-@SCORE@
+returns 225.9 ± 29.7 after 10,000 updates (five seeds; 35 s each on 2 CPU cores) on data that return 47.3: see README.
 
 Differs from the papers
 1. The TD error is the square without 1/2 (Huber's doubled), and the quantile loss is the mean over quantiles, doubled:
@@ -13,7 +13,8 @@ Differs from the papers
 2. One Adam step a minibatch of logged data; target networks follow softly unless soft_target_update_rate is 1.
 3. C51's atoms span the data's discounted returns unless v_min and v_max are given.
 
-Known failures: from random actions alone no head learns to land; docs/discrete_cql.md explains options and metrics.
+Known failures: from random actions alone no head learns to land; on mixed data values exceed what is realised, and a
+last policy of c51 may crash. docs/discrete_cql.md explains each option and metric.
 """
 
 import contextlib
