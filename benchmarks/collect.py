@@ -48,6 +48,14 @@ def fail(status, message):
     raise SystemExit(status)
 
 
+def storable(space):
+    """Whether Minari stores it as arrays: no text or sequence, and no kind of the environment's own."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        return all(map(storable, space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces))
+    kinds = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
+    return isinstance(space, kinds)
+
+
 class Episode:
     """An episode in the making. Its chance depends on (seed, index) alone, not on the episodes at its side."""
 
@@ -225,7 +233,7 @@ def collect(args):
     except Exception as error:  # Gymnasium's own errors, a missing package, a simulator of another version
         fail(2, f"--env {args.env} cannot be used: {str(error) or repr(error)}")
     for kind in (space, envs[0].observation_space):
-        if not kind.is_np_flattenable:
+        if not storable(kind):
             fail(1, f"--env {env_id} has a space that cannot be stored as arrays: {kind}")
     if args.noise and not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
         fail(2, f"--noise {args.noise:g} needs a bounded range of real actions, which {env_id} lacks: use --epsilon")

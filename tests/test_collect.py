@@ -59,7 +59,11 @@ class Broken(Corridor):
         raise RuntimeError("no simulator\nof this version")
 
 
-for name in ("Corridor", "Endless", "Sequences", "Broken"):
+class Texts(Corridor):
+    observation_space = gym.spaces.Dict({"hint": gym.spaces.Text(5)})
+
+
+for name in ("Corridor", "Endless", "Sequences", "Texts", "Broken"):
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
 gym.register("Callable-v0", entry_point=Corridor)  # what Minari cannot store
 
@@ -338,6 +342,7 @@ def test_policy_of_discrete_actions(capsys):
         ([], {"env": "Broken-v0"}, 2, ["--env Broken-v0", "no simulator of this version"]),
         ([], {"env": "Callable-v0"}, 2, ["--env Callable-v0", "Callable"]),
         ([], {"env": "Sequences-v0"}, 1, ["--env Sequences-v0", "space"]),
+        ([], {"env": "Texts-v0"}, 1, ["--env Texts-v0", "space"]),
         ([], {"policy": "heuristic"}, 1, ["--policy heuristic", "LunarLander-v3", "Corridor-v0"]),
         ([], {"policy": "nowhere/policy.pt"}, 2, ["--policy", "random", "heuristic", "file"]),
     ],

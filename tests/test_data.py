@@ -497,6 +497,7 @@ def test_an_episode_without_end_ends_in_evaluation(script, run, monkeypatch):
     monkeypatch.setattr(script, "MAX_STEPS", 30)
     monkeypatch.setattr(Counter, "length", staticmethod(lambda seed: 10**9))
     assert float(table(run(max_timesteps=10))[-1]["eval_length"]) == 30
+    assert float(table(run(max_timesteps=10, eval_env="conftest:Counter-v0", run_id="module"))[-1]["eval_length"]) == 30
     spec = gym.spec("Counter-v0")
     monkeypatch.setattr(spec, "max_episode_steps", 40)  # the environment's own limit counts
     assert float(table(run(max_timesteps=10, eval_env="Counter-v0", run_id="own"))[-1]["eval_length"]) == 40

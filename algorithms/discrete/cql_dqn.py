@@ -1000,9 +1000,9 @@ def make_environments(config: Any) -> list[gym.Env]:
             print(f"{config.env} was recorded in {name}, unknown to Gymnasium: no evaluation (--eval_env names one)")
             return []
         with warnings.catch_warnings(action="ignore"):  # that there are later versions
-            if not arguments.get("max_episode_steps") and gym.spec(name).max_episode_steps is None:
-                arguments["max_episode_steps"] = MAX_STEPS  # a greedy policy may stand still for ever
-            return [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
+            envs = [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
+        # Without a limit of steps a greedy policy may stand still for ever.
+        return [env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_STEPS) for env in envs]
     except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
         if config.eval_env is None:
             message = f"--env {config.env}: its environment {name} cannot be made ({error})"
