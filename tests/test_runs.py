@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -842,3 +843,29 @@ def test_learns_to_balance_far_longer_than_the_controller_that_recorded_the_data
     behaviour = np.mean([len(episode.rewards) for episode in episodes])
     assert behaviour < 40 and row["eval_return"] > 80
     assert row["eval_predicted_value"] < row["eval_discounted_return"]  # conservative
+
+
+def test_run_in_another_thread_than_the_main_one(tiny, script, tmp_path):
+    """Where Python allows no signal handlers."""
+    rows = []
+    thread = threading.Thread(target=lambda: rows.append(script.train(tiny())))
+    thread.start()
+    thread.join()
+    assert rows and rows[0]["step"] == 25
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_freed_memory_is_kept_where_the_c_library_can(known, script, run, monkeypatch):
+    asked = []
+    library = types.SimpleNamespace(**({"mallopt": lambda *arguments: asked.append(arguments)} if known else {}))
+    monkeypatch.setattr(script.ctypes, "CDLL", lambda name: library)
+    run()
+    assert sorted(asked) == ([(-3, 2**25), (-1, 2**31 - 1)] if known else [])
+
+
+@discrete
+def test_random_actions_of_an_evaluation_come_from_its_seed(run):
+    def returned(name, **options):
+        return table(run(eval_env="Paid-v0", eval_epsilon=1.0, run_id=name, **options))[-1]["eval_return"]
+
+    assert returned("first") == returned("second") != returned("third", eval_seed=2)
