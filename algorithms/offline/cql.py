@@ -4,43 +4,41 @@ CQL: https://arxiv.org/abs/2006.04779; SAC: https://arxiv.org/abs/1812.05905.
 
     python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander-continuous/medium.yaml
 
-returns 246.8 ± 12.0 after 5,000 updates (five seeds; 49 s each on 2 CPU cores) on data that return 46.5: see README.md.
+returns 246.8 ± 12.0 after 5,000 updates (five seeds; 49 s each on 2 CPU cores) on data that return 46.5: docs/cql.md.
 
 Differs from the paper
 1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
 2. N uniform, N current and N next-state policy actions estimate log-integral exp Q, without the constant log(3N).
 3. The entropy coefficient is tuned, and all losses are taken at the same parameters, as in later public code.
 
-Known failures: scores depend on cql_alpha and the depth of the critics; Adroit and large AntMaze are unreliable in
-every public implementation. docs/cql.md explains each option and metric.
+Known failures: scores depend on cql_alpha and the critics' depth; Adroit and large AntMaze are unreliable everywhere.
+docs/cql.md explains each option and metric.
 """
 
 import contextlib
 import copy
 import csv
 import ctypes
-import dataclasses
-import difflib
-import fcntl
+import functools
+import inspect
 import io
 import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, get_args
+from unittest.mock import patch
 
-# A thread that waits may spin only briefly: beside another busy process an update would take many times as long.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:  # else waiting threads spin so long that a busy neighbour costs most updates
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import gymnasium as gym
-import h5py
 import minari
 import numpy as np
 import pyrallis
@@ -55,16 +53,17 @@ from tqdm import tqdm
 @dataclass
 class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
-    env: str = "halfcheetah-medium-expert-v2"  # dataset: a D4RL name, an HDF5 file of D4RL's layout, or a Minari id
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a Minari id, or a D4RL name that import_data.py imported
     eval_env: Optional[str] = None  # Gymnasium id to evaluate in; None: the dataset's own; none: no evaluation
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
     eval_freq: int = 5000  # updates between two evaluations
     n_episodes: int = 10  # episodes an evaluation
-    max_timesteps: int = 1_000_000  # updates in all; 0 with load_model: evaluate the stored policy
+    max_timesteps: int = 1_000_000  # updates in all
     checkpoints_path: Optional[str] = "runs"  # folder that run folders go to
     run_id: Optional[str] = None  # name of the run folder; the same name again resumes it (default: $WANDB_RUN_ID)
-    load_model: str = ""  # checkpoint.pt to start from, or a policy.pt to evaluate; "" starts afresh
+    load_model: str = ""  # checkpoint.pt whose networks to start from; "" starts afresh
+    keep_policies: bool = False  # keep the policy of each evaluation, as policy-<step>.pt
     log_interval: int = 1000  # updates between two W&B records
     compile: Optional[bool] = None  # torch.compile the losses, and replay CUDA graphs; None: on a GPU only
     precision: str = "float32"  # float32, tf32 (NVIDIA GPUs), or bfloat16: of the critics' matrix products
@@ -93,6 +92,7 @@ class TrainConfig:
     use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient for an entropy of -A
     backup_entropy: bool = False  # subtract alpha log pi from the TD target's next value
     bc_steps: int = 0  # first updates in which the policy clones the data's actions
+    bc_only: bool = False  # behaviour cloning: the policy's likelihood of the data's actions alone, no critics
 
     cql_alpha: float = 10.0  # weight of the penalty; 0 is offline SAC
     cql_n_actions: int = 10  # actions sampled from each of the three proposals
@@ -111,6 +111,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_config(self)
+        if self.cql_clip_diff_min > self.cql_clip_diff_max:
+            raise ConfigError("--cql_clip_diff_min is above --cql_clip_diff_max")
 
 
 # Shapes: B batch, E critics, N sampled actions, O observation, A action. Actions of the networks lie in [-1, 1].
@@ -152,14 +154,7 @@ class TanhGaussianActor(nn.Module):
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
         """The same for arrays. Raises ValueError."""
-        observations = torch.as_tensor(observations, dtype=torch.float32, device=self.observation_mean.device)
-        if observations.shape[-1:] != self.observation_mean.shape:
-            raise ValueError(f"the policy takes observations of size {self.sizes[0]}, not {list(observations.shape)}")
-        return self.actions(observations).cpu().numpy()
-
-
-# local: the network that acts, and that policy.pt holds
-Policy = TanhGaussianActor
+        return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()
 
 
 class EnsembleCritic(nn.Module):
@@ -198,15 +193,6 @@ class Batch(NamedTuple):
     terminals: Tensor  # [B], 1 where the episode ended in a terminal state, 0 elsewhere and at time-outs
 
 
-class Noise(NamedTuple):
-    """An update's random numbers, drawn beforehand, so that compiled code sees the same ones."""
-
-    next_and_current: Tensor  # [2B, N, A], normal
-    random_actions: Tensor  # [B, N, A], uniform on [-1, 1]; N = 0 without penalty
-    policy: Tensor  # [B, 1, A], normal
-    choice: Tensor  # [E, B, cql_backprop_actions], uniform on [0, 1]
-
-
 def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
     """Layers from size to size; the last starts near zero, so that first values and action means do."""
     layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
@@ -230,15 +216,16 @@ def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> 
     return (log_normal - log_jacobian).sum(dim=-1)
 
 
-def sample_actions(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """N actions for each state, by reparametrisation: [B, A], [B, N, A] -> actions [B, N, A], log-densities [B, N]."""
+def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """N actions for each state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
     mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
+    noise = torch.randn(len(mean), n, mean.shape[-1], dtype=mean.dtype, device=mean.device)
     pre_tanh = mean + log_std.exp() * noise  # [B, N, A]
     return pre_tanh.tanh(), tanh_gaussian_log_prob(pre_tanh, noise, log_std)
 
 
 class CQL(nn.Module):
-    """The agent: a loss a method, then `gradients` and `update`, the algorithm."""
+    """The agent: a loss a method, then `gradients` and `update`, the algorithm. Its state_dict is its checkpoint."""
 
     max_density_action = 0.999  # data actions are clipped to this before a log-density, which is infinite at 1
     max_log_alpha_prime = math.log(1e6)
@@ -257,32 +244,27 @@ class CQL(nn.Module):
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
         self.to(config.device)
-        on_gpu = self.log_alpha.is_cuda  # where steps are recorded in CUDA graphs
-        learned = {
-            "actor": (self.actor.parameters(), config.policy_lr),
-            "alpha": ([self.log_alpha], config.policy_lr),
-            "critic": (self.critic.parameters(), config.qf_lr),
-            "alpha_prime": ([self.log_alpha_prime], config.qf_lr),
-        }
-        self.optimizers = {
-            name: torch.optim.Adam(x, lr=rate, fused=True, capturable=on_gpu) for name, (x, rate) in learned.items()
-        }
+        self.learned = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
+        self.learned |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
+        rates = (config.policy_lr, config.qf_lr, config.policy_lr, config.qf_lr)
+        groups = [{"params": parameters, "lr": rate} for parameters, rate in zip(self.learned.values(), rates)]
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.log_alpha.is_cuda)  # for CUDA graphs
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 
     @property
     def alpha(self) -> Tensor:
         """Entropy coefficient, a constant for every loss but its own."""
-        if not self.config.use_automatic_entropy_tuning:
-            return torch.full_like(self.log_alpha, self.config.alpha_multiplier)
-        return self.config.alpha_multiplier * self.log_alpha.detach().exp()
+        tuned = (
+            self.log_alpha.detach().exp() if self.config.use_automatic_entropy_tuning else self.log_alpha.new_ones(())
+        )
+        return self.config.alpha_multiplier * tuned
 
     @property
     def penalty_weight(self) -> Tensor:
         """cql_alpha, times alpha' where it is tuned; a constant for every loss but the multiplier's own."""
-        if not self.config.cql_lagrange:
-            return torch.full_like(self.log_alpha_prime, self.config.cql_alpha)
-        return self.config.cql_alpha * self.log_alpha_prime.detach().exp()
+        tuned = self.log_alpha_prime.detach().exp() if self.config.cql_lagrange else self.log_alpha_prime.new_ones(())
+        return self.config.cql_alpha * tuned
 
     def alpha_loss(self, log_prob: Tensor) -> Tensor:
         """Raises alpha while the policy's entropy is below the target: [B] -> []."""
@@ -293,11 +275,10 @@ class CQL(nn.Module):
         q = self.critic(batch.observations, actions.unsqueeze(1)).squeeze(-1).min(dim=0).values  # [B]
         return (self.alpha * log_prob - q).mean()
 
-    def cloning_loss(self, batch: Batch, mean: Tensor, log_std: Tensor, log_prob: Tensor) -> Tensor:
-        """Warm start: E[alpha log pi(a|s) - log pi(a_data|s)], the likelihood of the data's own actions."""
+    def data_log_prob(self, batch: Batch, mean: Tensor, log_std: Tensor) -> Tensor:
+        """log pi(a_data|s), the likelihood that cloning maximises: [B, A], [B, A] -> [B]."""
         pre_tanh = batch.actions.clamp(-self.max_density_action, self.max_density_action).atanh()
-        data_log_prob = tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)  # [B]
-        return (self.alpha * log_prob - data_log_prob).mean()
+        return tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, next_actions: Tensor, next_log_prob: Tensor) -> Tensor:
@@ -309,12 +290,7 @@ class CQL(nn.Module):
         return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
 
     def critic_loss(
-        self,
-        batch: Batch,
-        td_target: Tensor,
-        proposals: Tensor,
-        proposal_log_prob: Tensor,
-        choice: Optional[Tensor] = None,
+        self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """TD loss plus alpha' cql_alpha (gap - target gap), where the gap is, for each state and clipped,
         T logsumexp_a(Q(s, a) / T - log p(a|s)) - Q(s, a_data), and the target gap is 0 without Lagrange.
@@ -324,7 +300,7 @@ class CQL(nn.Module):
         """
         config = self.config
         actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
-        draw = config.cql_backprop_actions > 0 and choice is not None and choice.shape[-1] > 0
+        draw = config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
             q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
             # Importance sampling estimates the log-integral over all actions; without it the data's action joins.
@@ -335,7 +311,7 @@ class CQL(nn.Module):
             state_gap = temperature * scores.logsumexp(dim=-1) - q[..., 0]  # [E, B]
         q_data = q[..., 0]
         if draw:
-            q_data, state_gap = self.redraw_gap(batch, actions[:, skipped:], scores, state_gap, choice)
+            q_data, state_gap = self.redraw_gap(batch, actions[:, skipped:], scores, state_gap)
 
         td_loss = (q_data - td_target).square().mean(dim=1)  # [E]
         metrics = per_critic("qf{}_loss", td_loss) | per_critic("average_qf{}", q_data.mean(dim=1))
@@ -348,20 +324,19 @@ class CQL(nn.Module):
         metrics |= per_critic("cql_qf{}_diff", gap) | per_critic("cql_min_qf{}_loss", penalty)
         return (td_loss + penalty).sum(), gap.detach(), metrics | self.penalty_metrics(q, scores, state_gap)
 
-    def redraw_gap(
-        self, batch: Batch, actions: Tensor, scores: Tensor, state_gap: Tensor, choice: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def redraw_gap(self, batch: Batch, actions: Tensor, scores: Tensor, state_gap: Tensor) -> tuple[Tensor, Tensor]:
         """The same gap with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
         gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
 
-        actions [B, M, A], scores [E, B, M], state_gap [E, B], choice [E, B, k] -> Q of the data [E, B], gap [E, B].
+        actions [B, M, A], scores [E, B, M], state_gap [E, B] -> Q of the data [E, B], gap [E, B].
         """
+        n_critics, batch_size, n_actions = scores.shape
+        k = self.config.cql_backprop_actions
+        uniform = torch.rand(n_critics, batch_size, k, dtype=scores.dtype, device=scores.device)
         cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
-        drawn = torch.searchsorted(cumulative, choice).clamp(max=scores.shape[-1] - 1)  # [E, B, k]
-        n_critics, _, k = choice.shape
-        actions = actions.expand(n_critics, -1, -1, -1).gather(
-            2, drawn.unsqueeze(-1).expand(-1, -1, -1, actions.shape[-1])
-        )
+        drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_actions - 1)  # [E, B, k]
+        drawn = drawn.unsqueeze(-1).expand(-1, -1, -1, actions.shape[-1])
+        actions = actions.expand(n_critics, -1, -1, -1).gather(2, drawn)  # [E, B, k, A]
         data_actions = batch.actions.unsqueeze(1).expand(n_critics, -1, -1, -1)
         q = self.critic(batch.observations, torch.cat([data_actions, actions], dim=2))  # [E, B, 1 + k]
         q_data, q_drawn = q[..., 0], q[..., 1:].mean(dim=-1)
@@ -390,130 +365,106 @@ class CQL(nn.Module):
         return -self.log_alpha_prime.exp() * self.config.cql_alpha * excess
 
     @torch.no_grad()
-    def draw_noise(self, batch_size: int) -> Noise:
-        config, action_dim = self.config, self.actor.sizes[1]
-        penalised = config.cql_alpha > 0
-        n = config.cql_n_actions if penalised or config.cql_max_target_backup else 1
-        like = {"dtype": self.log_alpha.dtype, "device": self.log_alpha.device}
-        normal = torch.randn(2 * batch_size, n, action_dim, **like)
-        uniform = torch.empty(batch_size, n * penalised, action_dim, **like).uniform_(-1, 1)
-        policy = torch.randn(batch_size, 1, action_dim, **like)
-        choice = torch.rand(2, batch_size, config.cql_backprop_actions * penalised, **like)
-        return Noise(normal, uniform, policy, choice)
-
-    @torch.no_grad()
-    def propose(self, batch: Batch, mean: Tensor, log_std: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+    def propose(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Samples actions; returns the TD target [B], and proposals [B, 3N, A] with their log-densities [B, 3N].
 
         mean and log_std [2B, A] are the actor's at the observations and at the next observations. The next actions
         serve twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors'
         code).
         """
-        batch_size, action_dim = batch.actions.shape
-        actions, log_prob = sample_actions(mean, log_std, noise.next_and_current)
+        config, (batch_size, action_dim) = self.config, batch.actions.shape
+        n = config.cql_n_actions if config.cql_alpha > 0 or config.cql_max_target_backup else 1
+        actions, log_prob = sample_actions(mean, log_std, n)
         current_actions, next_actions = actions.split(batch_size)
         current_log_prob, next_log_prob = log_prob.split(batch_size)
-        n_backup = None if self.config.cql_max_target_backup else 1
+        n_backup = None if config.cql_max_target_backup else 1
         td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
-        if not noise.random_actions.shape[1]:
+        if config.cql_alpha == 0:
             return td_target, actions.new_empty(batch_size, 0, action_dim), log_prob.new_empty(batch_size, 0)
+        random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
         random_log_prob = torch.full_like(current_log_prob, -action_dim * math.log(2))
-        proposals = torch.cat([noise.random_actions, next_actions, current_actions], dim=1)
+        proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
         return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
 
-    def gradients(
-        self, batch: Batch, noise: Noise, cloning: bool
-    ) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
-        """Gradients of all losses at the same parameters, by optimiser, and metrics. It changes nothing."""
+    def losses(self, batch: Batch, cloning: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss of each group of parameters, all at the same parameters, and metrics."""
         config, batch_size = self.config, len(batch.rewards)
+        if config.bc_only:
+            loss = -self.data_log_prob(batch, *self.actor(batch.observations)).mean()
+            return {"actor": loss}, {"policy_loss": loss}
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
-        td_target, proposals, proposal_log_prob = self.propose(batch, mean, log_std, noise)
-        critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob, noise.choice)
-
+        proposed = self.propose(batch, mean, log_std)
         mean, log_std = mean[:batch_size], log_std[:batch_size]  # [B, A], at the observations
-        actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, noise.policy))
+        actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
+        critic_loss, gap, metrics = self.critic_loss(batch, *proposed)
         if cloning:
-            policy_loss = self.cloning_loss(batch, mean, log_std, log_prob)
+            policy_loss = (self.alpha * log_prob - self.data_log_prob(batch, mean, log_std)).mean()
         else:
             policy_loss = self.policy_loss(batch, actions, log_prob)
         metrics |= {"policy_loss": policy_loss, "log_pi": log_prob.mean(), "alpha": self.alpha}
-
         losses = {"actor": policy_loss, "critic": critic_loss}
         if config.use_automatic_entropy_tuning:
             metrics["alpha_loss"] = losses["alpha"] = self.alpha_loss(log_prob)
         if config.cql_lagrange:
             metrics["alpha_prime"] = self.log_alpha_prime.exp()
             metrics["alpha_prime_loss"] = losses["alpha_prime"] = self.alpha_prime_loss(gap)
-        # Each loss reaches the parameters of its own optimiser alone.
-        gradients = {
-            name: torch.autograd.grad(loss, self.optimizers[name].param_groups[0]["params"])
-            for name, loss in losses.items()
-        }
-        metrics["policy_grad_norm"] = nn.utils.get_total_norm(gradients["actor"])
-        metrics["critic_grad_norm"] = nn.utils.get_total_norm(gradients["critic"])
+        return losses, metrics
+
+    def gradients(self, batch: Batch, cloning: bool) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
+        """Gradients of each group's loss in its own parameters alone, and metrics. It changes nothing."""
+        losses, metrics = self.losses(batch, cloning)
+        gradients = {name: torch.autograd.grad(loss, self.learned[name]) for name, loss in losses.items()}
+        for name, metric in (("actor", "policy_grad_norm"), ("critic", "critic_grad_norm")):
+            if name in gradients:
+                metrics[metric] = nn.utils.get_total_norm(gradients[name])
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
-    def calls(self, batch: Batch) -> list[tuple]:
-        """Arguments of `gradients` for each of its variants."""
-        noise = self.draw_noise(len(batch.rewards))
-        return [(batch, noise, cloning) for cloning in {self.n_updates < self.config.bc_steps, False}]
-
-    def step(self, name: str, gradients: tuple[Tensor, ...]) -> None:
-        """Step of one optimiser."""
-        for parameter, gradient in zip(self.optimizers[name].param_groups[0]["params"], gradients):
-            parameter.grad = gradient
-        self.optimizers[name].step()
-
-    @property
-    def changing(self) -> bool:
-        """Whether the next updates differ from each other, so that no recording stands for all of them."""
-        return self.n_updates < self.config.bc_steps or self.config.target_update_period > 1
+    def variants(self) -> set[tuple]:
+        """What else `gradients` will be called with, beside a batch."""
+        return {(self.n_updates < self.config.bc_steps,), (False,)}
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """A step of the policy, the critics, alpha and alpha', then of the target critics."""
-        noise = self.draw_noise(len(batch.rewards))
-        gradients, metrics = self.compute_gradients(batch, noise, self.n_updates < self.config.bc_steps)
+        gradients, metrics = self.compute_gradients(batch, self.n_updates < self.config.bc_steps)
         for name, values in gradients.items():
-            self.step(name, values)
+            for parameter, gradient in zip(self.learned[name], values):
+                parameter.grad = gradient
+        self.optimizer.step()
         self.log_alpha_prime.data.clamp_(max=self.max_log_alpha_prime)
         self.n_updates += 1
         if self.n_updates % self.config.target_update_period == 0:
-            for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
-                target.lerp_(source.detach(), self.config.soft_target_update_rate)
+            with torch.no_grad():
+                targets, sources = list(self.target_critic.parameters()), list(self.critic.parameters())
+                torch._foreach_lerp_(targets, sources, self.config.soft_target_update_rate)
         return metrics
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw observations [B, O]."""
-        observations = torch.as_tensor(observations, device=self.config.device)
+        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw observations [B, O]; NaN for
+        a clone."""
+        observations = as_observations(observations, self.actor.observation_mean)
         observations = (observations - self.actor.observation_mean) / self.actor.observation_std
-        actions = self.actor(observations)[0].tanh().unsqueeze(1)
-        return self.critic(observations, actions).min(dim=0).values.squeeze(1).cpu().numpy()
+        values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
+        return values.squeeze(1).cpu().numpy() * (np.nan if self.config.bc_only else 1)
 
     @torch.no_grad()
     def holdout_metrics(self, batch: Batch) -> dict[str, float]:
-        """TD error, gap and data Q on transitions that are not trained on; leaves the random state as it was."""
-        with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
-            torch.manual_seed(self.config.eval_seed)
-            mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
-            noise = self.draw_noise(len(batch.rewards))
-            _, gap, metrics = self.critic_loss(batch, *self.propose(batch, mean, log_std, noise), noise.choice)
-        td_error = (metrics["qf1_loss"] + metrics["qf2_loss"]) / 2
-        q = (metrics["average_qf1"] + metrics["average_qf2"]) / 2
-        return {"holdout_td_error": td_error.item(), "holdout_gap": gap.mean().item(), "holdout_q": q.item()}
+        """Likelihood, TD error, gap and data Q on transitions that are not trained on."""
+        mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
+        log_prob = self.data_log_prob(batch, *(x[: len(batch.rewards)] for x in (mean, log_std)))
+        result = {"holdout_log_prob": log_prob.mean()}
+        if not self.config.bc_only:
+            _, gap, metrics = self.critic_loss(batch, *self.propose(batch, mean, log_std))
+            result["holdout_td_error"] = (metrics["qf1_loss"] + metrics["qf2_loss"]) / 2
+            result |= {"holdout_gap": gap.mean(), "holdout_q": (metrics["average_qf1"] + metrics["average_qf2"]) / 2}
+        return {name: value.item() for name, value in result.items()}
 
-    def checkpoint(self) -> dict[str, Any]:
-        """All that training goes on from, as tensors and plain values."""
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return {"networks": self.state_dict(), "optimizers": optimizers, "n_updates": self.n_updates}
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()["state"], "n_updates": self.n_updates}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.load_state_dict(state["networks"])
-        for name, optimizer in self.optimizers.items():
-            own = {key: optimizer.param_groups[0][key] for key in ("lr", "capturable")}
-            optimizer.load_state_dict(state["optimizers"][name])
-            optimizer.param_groups[0] |= own  # the configuration's and the device's, not the checkpoint's
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         self.n_updates = state["n_updates"]
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
 
 
 def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -524,12 +475,9 @@ def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
 
 
 class DataError(ValueError):
-    """Data or a file that cannot be used, told in one line; `status` is the program's exit status."""
+    """Data or a file that cannot be used."""
 
-    status = 1
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+    status = 1  # of the program
 
 
 class ConfigError(DataError):
@@ -538,664 +486,410 @@ class ConfigError(DataError):
     status = 2
 
 
-class DivergenceError(DataError):
-    """A run whose values no longer make sense."""
-
-
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-WANDB_SECONDS = 20  # that W&B may take to start, and to finish
-MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
-MAX_STEPS = 10_000  # of an evaluation episode, where the environment has no limit
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-CHOICES = {
-    "precision": ("float32", "tf32", "bfloat16"),
-    "head": ("dqn", "c51", "qr"),
-    "target": ("double", "max", "sarsa"),
-    "td_error": ("squared", "huber"),
-}
-RANGES = {
-    "max_timesteps bc_steps cql_backprop_actions seed eval_seed policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
-    "dr3_coefficient": (0, 1e12),
-    "eval_freq n_episodes batch_size buffer_size log_interval target_update_period cql_n_actions": (1, 1e12),
-    "n_step n_quantiles": (1, 10_000),
-    "n_atoms": (2, 10_000),
-    "hidden_dim": (1, 1e5),
-    "policy_n_hidden_layers q_n_hidden_layers": (1, 100),
-    "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap v_min v_max": (-1e12, 1e12),
-    "discount soft_target_update_rate eval_epsilon": (0, 1),
-    "reward_clip max_grad_norm": (1e-12, math.inf),
+MAX_ENVS, MAX_STEPS = 16, 10_000  # evaluation episodes side by side; their steps where the environment has no limit
+MAX_GRID = 1024  # numbers of a grid of observations, beyond which it is an image
+GRAPH_UPDATES = 10  # updates in a CUDA graph
+WANDB_SECONDS = 20  # that W&B may take to start, and to finish
+Policy = TanhGaussianActor  # local: the network that acts, and that policy.pt holds
+# local: limits of the options, both ends included, or the words that one takes
+LIMITS = {
+    "seed eval_seed bc_steps cql_backprop_actions policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
+    "max_timesteps eval_freq n_episodes batch_size buffer_size log_interval": (1, 1e12),
+    "target_update_period cql_n_actions hidden_dim policy_n_hidden_layers q_n_hidden_layers": (1, 1e6),
+    "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap": (-1e12, 1e12),
+    "discount soft_target_update_rate": (0, 1),
     "holdout_fraction": (0, 0.9),
-    "cql_temp": (1e-6, 1e12),
+    "reward_clip cql_temp": (1e-6, math.inf),
+    "cql_clip_diff_min": (-math.inf, 1e12),
+    "cql_clip_diff_max": (-1e12, math.inf),
+    "precision": ("float32", "tf32", "bfloat16"),
 }
 
 
 def check_config(config: Any) -> None:
-    """Fills in what depends on the machine. Raises ConfigError for a value out of its range."""
+    """Fills in what depends on the machine. Raises ConfigError for a value out of its limits."""
     config.checkpoints_path = config.checkpoints_path or "runs"
     config.run_id = config.run_id or os.environ.get("WANDB_RUN_ID") or None
-    options = vars(config)
-    for names, (low, high) in RANGES.items():
-        for name in set(names.split()) & options.keys():
-            if options[name] is not None and not low <= options[name] <= high:
-                raise ConfigError(f"--{name} takes a number from {low} to {high:g}, not {options[name]}")
-    low, high = options.get("cql_clip_diff_min", 0), options.get("cql_clip_diff_max", 0)
-    if not (low <= high and low < math.inf and high > -math.inf):
-        raise ConfigError(f"--cql_clip_diff_min {low} and --cql_clip_diff_max {high} leave nothing between")
-    low, high = options.get("v_min"), options.get("v_max")
-    if None not in (low, high) and not low < high:
-        raise ConfigError(f"--v_min {low} must be below --v_max {high}")
-    if config.run_id and (config.run_id in (".", "..") or set(config.run_id) & set("/\\")):
-        raise ConfigError(f"--run_id is the name of a folder, without / or \\, not {config.run_id}")
-    if config.max_timesteps == 0 and not config.load_model:
-        raise ConfigError("--max_timesteps 0 evaluates a stored policy: name its file with --load_model")
+    for names, limits in LIMITS.items():
+        for name in names.split():
+            value, words = getattr(config, name), isinstance(limits[0], str)
+            if value not in limits if words else value is not None and not limits[0] <= value <= limits[1]:
+                takes = ", ".join(limits) if words else f"a number from {limits[0]:g} to {limits[1]:g}"
+                raise ConfigError(f"--{name} takes {takes}, not {value}")
+    if config.run_id and Path(config.run_id).name != config.run_id:
+        raise ConfigError(f"--run_id is the name of a folder, not {config.run_id}")
     try:
-        known = torch.empty(0, device=config.device).device.type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):
-        known = False
-    for name in CHOICES.keys() & options.keys():
-        if options[name] not in CHOICES[name]:
-            raise ConfigError(f"--{name} takes {', '.join(CHOICES[name])}, not {options[name]}")
-    if not known:
-        raise ConfigError(f"--device {config.device} cannot be used here; try --device cpu")
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {config.device} cannot be used here; try --device cpu") from error
 
 
-def convert(name: str, value: Any, kind: Any) -> Any:
-    """An option's value from the command line (text) or YAML (typed). Raises ConfigError where it is none."""
+def convert(name: str, text: Any, kind: Any) -> Any:
+    """An option's value from its text on the command line or in YAML. Raises ConfigError where it is none."""
     kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
-    # Others have none: a YAML list of few bytes, or a hexadecimal number, can have a text without end.
-    plain = value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 10**300)
-    text = str(value) if plain else f"a {type(value).__name__}"
-    if optional and text in ("None", "null"):
+    if optional and text in ("None", "null", "~", ""):
         return None
-    if kind is str and isinstance(value, str) and (value or name == "load_model") and "\0" not in value:
-        return value
-    if kind is bool and text in ("True", "true", "False", "false"):
-        return text in ("True", "true")
-    if kind in (int, float) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            number = int(text) if text.lstrip("+-").isdigit() else float(text.replace(".inf", "inf"))
-            if number == kind(number):
-                return kind(number)
-    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}[
-        kind
-    ] + optional * " or None"
-    raise ConfigError(f"--{name} takes {takes}, not {repr(value)[:200] if plain else text}")
+    with contextlib.suppress(AttributeError, KeyError, OverflowError, ValueError):  # YAML may have a list, too
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
+        if kind(value) == value:
+            return kind(value)
+    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {str(text)[:100]!r}")
 
 
-class ConfigParser(pyrallis.argparsing.ArgumentParser):
-    """pyrallis without its silent conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed)."""
+def parse_arguments(config_class: type) -> Any:
+    """The configuration of the command line, and of the YAML file that --config_path names: pyrallis without its silent
+    conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed). Raises ConfigError."""
 
-    def __init__(self, config_class: type):
-        super().__init__(config_class=config_class, allow_abbrev=False)
-        for action in self._actions:
-            action.type = str  # each text to `convert`, beside --help too
-
-    def error(self, message: str) -> None:
+    def fail(message: str) -> None:
         raise ConfigError(f"{message} (as --option=value); --help lists the options")
 
-    def _postprocessing(self, namespace: Any) -> Any:
-        values = vars(namespace)
-        if (path := values.pop("config_path", None)) is not None:
-            values = read_yaml(Path(path), "--config_path ") | values
-        kinds = {field.name: field.type for field in dataclasses.fields(self.config_class)}
-        if unknown := [str(name) for name in values if name not in kinds]:
-            raise ConfigError(f"{path} has unknown options: {', '.join(unknown)}; --help lists the known ones")
-        return self.config_class(**{name: convert(name, value, kinds[name]) for name, value in values.items()})
+    kinds, content = {field.name: field.type for field in fields(config_class)}, {}
+    with patch.object(inspect, "getsource", functools.cache(inspect.getsource)):  # it reads the source for each option
+        parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
+    parser.error, parser._postprocessing = fail, vars
+    for action in parser._actions:
+        if kind := kinds.get(action.dest):
+            action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
+    options = parser.parse_args()
+    if path := options.pop("config_path", None):
+        try:
+            content = dict(yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader))  # texts, as on the command line
+        except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config_path {path} is no YAML of lines `option: value` ({error})") from error
+        if unknown := content.keys() - kinds:
+            raise ConfigError(f"{path} has unknown options: {', '.join(sorted(unknown))}; --help lists the known ones")
+    return config_class(**{name: convert(name, text, kinds[name]) for name, text in (content | options).items()})
 
 
-def read_yaml(path: Path, option: str = "") -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{option}{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{option}{path} holds no lines of the form `option: value`")
-    return content
-
-
-def is_text(space: gym.Space) -> bool:
-    return getattr(space.dtype, "kind", "") == "U"
-
-
-def flatten(observation: Any, space: gym.Space, n_leading: int = 0) -> np.ndarray:
-    """A float32 vector an observation: parts of Dict ones (goal environments) in sorted order of keys and without
-    text, Discrete ones one-hot."""
+def flatten(observations: Any, space: gym.Space) -> np.ndarray:
+    """A float32 vector an observation, [N, ...] -> [N, O]: parts of Dict ones (goal environments) in sorted order of
+    keys and without texts, Discrete ones one-hot. Raises DataError for other kinds, and for images."""
     if isinstance(space, gym.spaces.Dict):
-        parts = [key for key, part in sorted(space.items()) if not is_text(part)]
-        return np.concatenate([flatten(observation[key], space[key], n_leading) for key in parts], axis=-1)
+        return np.concatenate([flatten(observations[key], part) for key, part in sorted(space.items())], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
-        return (np.asarray(observation)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
-    observation = np.asarray(observation, dtype=np.float32)
-    return observation.reshape(*observation.shape[:n_leading], -1)
+        return (np.asarray(observations)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
+    if getattr(space.dtype, "kind", "") == "U":  # a text
+        return np.empty((len(observations), 0), dtype=np.float32)
+    if not space.shape or len(space.shape) > 1 and math.prod(space.shape) > MAX_GRID:
+        raise DataError(f"observations are {space}; this script takes vectors, small grids, and Dicts of them")
+    return np.asarray(observations, dtype=np.float32).reshape(len(observations), -1)
 
 
-def check_spaces(observation_space: gym.Space, action_space: gym.Space, name: str) -> None:
-    """Raises DataError for what this script cannot learn from."""
-    if not isinstance(action_space, ACTION_SPACES):
-        kinds = " or ".join(kind.__name__ for kind in ACTION_SPACES)
-        raise DataError(f"{name} has actions {action_space}; this script takes {kinds} ones")
-    shape, numbers = observation_space.shape or (), ("Box", "Discrete", "MultiDiscrete", "MultiBinary")
-    if isinstance(observation_space, gym.spaces.Dict):
-        for part in observation_space.values():
-            check_spaces(part, action_space, name)
-    elif type(observation_space).__name__ not in numbers and not is_text(observation_space):
-        raise DataError(f"{name} has observations {observation_space}; this script takes vectors, and Dicts of them")
-    elif len(shape) > 1 and math.prod(shape) > MAX_GRID:
-        raise DataError(f"{name} has images of shape {shape}; this script takes vectors and small grids")
-
-
-def action_bounds(space: gym.Space) -> dict[str, np.ndarray]:
-    """Lowest and highest action; of MultiDiscrete and Discrete spaces too."""
-    if isinstance(space, gym.spaces.Box):
-        return {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
-    low, sizes = np.ravel(space.start), np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))
-    return {"action_low": low, "action_high": low + sizes - 1}
-
-
-def open_minari(name: str, download: bool = True) -> minari.MinariDataset:
-    """A Minari dataset of the local root, else downloaded. Raises DataError."""
+def open_dataset(name: str) -> minari.MinariDataset:
+    """A Minari dataset of the local root, else downloaded; a name of D4RL stands for d4rl/<name>. Raises DataError."""
     try:
         minari.dataset.minari_dataset.parse_dataset_id(name)  # Minari itself would join a path such as ../..
-        path = minari.storage.get_dataset_path(name)
-        if download and not path.exists():
-            if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):  # whose client would retry for 23 seconds
-                import huggingface_hub
+    except (TypeError, ValueError) as error:
+        raise DataError(f"--env {name} is no Minari id, such as mujoco/hopper/medium-v0 or hopper-medium-v2") from error
+    path = minari.storage.get_dataset_path(name)
+    if "/" not in name and not path.exists():
+        name, path = f"d4rl/{name}", path.parent / "d4rl" / name
+    try:
+        if not path.exists() and name.startswith("d4rl/"):
+            raise ValueError(f"D4RL's are imported by: python benchmarks/import_data.py {name[5:]}")
+        if not path.exists():
+            import huggingface_hub  # whose client would try to connect for 23 seconds
 
-                huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
             minari.download_dataset(name)
         # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
         if not {"observation_space", "action_space"} <= json.loads((path / "data/metadata.json").read_text()).keys():
             raise ValueError("its metadata lacks the spaces")
         return minari.load_dataset(name)
     except Exception as error:  # of the id, the file, the network, the hub's client
-        known = list(d4rl_files())
-        place = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets", name)
-        if os.path.exists(os.path.expanduser(place)) and "/" in name:
-            raise DataError(
-                f"--env {name}: {place} is damaged ({str(error)[:200]}); remove it to download it again"
-            ) from error
-        with (
-            contextlib.suppress(Exception),
-            warnings.catch_warnings(action="ignore"),
-        ):  # other folders may be no datasets
-            known += minari.list_local_datasets()
-        near = ", ".join(difflib.get_close_matches(name, known, cutoff=0))
-        message = f"--env {name} is no file, D4RL name, or Minari dataset here or online ({str(error)[:200]})"
-        raise DataError(f"{message}; Minari's would stand in {place}; nearest names: {near}") from error
+        state = "is damaged; remove it to get it anew" if path.exists() else "is not there, nor online"
+        raise DataError(
+            f"--env {name}: {path} {state} ({str(error)[:200]}); `minari list local` lists others"
+        ) from error
 
 
-def stored_scores(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
-    scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    if None in scores:
-        return {}
-    scores = np.array(scores, dtype=np.float64)
-    return {"reference_scores": scores} if np.isfinite(scores).all() and scores[0] != scores[1] else {}
-
-
-def d4rl_files() -> dict[str, str]:
-    """Name of each D4RL dataset -> its file below D4RL_URL, without .hdf5."""
-    files = {}
-    for task in ("halfcheetah", "hopper", "walker2d", "ant"):
-        for kind in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):
-            file = f"{task}_{kind}".replace("-", "_")
-            files |= {f"{task}-{kind}-v{i}": f"gym_mujoco_v{i}/{file}-v{i}" for i in (1, 2)}
-            if kind != "full-replay":
-                old_file = file.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
-                files |= {
-                    f"{task}-{kind}-v0": f"gym_mujoco/{old_file}",
-                    f"bullet-{task}-{kind}-v0": f"bullet/bullet-{file}",
-                }
-    adroit = {"human": "-v0_demos_clipped", "cloned": "-demos-v0-bc-combined", "expert": "-v0_expert_clipped"}
-    for task in ("pen", "hammer", "relocate", "door"):
-        for kind, end in adroit.items():
-            files |= {f"{task}-{kind}-v0": f"hand_dapg/{task}{end}"}
-            files |= {f"{task}-{kind}-v1": f"hand_dapg_v1/{task}-{kind}-v1"}
-    for maze, starts, goals in (
-        ("umaze", False, False), ("umaze-diverse", True, True), ("medium-play", True, False),
-        ("medium-diverse", True, True), ("large-play", True, False), ("large-diverse", True, True),
-    ):  # fmt: skip
-        size = {"umaze": "u", "medium": "big", "large": "hardest"}[maze.split("-")[0]]
-        file = f"Ant_maze_{size}-maze_noisy_multistart_{starts}_multigoal_{goals}_sparse"
-        files |= {f"antmaze-{maze}-v0": f"ant_maze_new/{file}", f"antmaze-{maze}-v2": f"ant_maze_v2/{file}_fixed"}
-    for maze, version in (("open", ""), ("umaze", "-v1"), ("medium", "-v1"), ("large", "-v1")):
-        files[f"bullet-maze2d-{maze}-v0"] = f"bullet/bullet-maze2d-{maze}-sparse"
-        for name in (maze, f"eval-{maze}")[: 2 if version else 1]:
-            files[f"maze2d-{name}{version or '-v0'}"] = f"maze2d/maze2d-{name}-sparse{version}"
-            files[f"maze2d-{name}-dense{version or '-v0'}"] = f"maze2d/maze2d-{name}-dense{version}"
-    return files | {
-        "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0",
-        "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0",
-        "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0",
-        "carla-lane-v0": "carla/carla_lane_follow_flat-v0",
-        "carla-town-v0": "carla/carla_town_subsamp_flat-v0",
-        "carla-town-full-v0": "carla/carla_town_flat-v0",
-        "flow-ring-random-v0": "flow/flow-ring-v0-random",
-        "flow-ring-controller-v0": "flow/flow-ring-v0-idm",
-        "flow-merge-random-v0": "flow/flow-merge-v0-random",
-        "flow-merge-controller-v0": "flow/flow-merge-v0-idm",
-        "minigrid-fourrooms-v0": "minigrid/minigrid4rooms",
-        "minigrid-fourrooms-random-v0": "minigrid/minigrid4rooms_random",
-    }
-
-
-def is_file(name: str) -> bool:
-    return name.endswith(".hdf5") or os.path.isfile(name)
-
-
-def d4rl_task(name: str) -> Optional[str]:
-    """The task of a D4RL name, as REFERENCE_SCORES calls it; None for other names."""
-    tasks = [task for task in REFERENCE_SCORES if name.startswith(f"{task}-") and name in d4rl_files()]
-    return max(tasks, key=len, default=None)
-
-
-def download_d4rl(name: str) -> Path:
-    """The file of a D4RL name in $D4RL_DATASET_DIR, from D4RL's server where it is missing. Raises DataError."""
-    url = f"{D4RL_URL}/{d4rl_files()[name]}.hdf5"
-    folder = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
-    path = Path(folder, url.rsplit("/")[-1])
-    if os.path.exists(path):
-        return path
-    partial, seconds = path.with_name(f"{path.name}.{os.getpid()}.part"), socket.getdefaulttimeout()
-    print(f"{path} is not there: downloading {url}")
-    try:
-        socket.setdefaulttimeout(10)  # of each read, so that a dead server ends the wait
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(partial))
-        h5py.File(partial).close()  # raises where a part is missing
-        os.replace(partial, path)
-    except Exception as error:  # of the network, the disk, h5py
-        raise DataError(f"--env {name}: {url} cannot be downloaded ({error}); put the file at {path}") from error
-    finally:
-        socket.setdefaulttimeout(seconds)
-        with contextlib.suppress(OSError):
-            partial.unlink()
-    return path
-
-
-def load_d4rl(path: Path, time_limit: int) -> dict[str, np.ndarray]:
-    """Transitions of an HDF5 file of D4RL's layout. Raises nearly anything for a damaged file.
-
-    Where the file has no timeouts, an episode ends where the next observation is not the next row's, or, without next
-    observations, after time_limit steps. Time-outs whose next observation is unknown are dropped.
-    """
-    with h5py.File(path) as file:
-        columns = {key: file[key] for key in COLUMNS if isinstance(file.get(key), h5py.Dataset)}
-        if missing := {"observations", "actions", "rewards", "terminals"} - columns.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        for key, column in columns.items():
-            n_axes = {"observations": (2, 3, 4), "next_observations": (2, 3, 4), "actions": (1, 2)}.get(key, (1,))
-            if column.ndim not in n_axes or column.ndim > 2 and math.prod(column.shape[1:]) > MAX_GRID:
-                raise ValueError(f"its {key} have shape {column.shape}{', of images' * (column.ndim > 2)}")
-            if column.is_virtual:  # whose rows may be elsewhere, and zeros where they are not
-                raise ValueError(f"its {key} are a virtual dataset")
-        n_bytes = 4 * sum(column.size for column in columns.values())
-        if n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            raise ValueError(f"it declares {n_bytes / 1e9:,.0f} GB, more than this machine's memory")
-        if len(lengths := {len(column) for column in columns.values()}) > 1:
-            raise ValueError(f"its columns have {', '.join(map(str, sorted(lengths)))} rows")
-        data = {key: column.astype(np.float32)[()] for key, column in columns.items()}
-    for key in {"observations", "next_observations", "actions"} & data.keys():
-        if data[key].ndim != 2:  # grids, and actions of a Discrete space
-            data[key] = data[key].reshape(len(data[key]), math.prod(data[key].shape[1:]))
-    for key in {"terminals", "timeouts"} & data.keys():
-        if not np.isin(data[key], (0, 1)).all():
-            raise ValueError(f"its {key} are not 0 or 1")
-        data[key] = data[key].astype(bool)
-    rows, terminals = np.arange(len(data["rewards"])), data["terminals"]
-    if "timeouts" not in data and "next_observations" in data:
-        data["timeouts"] = np.append((data["next_observations"][:-1] != data["observations"][1:]).any(axis=1), True)
-    elif "timeouts" not in data:
-        print(f"{path} has neither timeouts nor next_observations: its episodes are taken to end at {time_limit} steps")
-        starts = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
-        data["timeouts"] = (rows - starts) % time_limit == time_limit - 1
-    data["timeouts"] &= ~terminals
-    data["timeouts"][-1:] = ~terminals[-1:]
-    if "next_observations" in data:
-        return data
-    # At a terminal the next row is another episode's; the state itself stands in, and no target uses its value.
-    data["next_observations"] = data["observations"][np.where(terminals, rows, np.minimum(rows + 1, rows[-1:]))]
-    known = ~data["timeouts"]
-    data["timeouts"] = np.append(~known[1:], False) & ~terminals  # the episode ends a row earlier than recorded
-    return {key: data.pop(key)[known] for key in COLUMNS}  # one by one: memory never holds the data twice
-
-
-def load_dataset(name: str) -> dict[str, np.ndarray]:
+def load_dataset(name: str) -> dict[str, Any]:
     """The transitions of a dataset, in order: the one function to replace for other data. Raises DataError.
 
     observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
     terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
-    action_low, action_high [A], reference_scores [2] (returns of a random policy and of an expert).
+    action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes).
     """
-    if is_file(name) or name in d4rl_files():
-        path = Path(name) if is_file(name) else download_d4rl(name)
-        try:
-            return load_d4rl(path, d4rl_steps(name))
-        except FileNotFoundError as error:
-            raise DataError(f"--env {name}: {path} does not exist") from error
-        except Exception as error:  # a damaged HDF5 file raises nearly anything
-            raise DataError(f"--env {name}: {path} is damaged or not of D4RL's layout: {error}") from error
-    dataset = open_minari(name)
-    check_spaces(dataset.observation_space, dataset.action_space, f"--env {name}")
-    columns = {key: [] for key in COLUMNS}
+    dataset, columns = open_dataset(name), {key: [] for key in COLUMNS}
+    data = action_bounds(dataset.action_space, f"--env {name}")
     try:
         for episode in dataset.iterate_episodes():
-            observations = flatten(episode.observations, dataset.observation_space, n_leading=1)  # [T + 1, O]
-            if not len(observations) - 1 == len(episode.actions) == len(episode.rewards):
-                raise ValueError(
-                    f"episode {episode.id} has {len(observations)} observations, {len(episode.rewards)} rewards"
-                )
-            ends = np.asarray(episode.truncations, dtype=bool) | (
-                np.arange(len(episode.rewards)) == len(episode.rewards) - 1
-            )
-            columns["observations"].append(observations[:-1])
-            columns["next_observations"].append(observations[1:])  # known at time-outs too, so that they bootstrap
-            actions = np.asarray(episode.actions, dtype=np.float32)
-            columns["actions"].append(actions.reshape(len(actions), -1))
-            columns["rewards"].append(np.asarray(episode.rewards, dtype=np.float32))
-            columns["terminals"].append(np.asarray(episode.terminations, dtype=bool))
-            columns["timeouts"].append(ends & ~columns["terminals"][-1])
-        data = {key: np.concatenate(columns.pop(key)) for key in list(columns)} | stored_scores(dataset)
+            observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
+            actions = np.asarray(episode.actions, dtype=np.float32).reshape(len(episode.actions), -1)
+            terminals = np.asarray(episode.terminations, dtype=bool)
+            timeouts = (np.asarray(episode.truncations, dtype=bool) | (np.arange(n) == n - 1)) & ~terminals
+            # The next observation is known at time-outs too, so that they bootstrap.
+            rows = (observations[:-1], actions, np.float32(episode.rewards), observations[1:], terminals, timeouts)
+            for key, column in zip(COLUMNS, rows):
+                columns[key].append(column)
+        data |= {key: np.concatenate(columns.pop(key)) for key in COLUMNS}
     except Exception as error:  # a damaged HDF5 file raises nearly anything
-        raise DataError(f"--env {name} is damaged: {error}") from error
-    return data | action_bounds(dataset.action_space)
+        raise DataError(f"--env {name} cannot be read: {error}") from error
+    scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
+    if None not in scores:
+        data["reference_scores"] = np.array(scores)
+    if spec := dataset._eval_env_spec or dataset.env_spec:  # an entry point in it is ignored: it could be any code
+        data["environment"] = {**spec.kwargs, "id": spec.id, "max_episode_steps": spec.max_episode_steps}
+    return data
 
 
-def check_dataset(data: dict[str, np.ndarray], name: str) -> None:
+def check_dataset(data: dict[str, Any], config: Any) -> None:
     """Raises DataError for data that cannot be trained on."""
-    if missing := [key for key in COLUMNS if key not in data]:
-        raise DataError(f"--env {name} lacks {', '.join(missing)}")
-    n_transitions = len(data["rewards"])
-    if n_transitions == 0:
-        raise DataError(f"--env {name} holds no transition with a known next observation")
+    n_transitions = len(data.get("rewards", ()))
     for key in COLUMNS:
-        n_axes = 2 if key in ("observations", "actions", "next_observations") else 1
-        if data[key].ndim != n_axes or len(data[key]) != n_transitions:
-            raise DataError(f"--env {name}: {key} have shape {data[key].shape}, rewards {n_transitions} rows")
-        if 0 in data[key].shape:
-            raise DataError(f"--env {name}: {key} have no columns")
-        if not (np.abs(data[key]) < 1e15).all():
-            raise DataError(f"--env {name}: {key} hold NaN, infinity or numbers beyond 1e15")
+        column, n_axes = np.asarray(data.get(key, ())), 2 if key.endswith(("observations", "actions")) else 1
+        if column.ndim != n_axes or len(column) != n_transitions or not column.size:
+            raise DataError(f"--env {config.env}: {key} of {n_transitions} transitions have shape {column.shape}")
+        if (bad := ~(np.abs(column) < 1e15)).any():
+            row = bad.reshape(n_transitions, -1).any(axis=1).argmax()
+            raise DataError(f"--env {config.env}: {key} hold NaN, infinity or huge numbers, first in transition {row}")
     if data["observations"].shape != data["next_observations"].shape:
-        raise DataError(f"--env {name}: observations and next_observations differ in size")
+        raise DataError(f"--env {config.env}: observations and next_observations differ in size")
+    if n_transitions > config.buffer_size:
+        raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n_transitions} transitions")
 
 
-def episode_numbers(data: dict[str, np.ndarray]) -> np.ndarray:
-    """Number of the episode of each transition, [T]."""
-    return np.append(0, np.cumsum(np.logical_or(data["terminals"], data["timeouts"]))[:-1])
-
-
-def episode_returns(data: dict[str, np.ndarray]) -> np.ndarray:
-    """Return of each episode, but for a last one that the end of the recording cut short."""
-    numbers = episode_numbers(data)
+def episodes(data: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Number of the episode of each transition, [T]; return of each episode, but for a last one that is cut short."""
+    numbers = np.append(0, np.cumsum(np.logical_or(data["terminals"], data["timeouts"]))[:-1])
     returns, lengths = np.bincount(numbers, weights=data["rewards"]), np.bincount(numbers)
-    return returns[:-1] if not data["terminals"][-1] and lengths[-1] < lengths.max() else returns
+    return numbers, returns[: len(returns) - (not data["terminals"][-1] and lengths[-1] < lengths.max())]
+
+
+def discounted_returns(data: dict[str, Any], discount: float) -> np.ndarray:
+    """Discounted sum of the rewards from each transition to its episode's end, [T]."""
+    following, returns, ends = 0.0, [], np.logical_or(data["terminals"], data["timeouts"])
+    for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1].tolist()):
+        following = reward + discount * following * (not end)
+        returns.append(following)
+    return np.array(returns[::-1])
 
 
 # local: continuous actions
-ACTION_SPACES = (gym.spaces.Box,)
+def action_bounds(space: gym.Space, name: str) -> dict[str, Any]:
+    """Lowest and highest action. Raises DataError."""
+    if not isinstance(space, gym.spaces.Box):
+        raise DataError(f"{name} has actions {space}, this script takes Box ones; see algorithms/discrete/cql_dqn.py")
+    return {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
 
 
 # local: continuous actions
-def encode_actions(
-    actions: np.ndarray, low: Optional[np.ndarray], high: Optional[np.ndarray], name: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """From the box [low, high] (where it is not known, -1 to 1) to [-1, 1]; with the box, [A].
-
-    Raises DataError for actions outside by more than 1e-3 of the range.
-    """
-    low, high = (
-        np.broadcast_to(x if bound is None else bound, actions.shape[1:]) for bound, x in ((low, -1.0), (high, 1.0))
-    )
+def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From the box of action_low and action_high (-1 and 1 where not known) to [-1, 1]; and the box, [A]. Raises
+    DataError for actions outside by more than 1e-3 of the range; others are clipped."""
+    actions, size = data["actions"], data["actions"].shape[1:]
+    low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
     if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
         raise DataError(f"--env {name}: actions need finite bounds, not {low} to {high}")
-    scaled = actions.astype(np.float64)
-    scaled -= low
-    scaled *= 2 / (high.astype(np.float64) - low)
-    scaled -= 1
-    if max(scaled.max(), -scaled.min()) > 1 + 2e-3:
+    scaled = (actions.astype(np.float64) - low) * (2 / (high.astype(np.float64) - low)) - 1
+    if np.abs(scaled).max() > 1 + 2e-3:
         raise DataError(f"--env {name}: actions from {actions.min()} to {actions.max()} are outside {low} to {high}")
-    return scaled.clip(-1, 1, out=scaled).astype(np.float32), low, high
+    return scaled.clip(-1, 1).astype(np.float32), low, high
 
 
 # local: continuous actions
-def environment_action(config: TrainConfig, action: np.ndarray, space: gym.Space, rng: Any) -> np.ndarray:
-    """As the environment takes it."""
-    return action.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
+def environment_actions(config: TrainConfig, actions: np.ndarray, space: gym.Space, rng: Any) -> np.ndarray:
+    """As the environments take them."""
+    return actions.reshape(len(actions), *space.shape).astype(space.dtype).clip(space.low, space.high)
 
 
 class ReplayBuffer:
     """All transitions, on the device; memory of the CPU is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        kinds = {"i": torch.int64}  # discrete actions; else float32
-        self.columns = [
-            torch.as_tensor(data[key], dtype=kinds.get(data[key].dtype.kind, torch.float32), device=device)
-            for key in Batch._fields
+        kinds = {"i": torch.int64}  # indices of discrete actions
+        columns = [
+            torch.as_tensor(data[key], dtype=kinds.get(data[key].dtype.kind, torch.float32)) for key in Batch._fields
         ]
+        self.columns = [column.to(device) for column in columns]
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
 
     def sample(self, batch_size: int) -> Batch:
-        rewards = self.columns[2]
-        return self.rows(torch.randint(len(rewards), (batch_size,), device=rewards.device))
+        return self.rows(torch.randint(len(self), (batch_size,), device=self.columns[0].device))
 
-    def rows(self, indices: Tensor | slice) -> Batch:
+    def rows(self, indices: Any) -> Batch:
         return Batch(*[column[indices] for column in self.columns])
 
 
-# D4RL's returns of a random policy and of an expert, by task. Other data have those of their dataset, or none.
-REFERENCE_SCORES = {
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
-    "ant": (-325.6, 3879.7),
-    "pen": (96.262799, 3076.8331017826877),
-    "hammer": (-274.856578, 12794.134825156867),
-    "door": (-56.512833, 2880.5693087298737),
-    "relocate": (-6.425911, 4233.877797728884),
-    "kitchen": (0.0, 4.0),
-    "antmaze": (0.0, 1.0),
-    "maze2d-open": (0.01, 20.66),
-    "maze2d-umaze": (23.85, 161.86),
-    "maze2d-medium": (13.13, 277.39),
-    "maze2d-large": (6.7, 273.99),
-    "maze2d-open-dense": (11.17817, 27.166538620695782),
-    "maze2d-umaze-dense": (68.537689, 193.66285642381482),
-    "maze2d-medium-dense": (44.264742, 297.4552547777125),
-    "maze2d-large-dense": (30.569041, 303.4857382709002),
-    "bullet-halfcheetah": (-1275.766996, 2381.6725),
-    "bullet-hopper": (20.058972, 1441.8059623430963),
-    "bullet-walker2d": (16.523877, 1623.6476303317536),
-    "bullet-ant": (373.705955, 2650.495),
-    "bullet-maze2d-open": (8.75, 64.15),
-    "bullet-maze2d-umaze": (32.46, 153.99),
-    "bullet-maze2d-medium": (14.87, 238.05),
-    "bullet-maze2d-large": (1.82, 285.92),
-    "flow-ring": (-165.22, 24.42),
-    "flow-merge": (118.67993, 330.03179),
-    "carla-lane": (-0.8503839912088142, 1023.5784385429523),
-    "carla-town": (-114.81579500772153, 2440.1772022247314),
-    "minigrid-fourrooms": (0.01442, 2.89685),
-}
-# The Gymnasium environment of the same observations. D4RL's mazes have other coordinates than Gymnasium-Robotics', and
-# its kitchen other observations.
-D4RL_ENVIRONMENTS = {
-    "halfcheetah": "HalfCheetah-v5",
-    "hopper": "Hopper-v5",
-    "walker2d": "Walker2d-v4",  # v5 changed the friction of a foot
-    "ant": "Ant-v4",  # v5 observes contact forces
-    "pen": "AdroitHandPen-v1",
-    "hammer": "AdroitHandHammer-v1",
-    "door": "AdroitHandDoor-v1",
-    "relocate": "AdroitHandRelocate-v1",
-}
-# D4RL's longest episodes, by the start of a name; 1000 steps elsewhere.
-D4RL_STEPS = {
-    "pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280, "antmaze-umaze": 700, "maze2d-open": 150,
-    "maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "minigrid": 50, "flow-ring": 500,
-    "flow-merge": 750, "carla-lane": 250,
-}  # fmt: skip
+class Task:
+    """The rewards to train on, and the environments to evaluate in (None without a simulator)."""
 
-
-def d4rl_steps(name: str) -> int:
-    task = name.replace("bullet-", "").replace("eval-", "") if name in d4rl_files() else ""
-    return next((steps for start, steps in D4RL_STEPS.items() if task.startswith(start)), 1000)
-
-
-def make_environments(config: Any) -> list[gym.Env]:
-    """Up to 16 evaluation environments; none where there is no simulator. Raises ConfigError or DataError."""
-    if config.eval_env == "none":
-        return []
-    name, arguments, task = config.eval_env, {}, d4rl_task(config.env)
-    if name is None and (is_file(config.env) or config.env in d4rl_files()):
-        if is_file(config.env) or task not in D4RL_ENVIRONMENTS:
-            print(f"{config.env} has no environment in Gymnasium: no evaluation (--eval_env names one)")
-            return []
-        name, arguments["max_episode_steps"] = D4RL_ENVIRONMENTS[task], d4rl_steps(config.env)
-    elif name is None:
-        dataset = open_minari(config.env)
-        spec = dataset._eval_env_spec or dataset.env_spec
-        if spec is None:
-            print(f"{config.env} names no environment: no evaluation (--eval_env names one)")
-            return []
-        # Only the id counts: an entry point that stands in a file could be any code.
-        name, arguments = spec.id, dict(spec.kwargs, max_episode_steps=spec.max_episode_steps)
-        arguments.pop("render_mode", None)  # the recording may have had a window
-    try:
-        if name not in gym.registry:
-            with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
-                import gymnasium_robotics
-            gym.register_envs(gymnasium_robotics)
-        if name not in gym.registry and config.eval_env is None:
-            print(f"{config.env} was recorded in {name}, unknown to Gymnasium: no evaluation (--eval_env names one)")
-            return []
-        with warnings.catch_warnings(action="ignore"):  # that there are later versions
-            envs = [gym.make(name, **arguments) for _ in range(min(config.n_episodes, 16))]
-        # Without a limit of steps a greedy policy may stand still for ever.
-        return [env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_STEPS) for env in envs]
-    except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
-        if config.eval_env is None:
-            message = f"--env {config.env}: its environment {name} cannot be made ({error})"
-            raise DataError(f"{message}; --eval_env names another, --eval_env none trains without") from error
-        raise ConfigError(f"--eval_env {name} cannot be made: {error}") from error
-
-
-class Task(NamedTuple):
-    envs: list[gym.Env]  # to evaluate in, may be empty
-    transform: tuple[float, float, float] = (1.0, 0.0, math.inf)  # factor, offset and limit of the training rewards
-    reference: Optional[tuple[float, float]] = None  # returns that score 0 and 100
-    value_limit: float = math.inf  # mean values beyond it have diverged
-
-    def training_rewards(self, rewards: Any) -> Any:
-        factor, offset, limit = self.transform
-        return np.clip(rewards * factor + offset, -limit, limit)
-
-    def score(self, mean_return: float) -> Optional[float]:
-        low, high = self.reference or (0, 0)
-        return 100 * (mean_return - low) / (high - low) if self.reference else None
-
-
-def reference_scores(name: str, envs: list[gym.Env], data: dict[str, np.ndarray]) -> Optional[tuple[float, float]]:
-    """By D4RL name, else by environment, else the dataset's."""
-    tasks = {environment.split("-")[0]: task for task, environment in D4RL_ENVIRONMENTS.items()}
-    tasks |= {"FrankaKitchen": "kitchen", "AntMaze": "antmaze"}
-    task = d4rl_task(name) or tasks.get(envs[0].spec.id.replace("_", "-").split("-")[0] if envs else "")
-    reference = REFERENCE_SCORES.get(task, data.get("reference_scores"))
-    return None if reference is None else (float(reference[0]), float(reference[1]))
-
-
-def reward_transform(config: Any, data: dict[str, np.ndarray], envs: list[gym.Env]) -> tuple[float, float, float]:
-    """Factor, offset and limit of the training rewards; (1, 0, limit) unless normalize_reward. Raises DataError."""
-    if not config.normalize_reward:
-        return 1.0, 0.0, config.reward_clip
-    factor = config.reward_scale
-    name = Path(config.env).name if is_file(config.env) else config.env
-    task = f"{name} {envs[0].spec.id if envs else ''}".lower()
-    if any(name in task for name in ("halfcheetah", "hopper", "walker2d")):
-        returns = episode_returns(data)
-        if returns.min() == returns.max():
-            raise DataError(
-                f"--normalize_reward: all episodes of {config.env} have the same return, so there is no range"
+    def __init__(self, config: Any, data: dict[str, Any]):
+        """Takes the bounds of actions from the environment, where there is one. Raises ConfigError or DataError."""
+        check_dataset(data, config)
+        self.config, self.reference = config, data.get("reference_scores")
+        arguments = {"id": config.eval_env} if config.eval_env else data.get("environment", {"id": "none"})
+        self.envs, start = make_environments(config, **arguments)
+        self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
+        name = f"{config.env} {arguments['id']}".lower()
+        if config.normalize_reward and any(task in name for task in ("halfcheetah", "hopper", "walker2d")):
+            _, returns = episodes(data)
+            self.factor *= float(1000 / (returns.max() - returns.min()))
+        # A hundred times the largest possible return: conservative values may well be below any return.
+        largest_reward = max(1.0, float(np.abs(self.training_rewards(data["rewards"])).max()))
+        self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
+        if self.envs:
+            data |= action_bounds(self.envs.single_action_space, self.envs.spec.id)
+            sizes, own = (
+                (start.shape[1], data["action_low"].size),
+                (data["observations"].shape[1], data["actions"].shape[1]),
             )
-        factor *= 1000 / (returns.max() - returns.min())
-    return float(factor), config.reward_bias, config.reward_clip
+            if own != sizes:
+                raise DataError(f"{config.env} has sizes {own} of observation and action, {self.envs.spec.id} {sizes}")
 
+    def training_rewards(self, rewards: np.ndarray) -> np.ndarray:
+        return np.clip(rewards * self.factor + self.offset, -self.config.reward_clip, self.config.reward_clip)
 
-def rollout(
-    config: Any, task: Task, policy: Callable[[np.ndarray], np.ndarray], stop: Callable[[], bool] = lambda: False
-) -> Optional[dict[str, np.ndarray]]:
-    """One episode from each reset seed eval_seed + i, as many side by side as there are environments.
+    def score(self, returns: np.ndarray) -> dict[str, Optional[float]]:
+        """Of episodes; the score is 0 and 100 at the reference returns, where those are known."""
+        low, high = (np.nan, np.nan) if self.reference is None else self.reference
+        score = None if self.reference is None else float(100 * (returns.mean() - low) / (high - low))
+        return {
+            "eval_return": float(returns.mean()),
+            "eval_return_std": float(returns.std()),
+            "d4rl_normalized_score": score,
+        }
 
-    Returns arrays over the n_episodes: start observation, return, length, success (NaN where the environment reports
-    none) and discounted return of the training rewards; None once `stop` says so.
-    """
-    starts, result = [], {key: np.zeros(config.n_episodes) for key in ("return", "length", "discounted_return")}
-    result["success"] = np.full(config.n_episodes, np.nan)
-    for first in range(0, config.n_episodes, len(task.envs)):
-        running = dict(zip(range(first, config.n_episodes), task.envs))
-        observations, rngs = {}, {i: np.random.default_rng((config.eval_seed, i)) for i in running}
-        for i, env in running.items():
-            observations[i] = flatten(env.reset(seed=config.eval_seed + i)[0], env.observation_space)
-        starts.extend(observations.values())
-        if not np.isfinite(starts).all():
-            raise ValueError("an episode starts at NaN or infinity")
-        while observations:
-            if stop():
-                return None
-            actions = policy(np.stack(list(observations.values())))
-            for i, action in zip(list(observations), actions):
-                action = environment_action(config, action, running[i].action_space, rngs[i])
-                observation, reward, terminated, truncated, info = running[i].step(action)
-                observations[i] = flatten(observation, running[i].observation_space)
-                if not (math.isfinite(reward + result["return"][i]) and np.isfinite(observations[i]).all()):
-                    raise ValueError(f"NaN or infinity at step {result['length'][i] + 1:.0f} of episode {i}")
-                trained_on = task.training_rewards(reward)
-                result["discounted_return"][i] += config.discount ** result["length"][i] * trained_on
-                result["return"][i] += reward
-                result["length"][i] += 1
-                for key in ("success", "is_success", "goal_achieved"):
-                    if key in info:
-                        result["success"][i] = np.fmax(result["success"][i], float(info[key]))
-                if terminated or truncated:
-                    del observations[i]
-    if not np.isnan(result["success"]).all():  # some environments report nothing but a success
-        result["success"] = np.nan_to_num(result["success"])
-    return result | {"start": np.stack(starts)}
+    def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
+        """The metrics. Raises DataError for what is no finite number, and for mean values beyond any possible one."""
+        norm = nn.utils.get_total_norm(agent.parameters()).item()
+        for name, value in (metrics | {"the norm of all weights": norm}).items():
+            limit = self.value_limit if name.startswith(("average_", "eval_predicted")) else sys.float_info.max
+            if value is not None and not abs(value) <= limit:
+                place = (
+                    f"{name} is {value:.4g} at update {agent.n_updates:,}; rows and checkpoint are as they were before"
+                )
+                raise DataError(f"training diverged: {place}; try smaller learning rates or a larger cql_alpha")
+        return metrics
 
+    def rollout(self, policy: Callable, stop: Any = ()) -> dict[str, np.ndarray]:
+        """One episode from each reset seed eval_seed + i, as many side by side as there are environments.
 
-def evaluate(
-    config: Any,
-    task: Task,
-    policy: Callable[[np.ndarray], np.ndarray],
-    value: Callable[[np.ndarray], np.ndarray],
-    stop: Callable[[], bool] = lambda: False,
-) -> Optional[dict[str, Optional[float]]]:
-    """The evaluation's columns of metrics.csv, all None without an environment; None once `stop` says so."""
-    row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
-    row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
-    if not task.envs:
+        Returns arrays over the n_episodes: start observation, return, length, success (NaN where the environment
+        reports none) and discounted return of the training rewards; cut short once `stop` holds a signal.
+        """
+        envs, config, starts, rng = self.envs, self.config, [], np.random.default_rng(self.config.eval_seed)
+        result = {key: np.zeros(config.n_episodes) for key in ("return", "length", "discounted_return")}
+        result["success"] = np.full(config.n_episodes, np.nan)
+        for first in range(0, config.n_episodes, envs.num_envs):
+            numbers = np.arange(first, first + envs.num_envs)
+            running, (observations, _) = (
+                numbers < config.n_episodes,
+                envs.reset(seed=(config.eval_seed + numbers).tolist()),
+            )
+            observations = flatten(observations, envs.single_observation_space)
+            starts.append(observations[running])
+            while running.any() and not stop:
+                actions = environment_actions(config, policy(observations), envs.single_action_space, rng)
+                observations, rewards, terminated, truncated, infos = envs.step(actions)
+                observations, now = flatten(observations, envs.single_observation_space), numbers[running]
+                trained_on = self.training_rewards(rewards[running])
+                result["discounted_return"][now] += config.discount ** result["length"][now] * trained_on
+                result["return"][now] += rewards[running]
+                result["length"][now] += 1
+                for key in {"success", "is_success", "goal_achieved"} & infos.keys():
+                    reported = np.where(infos[f"_{key}"], infos[key], np.nan)[running].astype(float)
+                    result["success"][now] = np.fmax(result["success"][now], reported)
+                running &= ~(terminated | truncated)  # what an environment plays after its episode does not count
+        if not np.isfinite(result["return"]).all():
+            raise ValueError("a reward is NaN or infinite")
+        if not np.isnan(result["success"]).all():  # some environments report nothing but a success
+            result["success"] = np.nan_to_num(result["success"])
+        return result | {"start": np.concatenate(starts)}
+
+    def evaluate(self, agent: Any, holdout: Any, stop: Any) -> dict[str, Any]:
+        """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
+        row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
+        row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
+        row["data_discounted_return"] = self.data_return
+        agent.eval()
+        try:
+            if self.envs:
+                result = self.rollout(agent.actor.act, stop)
+                result["predicted_value"] = agent.start_values(result.pop("start"))
+                row |= {f"eval_{name}": float(x.mean()) for name, x in result.items() if not np.isnan(x).all()}
+                row |= self.score(result["return"])
+        except Exception as error:
+            tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error!r}", file=sys.stderr)
+        if len(holdout.rewards):
+            with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
+                torch.manual_seed(self.config.eval_seed)
+                row |= agent.holdout_metrics(holdout)
+        agent.train()
         return row
-    episodes = rollout(config, task, policy, stop)
-    if episodes is None:
-        return None
-    episodes["predicted_value"] = value(episodes.pop("start"))
-    means = {f"eval_{name}": float(x.mean()) for name, x in episodes.items() if not np.isnan(x).all()}
-    row |= means | {"eval_return_std": float(episodes["return"].std())}
-    return row | {"d4rl_normalized_score": task.score(row["eval_return"])}
 
 
-def try_evaluate(step: int, config: Any, task: Task, *arguments: Callable) -> Optional[dict[str, Optional[float]]]:
-    """`evaluate`, or its empty columns and a warning where the simulator fails."""
+def make_environments(config: Any, id: str, **arguments: Any) -> tuple[Optional[gym.vector.VectorEnv], Any]:
+    """The environments, and first observations; None where none is wanted, or Gymnasium does not know a dataset's. Raises
+    ConfigError or DataError."""
     try:
-        return evaluate(config, task, *arguments)
-    except Exception as error:
-        tqdm.write(f"warning: no evaluation at update {step:,}: {error!r}", file=sys.stderr)
-        return evaluate(config, Task([]), *arguments)
+        if id not in gym.registry and id != "none":
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
+        if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
+            return None, None
+        # A recording may have had a window; and without a limit of steps a greedy policy may stand still for ever.
+        arguments["render_mode"], n_waves = None, math.ceil(config.n_episodes / MAX_ENVS)
+        limit = arguments.pop("max_episode_steps", None) or gym.spec(id).max_episode_steps or MAX_STEPS
+        n_envs = math.ceil(config.n_episodes / n_waves)
+        with warnings.catch_warnings(action="ignore"):  # that there are later versions
+            envs = gym.make_vec(id, n_envs, "sync", max_episode_steps=limit, **arguments)
+        return envs, flatten(envs.reset(seed=config.eval_seed)[0], envs.single_observation_space)
+    except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
+        message = f"the environment {id} cannot be made ({error}); --eval_env takes another, or none"
+        raise (ConfigError if config.eval_env else DataError)(message) from error
 
 
 def describe(row: dict[str, Any]) -> str:
-    if row.get("eval_return") is None:
-        return "not evaluated"
-    text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
-    return text if score is None else f"score {score:.1f} ({text})"
+    """The score, else held-out metrics, else those of training."""
+    if row["eval_return"] is not None:
+        text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
+        return text if score is None else f"score {score:.1f} ({text})"
+    shown = [name for name in row if name.startswith("holdout_")]
+    shown = shown or ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf", "policy_loss"]
+    return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+
+
+def prepare_data(
+    config: Any, data: dict[str, Any], task: Task, start: Optional[dict[str, Any]]
+) -> tuple[dict, dict, dict]:
+    """Transitions to train on and held-out ones, as the networks see them, and the scaling of observations (that of the
+    checkpoint `start`, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
+    numbers, returns = episodes(data)
+    data["actions"], low, high = encode_actions(data, config.env)
+    data["rewards"] = task.training_rewards(data["rewards"])
+    task.data_return, n_episodes = float(discounted_returns(data, config.discount).mean()), numbers[-1] + 1
+    print(
+        f"{config.env}: {len(numbers):,} transitions, {n_episodes:,} episodes, behaviour {describe(task.score(returns))}"
+    )
+    print(f"mean discounted return of the training rewards, over all transitions: {task.data_return:.4g}")
+    n_held_out = math.ceil(config.holdout_fraction * n_episodes)
+    held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
+    if held_out.all():
+        raise ConfigError(f"--holdout_fraction {config.holdout_fraction} leaves none of {n_episodes} episodes")
+    holdout = {key: data[key][held_out] for key in COLUMNS}
+    data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
+    mean, std = np.zeros_like(data["observations"][0]), np.ones_like(data["observations"][0])
+    if start:
+        mean, std = (start["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std"))
+    elif config.normalize:
+        mean = data["observations"].mean(0, dtype=np.float64).astype(np.float32)
+        std = np.float32([column.std(dtype=np.float64) + 1e-3 for column in data["observations"].T])
+    if mean.shape != data["observations"].shape[1:]:
+        raise DataError(f"{config.env} has observations of another size than the checkpoint's {mean.size}")
+    for part in (data, holdout):
+        for key in ("observations", "next_observations"):
+            part[key] = part[key] - mean
+            part[key] /= std
+    scaling = {"observation_mean": mean, "observation_std": std, "action_low": low, "action_high": high}
+    return data, holdout, {name: torch.tensor(x, dtype=torch.float32) for name, x in scaling.items()}
 
 
 def save(path: Path, content: str | dict[str, Any]) -> None:
@@ -1220,476 +914,277 @@ def load(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     """A checkpoint.pt or policy.pt: tensors and plain values, nothing that could run. Raises DataError."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        policy = content.get("policy", content)
-        policy["sizes"], policy["weights"]["observation_mean"].shape, policy["weights"]["observation_std"].shape
-        return content
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist") from error
-    except Exception as error:  # torch raises many kinds for a damaged or foreign file
-        raise DataError(f"{path} is damaged, or no checkpoint.pt or policy.pt of this project") from error
+        return content if content.get("policy", content)["weights"]["observation_mean"].ndim else {}
+    except Exception as error:  # torch raises many kinds for a folder, a damaged or a foreign file
+        what = "is no checkpoint.pt or policy.pt of a run, or is damaged" if os.path.exists(path) else "does not exist"
+        raise DataError(f"{path} {what}") from error
 
 
 def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
     """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
     [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
-    content = load(path, device)
-    state = content.get("policy", content)
+    state = load(path, device)
+    state = state.get("policy", state)
     try:
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
     except (TypeError, RuntimeError) as error:
         raise DataError(f"{path} holds no policy of this script") from error
-    return actor.act
+    return actor.eval().act
 
 
-class Means:
-    """Means of metrics since the last row, summed on the device so that no update waits for it."""
+def as_observations(observations: Any, like: Tensor) -> Tensor:
+    """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises ValueError."""
+    try:
+        array = np.asarray(observations, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"an observation is {len(like)} numbers: {error}") from error
+    if array.shape[-1:] != like.shape or not np.isfinite(array).all():
+        raise ValueError(f"an observation is {len(like)} finite numbers, not NaN, infinity or shape {array.shape}")
+    return torch.tensor(array, device=like.device)
+
+
+class RunningMean:
+    """Means of metrics, summed on the device so that no update waits for it."""
 
     def __init__(self):
-        self.names, self.total, self.count, self.seconds, self.mark = [], None, 0, 0.0, (0.0, 0)
+        self.names, self.total, self.count = [], None, 0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         values = torch.stack(list(metrics.values())).double()
         self.names, self.count = list(metrics), self.count + 1
-        if self.total is None:
-            self.total = torch.zeros_like(values)
+        self.total = torch.zeros_like(values) if self.total is None else self.total
         self.total += values  # in place, as a CUDA graph needs it
 
-    def read(self, since_mark: bool = False) -> dict[str, float]:
-        """Since the last row, or since the last call of set_mark."""
-        total, count = self.mark if since_mark else (0.0, 0)
-        return dict(zip(self.names, ((self.total - total) / (self.count - count)).tolist()))
-
-    def set_mark(self) -> None:
-        self.mark = (self.total.clone(), self.count)
+    def read(self) -> dict[str, float]:
+        return dict(zip(self.names, (self.total / self.count).tolist())) if self.count else {}
 
     def reset(self) -> None:
         self.total.zero_()
-        self.count, self.seconds, self.mark = 0, 0.0, (0.0, 0)
+        self.count = 0
 
 
-def compiled(function: Callable, calls: list[tuple]) -> Callable:
-    """torch.compile of a function without effects, ready for such calls; the function itself where that fails."""
-    torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
-    try:
-        fast = torch.compile(function, fullgraph=True)
-        for arguments in calls:
-            fast(*arguments)
-        return fast
-    except Exception as error:  # no compiler, no Triton, a GPU that is too old
-        reason = str(error).strip().splitlines()[0]
-        print(f"warning: updates are not compiled, and slower ({reason}); --compile False says so", file=sys.stderr)
-        return function
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what an update frees for the next one, instead of giving it back and taking it again."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries
+def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) -> Iterator[int]:
+    """Updates the agent up to max_timesteps. Yields 0 when ready, then how many updates were done: one, or on a GPU
+    GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels; none crosses a row or a W&B record."""
+    on_gpu, graph, eager_until = "cuda" in config.device, None, math.inf
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees, for the next one
         for parameter, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
             ctypes.CDLL(None).mallopt(parameter, value)
-
-
-class Updates:
-    """Runs updates one by one or, on a GPU, many at a time as a CUDA graph: one launch for all their kernels."""
-
-    block = 10
-
-    def __init__(self, config: Any, agent: Any, buffer: ReplayBuffer, means: Means):
-        """Compiles the losses where the configuration says so, and leaves the random state as it was."""
-        keep_freed_memory()
-        self.config, self.agent, self.buffer, self.means = config, agent, buffer, means
-        on_gpu, self.graph, self.record_at = "cuda" in config.device, None, math.inf
-        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-        if config.compile or (config.compile is None and on_gpu):
-            with torch.random.fork_rng([config.device] if on_gpu else []):
-                calls = agent.calls(buffer.sample(config.batch_size))
-            agent.compute_gradients = compiled(agent.gradients, calls)
-            if on_gpu:
-                self.record_at = agent.n_updates + 3  # after updates that make what lasts, such as Adam's moments
-
-    def one(self) -> None:
-        self.means.add(self.agent.update(self.buffer.sample(self.config.batch_size)))
-
-    def __call__(self) -> int:
-        """Runs updates, at least one, but none beyond the next evaluation, record or end. Returns how many."""
-        config, step = self.config, self.agent.n_updates
-        left = min(*(n - step % n for n in (config.eval_freq, config.log_interval)), config.max_timesteps - step)
-        if step >= self.record_at and left >= self.block and not self.agent.changing:
-            if self.graph is None:
-                self.record()
-            if self.graph:
-                self.graph.replay()
-                self.agent.n_updates += self.block
-                self.means.count += self.block
-                return self.block
-        self.one()
-        return 1
-
-    def record(self) -> None:
-        """Recording runs nothing on the device; what Python counts meanwhile is set back."""
-        n_updates, count, graph = self.agent.n_updates, self.means.count, torch.cuda.CUDAGraph()
+    if config.compile or (config.compile is None and on_gpu):
+        torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
+        compiled = torch.compile(agent.gradients, fullgraph=True, options={"fallback_random": True})  # eager's numbers
         try:
+            with torch.random.fork_rng([config.device] if on_gpu else []):
+                for others in agent.variants():
+                    compiled(buffer.sample(config.batch_size), *others)
+            agent.compute_gradients = compiled
+            eager_until = agent.n_updates + 3 if on_gpu else math.inf  # they make what lasts, such as Adam's moments
+        except Exception as error:  # no compiler, no Triton, a GPU that is too old
+            reason = str(error).strip().splitlines()[0]
+            print(f"warning: updates are not compiled, and slower ({reason}); --compile False says so", file=sys.stderr)
+
+    def update(n: int) -> int:
+        for _ in range(n):
+            metrics = agent.update(buffer.sample(config.batch_size))
+            for mean in means:
+                mean.add(metrics)
+        return n
+
+    yield 0
+    while (step := agent.n_updates) < config.max_timesteps:
+        left = min(config.max_timesteps - step, *(n - step % n for n in (config.eval_freq, config.log_interval)))
+        alike = len(agent.variants()) == 1 and config.target_update_period == 1
+        if step < eager_until or left < GRAPH_UPDATES or not alike:
+            yield update(1)
+            continue
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                for _ in range(self.block):
-                    self.one()
-            self.graph = graph
-        except Exception as error:
-            print(f"warning: no CUDA graph, slower: {error!r}", file=sys.stderr)
-            self.record_at = math.inf
-        self.agent.n_updates, self.means.count = n_updates, count
+                update(GRAPH_UPDATES)  # counts them, but runs nothing on the device
+        else:
+            agent.n_updates += GRAPH_UPDATES
+            for mean in means:
+                mean.count += GRAPH_UPDATES
+        graph.replay()
+        yield GRAPH_UPDATES
 
 
-def check_convergence(metrics: dict[str, float], step: int, value_limit: float) -> None:
-    """Raises DivergenceError for what is no finite number, and for mean values beyond value_limit."""
-    for name, value in metrics.items():
-        limited = name.startswith(("average_", "eval_predicted"))
-        if not abs(value) <= (value_limit if limited else sys.float_info.max):
-            raise DivergenceError(
-                f"training diverged: {name} is {value:.4g} at update {step:,}; rows and checkpoint are as they were "
-                "before; try another run with smaller learning rates or a larger cql_alpha"
-            )
+class Run:
+    """A run's folder and W&B record. checkpoint.pt is all that a resume reads; the other files are for people."""
 
-
-class RunFolder:
-    """config.yaml, metrics.csv, checkpoint.pt and policy.pt of one run. Raises ConfigError or DataError."""
+    free = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
 
     def __init__(self, config: Any):
-        """Reads what stands in the folder, and writes nothing."""
-        root, name = Path(config.checkpoints_path), f"{config.name}-{config.env}".replace("/", "-")
-        self.path = root / (config.run_id or f"{name}-{os.urandom(4).hex()}")
-        while not config.run_id and os.path.exists(self.path):
-            self.path = root / f"{name}-{os.urandom(4).hex()}"
-        self.rows, self.checkpoint, self.written = [], None, self.last_written()
-        try:
-            if os.path.exists(self.path / "config.yaml"):
-                self.check_same(config)
-            elif self.written:
-                raise ValueError("it lacks config.yaml")
-            if os.path.exists(self.path / "metrics.csv"):
-                self.rows = list(csv.DictReader((self.path / "metrics.csv").read_text().splitlines()))
-                [float(value) for row in self.rows for value in (row["step"], *row.values()) if value != ""]
-            if os.path.exists(self.path / "checkpoint.pt"):
-                self.checkpoint = load(self.path / "checkpoint.pt", config.device)
-                self.checkpoint["agent"], self.checkpoint["means"], self.checkpoint["random"]
-        except DataError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-            raise DataError(f"{self.path} holds a damaged run ({error}); give another --run_id") from error
-
-    def last_written(self) -> list[int]:
-        paths = [self.path / name for name in ("metrics.csv", "checkpoint.pt")]
-        return [path.stat().st_mtime_ns for path in paths if os.path.exists(path)]
-
-    def open(self, config: Any) -> None:
-        """Stores the configuration, and keeps other processes out until `close` or the process's end."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.handle = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            message = f"{self.path} cannot be made ({error.strerror}); give another --checkpoints_path"
-            raise DataError(message) from error
-        try:
-            with contextlib.suppress(OSError):  # some file systems of clusters know no locks
-                self.lock()
-            if self.last_written() != self.written:
-                raise DataError(f"another process wrote to {self.path} just now; start again")
-            save(self.path / "config.yaml", pyrallis.dump(config))
-        except DataError:
-            self.close()
-            raise
-
-    def lock(self) -> None:
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{self.path} is in use by another process; give another --run_id") from error
-
-    def close(self) -> None:
-        os.close(self.handle)
-
-    def check_same(self, config: Any) -> None:
-        """A resumed run keeps its configuration, except for a later end and what cannot change its result."""
-        old, new = read_yaml(self.path / "config.yaml"), yaml.safe_load(pyrallis.dump(config))
-        free = {"device", "n_episodes", "project", "group", "name", "run_id", "checkpoints_path"}
-        if new["max_timesteps"] >= (old["max_timesteps"] or math.inf):
-            free.add("max_timesteps")
-        changed = [f"{key} was {old.get(key)}, is {new[key]}" for key in new.keys() - free if old.get(key) != new[key]]
-        if changed:
-            raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
-
-    def add_row(self, row: dict[str, Any]) -> None:
-        """Appends to metrics.csv; the rows that stand in it stay as they are."""
-        row, text = {key: "" if value is None else str(value) for key, value in row.items()}, io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.rows[0] if self.rows else row), lineterminator="\n")
-        if unknown := row.keys() - set(writer.fieldnames):
-            raise DataError(f"{self.path}/metrics.csv lacks {', '.join(sorted(unknown))}; give another --run_id")
-        writer.writeheader()
-        writer.writerows([*self.rows, row])
-        save(self.path / "metrics.csv", text.getvalue())
-        self.rows.append(row)
-
-    def save(self, agent: Any, means: Means, random_state: Tensor) -> None:
-        policy = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}
-        state = {"agent": agent.checkpoint(), "means": vars(means), "random": random_state, "policy": policy}
-        save(self.path / "policy.pt", policy)
-        save(self.path / "checkpoint.pt", state)
+        """Reads what the run starts from, and writes nothing. Raises ConfigError or DataError."""
+        name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
+        self.config, self.path, self.rows, self.start = config, Path(config.checkpoints_path, name), [], None
+        self.rng = torch.cuda if "cuda" in config.device else torch
+        self.resumed = os.path.exists(self.path / "checkpoint.pt")
+        self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
+        if self.source:
+            self.start = load(self.source, config.device)
+            if not {"agent", "config", "rows"} <= self.start.keys():
+                raise DataError(f"{self.source} holds a policy alone; training goes on from a checkpoint.pt")
+        if self.resumed:
+            self.rows, old, new = self.start["rows"], self.start["config"], asdict(config)
+            free = self.free | {"max_timesteps"} if new["max_timesteps"] >= old["max_timesteps"] else self.free
+            changed = [f"{x} was {old[x]}, is {new[x]}" for x in old.keys() & new.keys() - free if old[x] != new[x]]
+            if changed:
+                raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
+        elif os.path.exists(self.path / "metrics.csv"):
+            raise DataError(f"{self.path} holds a run without its checkpoint.pt; give another --run_id")
 
     @property
-    def last_row(self) -> dict[str, Any]:
-        """As numbers, None where empty; step 0 before the first row."""
-        return {key: float(value) if value else None for key, value in (self.rows or [{"step": "0"}])[-1].items()}
+    def last_step(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
 
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Yields a list that receives the signals that ask a run to end; they take effect between two updates."""
-    received, previous = [], {}
-    with contextlib.suppress(ValueError):  # Python allows handlers in the main thread only
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            previous[number] = signal.signal(number, lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def start_wandb(config: Any, folder: Path) -> wandb.Run:
-    """A W&B run where the user is logged in, an agent started this or WANDB_MODE asks for it, else one that does
-    nothing. It never stops or delays training: the run folder has everything."""
-    options = {"project": config.project, "group": config.group, "name": folder.name, "id": config.run_id}
-    limits = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
-    # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
-    os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
-    try:
-        asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
-        if asked or wandb.login(prompt=False, verify=False):
-            return wandb.init(**options, config=dataclasses.asdict(config), resume="allow", settings=limits)
-    except Exception as error:  # no account, no network, no disk
-        print(f"warning: W&B is off for this run: {' '.join(str(error).split())}", file=sys.stderr)
-    return wandb.init(mode="disabled")
-
-
-def log_wandb(run: wandb.Run, metrics: dict[str, Any], step: int) -> None:
-    with contextlib.suppress(Exception):
-        if step >= run.starting_step:  # a resumed run repeats steps that W&B holds already
-            run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
-
-
-def prepare_data(
-    config: Any, envs: list[gym.Env], statistics: Optional[list[np.ndarray]]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Tensor], Task]:
-    """Transitions for training and held out, as the networks see them, the scaling that led there (`statistics`, the
-    mean and std of observations, where given), and the task."""
-    data = load_dataset(config.env)
-    check_dataset(data, config.env)
-    n_transitions, numbers = len(data["rewards"]), episode_numbers(data)
-    if n_transitions > config.buffer_size:
-        raise ConfigError(
-            f"--buffer_size {config.buffer_size} is less than the {n_transitions} transitions of the data"
-        )
-    if envs:
-        env, sizes = envs[0], {key: data[key].shape[1] for key in ("observations", "actions")}
-        space = env.observation_space
-        check_spaces(space, env.action_space, env.spec.id)
-        data |= action_bounds(env.action_space)
+    def restore(self, agent: Any, means: list[RunningMean]) -> None:
+        """Sets the agent to where the run starts, and of a resumed run all the rest. Raises DataError."""
         try:
-            env_sizes = {"observations": flatten(space.sample(), space).size, "actions": data["action_low"].size}
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{env.spec.id} has observations {env.observation_space}, which are no numbers") from error
-        if sizes != env_sizes:
-            raise DataError(
-                f"--env {config.env} has sizes {sizes}, but {env.spec.id} {env_sizes}: name another --eval_env"
-            )
+            if self.start and self.start["policy"]["sizes"] != list(agent.actor.sizes):
+                raise ValueError(f"{self.start['policy']['sizes']} there, {list(agent.actor.sizes)} here")
+            if self.start:
+                agent.load_state_dict(self.start["agent"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise DataError(f"{self.source} holds another network than this run's: {str(error)[:200]}") from error
+        if not self.resumed:
+            agent.n_updates = 0
+            return
+        for mean, state in zip(means, self.start["means"]):
+            vars(mean).update(state)
+        if len(self.start["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
+            self.rng.set_rng_state(self.start["random"].cpu())
 
-    transform = reward_transform(config, data, envs)
-    # A hundred times the largest possible return (that of rewards below 1 counts as 1's): conservative values may well
-    # be below any return.
-    task = Task(envs, transform, reference_scores(config.env, envs, data))
-    largest_reward = max(1.0, float(np.abs(task.training_rewards(data["rewards"])).max()))
-    task = task._replace(value_limit=100 * largest_reward / max(1 - config.discount, 1e-4))
-    n_episodes, returns = numbers[-1] + 1, episode_returns(data)
-    behaviour = {"eval_return": returns.mean(), "eval_return_std": returns.std()}
-    text = describe(behaviour | {"d4rl_normalized_score": task.score(returns.mean())})
-    print(f"{config.env}: {n_transitions:,} transitions, {n_episodes:,} episodes, behaviour {text}")
+    def save(self, agent: Any, means: list[RunningMean]) -> None:
+        """Raises DataError."""
+        policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
+        state = {"config": asdict(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
+        state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()}
+        save(self.path / "checkpoint.pt", state)
+        save(self.path / "policy.pt", policy)
+        if self.config.keep_policies and agent.n_updates == self.last_step:
+            save(self.path / f"policy-{agent.n_updates}.pt", policy)
+        writer = csv.DictWriter(text, list(self.rows[0]) if self.rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        save(self.path / "metrics.csv", text.getvalue())
 
-    bounds = (data.get("action_low"), data.get("action_high"))
-    data["actions"], low, high = encode_actions(data["actions"], *bounds, config.env)
-    data["rewards"] = task.training_rewards(data["rewards"])
-    n_held_out = math.ceil(config.holdout_fraction * n_episodes)
-    if n_held_out == n_episodes:
-        raise ConfigError(f"--holdout_fraction {config.holdout_fraction} leaves none of {n_episodes} episodes")
-    held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
-    holdout = {key: data[key][held_out] for key in COLUMNS}
-    if n_held_out:
-        data = {key: data.pop(key)[~held_out] for key in COLUMNS}
-    mean, std = np.zeros_like(data["observations"][0]), np.ones_like(data["observations"][0])
-    if config.normalize:
-        mean = data["observations"].mean(0, dtype=np.float64)
-        std = np.array([column.std(dtype=np.float64) for column in data["observations"].T]) + 1e-3
-    mean, std = (x.astype(np.float32) for x in (statistics or (mean, std)))
-    if mean.shape != data["observations"].shape[1:]:
-        raise DataError(f"--load_model {config.load_model} takes observations of size {mean.size}")
-    for part in (data, holdout):
-        for key in ("observations", "next_observations"):
-            part[key] = part[key] - mean
-            part[key] /= std
-    scaling = {"observation_mean": mean, "observation_std": std, "action_low": low, "action_high": high}
-    return data, holdout, {name: torch.tensor(x, dtype=torch.float32) for name, x in scaling.items()}, task
+    def begin(self, agent: Any, task: Task) -> None:
+        """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
+        WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
+        config, where = self.config, "without evaluation" if task.envs is None else f"evaluated in {task.envs.spec.id}"
+        span = f"updates {agent.n_updates:,} to {config.max_timesteps:,}, a row every {config.eval_freq:,}"
+        print(f"{self.path}: {span}, {where}")
+        save(self.path / "config.yaml", pyrallis.dump(config))
+        options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
+        limits = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
+        # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
+        os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
+        try:
+            asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
+            mode = None if asked or wandb.login(prompt=False, verify=False) else "disabled"
+            self.wandb = wandb.init(**options, config=asdict(config), resume="allow", settings=limits, mode=mode)
+        except Exception as error:  # no account, no network, no disk
+            print(f"warning: W&B is off for this run: {' '.join(str(error).split())}", file=sys.stderr)
+            self.wandb = wandb.init(mode="disabled")
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        with contextlib.suppress(Exception):  # W&B's failures are not the run's
+            if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
+                self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+    def end(self, stop: Any) -> None:
+        with contextlib.suppress(Exception):
+            if stop and stop[0] != signal.SIGINT:
+                self.wandb.mark_preempting()  # W&B requeues the run
+            self.wandb.finish(exit_code=int(self.last_step < self.config.max_timesteps))
 
 
-def evaluate_stored(config: Any) -> dict[str, Any]:
-    """The return of the policy in load_model, as a row in a new run folder."""
-    policy, folder = load_policy(config.load_model, config.device), RunFolder(config)
-    if folder.rows:
-        print(f"{folder.path} is complete: {describe(folder.last_row)}")
-        return folder.last_row
-    envs = make_environments(config)
-    if not envs:
-        raise ConfigError("--max_timesteps 0 needs an environment to evaluate in: name one with --eval_env")
-    space = envs[0].observation_space
-    check_spaces(space, envs[0].action_space, envs[0].spec.id)
-    sizes = policy.__self__.sizes[0], flatten(space.sample(), space).size
-    if sizes[0] != sizes[1]:  # one of size 1 would pass through any policy
-        raise DataError(
-            f"--load_model {config.load_model} takes {sizes[0]} observations, {envs[0].spec.id} has {sizes[1]}"
-        )
-    data = {}
-    with contextlib.suppress(DataError):  # the scores' dataset may not be here
-        data = stored_scores(open_minari(config.env, download=False))
-    task = Task(envs, reference=reference_scores(config.env, envs, data))
+def main(config_class: type, train: Callable) -> None:
+    """The program: an error is a line and an exit status; signals are handed to `train`, which saves and ends."""
+    signals = []
+
+    def receive(number: int, _: Any) -> None:
+        if signals:
+            raise SystemExit(128 + number)  # the second one does not wait
+        signals.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, receive)
     try:
-        row = evaluate(config, task, policy, value=lambda starts: np.full(len(starts), np.nan))
-    except Exception as error:  # of the networks, or of the environment
-        raise DataError(f"--load_model {config.load_model} does not fit {envs[0].spec.id}: {error}") from error
-    folder.open(config)
-    folder.add_row({"step": 0, **row, "eval_discounted_return": None})  # the rewards that it trained on are not known
-    folder.close()
-    print(f"{describe(folder.last_row)} over {config.n_episodes} episodes, in {folder.path}")
-    return folder.last_row
+        train(parse_arguments(config_class), stop=signals)
+    except (DataError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join((str(error) or repr(error)).split())}", file=sys.stderr)
+        sys.exit(getattr(error, "status", 1))
 
 
-def evaluates(config: Any, step: int) -> bool:
-    return step % config.eval_freq == 0 or step == config.max_timesteps
+def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any = ()) -> dict[str, Any]:
+    """Trains on `data` (what load_dataset returns; by default that of config.env), evaluates, and returns the last row
+    of metrics.csv. A run folder that holds part of the run is continued.
 
-
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains and evaluates; returns the last row of metrics.csv. A run folder that holds part of the run is continued.
-
-    Raises ConfigError, DataError, and SystemExit(128 + signal) after a signal, with everything saved.
+    Raises ConfigError and DataError, and SystemExit(128 + signal), with everything saved, once `stop` holds a signal.
     """
-    if config.max_timesteps == 0:
-        return evaluate_stored(config)
-    folder = RunFolder(config)
-    if folder.checkpoint and folder.last_row["step"] == folder.checkpoint["agent"]["n_updates"] == config.max_timesteps:
-        print(f"{folder.path} is complete: {describe(folder.last_row)}")
-        return folder.last_row
-    start = folder.checkpoint or (load(config.load_model, config.device) if config.load_model else None)
-    if start and "agent" not in start:
-        raise DataError(f"--load_model {config.load_model} holds a policy alone; training starts from a checkpoint.pt")
-
-    envs = make_environments(config)
-    statistics = start and [start["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std")]
-    data, holdout, scaling, task = prepare_data(config, envs, statistics)
-    if "cuda" in config.device:
-        torch.cuda.set_device(config.device)
+    run = Run(config)
+    if run.last_step == config.max_timesteps:
+        print(f"{run.path} is complete: {describe(run.rows[-1])}")
+        return run.rows[-1]
+    data = load_dataset(config.env) if data is None else dict(data)
+    task = Task(config, data)
+    data, holdout, scaling = prepare_data(config, data, task, run.start)
     torch.manual_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
-    buffer, means, rng = ReplayBuffer(data, config.device), Means(), torch.cuda if "cuda" in config.device else torch
+    buffer, holdout = ReplayBuffer(data, config.device), ReplayBuffer(holdout, config.device)
     # The holdout metrics are over the same ten minibatches at each evaluation, or less.
-    shown = np.random.default_rng(config.seed).permutation(len(holdout["rewards"]))[: 10 * config.batch_size]
-    holdout = ReplayBuffer({key: column[shown] for key, column in holdout.items()}, config.device).rows(slice(None))
-    if start:
-        try:
-            agent.restore(start["agent"])
-            if folder.checkpoint:
-                vars(means).update(start["means"])
-                if len(start["random"]) == len(rng.get_rng_state()):  # else it was on the other kind of device
-                    rng.set_rng_state(start["random"].cpu())
-        except Exception as error:  # of other networks, or of a damaged file
-            source = folder.path / "checkpoint.pt" if folder.checkpoint else f"--load_model {config.load_model}"
-            raise DataError(f"{source} does not fit this run, or is damaged: {error!r}"[:300]) from error
+    holdout = holdout.rows(np.random.default_rng(config.seed).permutation(len(holdout))[: 10 * config.batch_size])
+    means = total, recent = RunningMean(), RunningMean()  # since the last row, and since the last W&B record
+    run.restore(agent, means)
     agent.actor.load_state_dict(scaling, strict=False)
-    agent.n_updates = agent.n_updates if folder.checkpoint else 0
-
-    updates = Updates(config, agent, buffer, means)
-
-    def read_means(since_mark: bool = False) -> dict[str, float]:
-        averages = means.read(since_mark)
-        norm = nn.utils.get_total_norm(agent.parameters()).item()
-        check_convergence(averages | {"the norm of all weights": norm}, agent.n_updates, task.value_limit)
-        return averages
-
-    def record(step: int) -> None:
-        """Evaluates and writes row, policy and checkpoint, unless a signal comes in between."""
-        started = time.perf_counter()
-        averages = read_means()  # waits for the device
-        means.seconds += time.perf_counter() - started
-        if folder.last_row["step"] < step:  # else the row was written just before a kill
-            row = try_evaluate(step, config, task, agent.actor.act, agent.start_values, lambda: bool(received))
-            if row is None:
-                return
-            check_convergence({"eval_predicted_value": row["eval_predicted_value"] or 0.0}, step, task.value_limit)
-            row["updates_per_second"] = means.count / means.seconds
-            row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
-            folder.add_row({"step": step} | row | averages)
-            log_wandb(run, row | read_means(since_mark=True), step)
-            progress.write(f"update {step:,}: {describe(row)}, {row['updates_per_second']:.0f} updates/s")
-        progress.set_postfix_str(describe(folder.last_row))
-        means.reset()
-        folder.save(agent, means, rng.get_rng_state())
-
-    folder.open(config)
-    run = start_wandb(config, folder.path)
-    progress = tqdm(total=config.max_timesteps, initial=agent.n_updates, unit="update", disable=None)
+    run.begin(agent, task)
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
+    progress = tqdm(total=config.max_timesteps, initial=agent.n_updates, unit="update", disable=None)
     try:
-        with catch_signals() as received, progress:
-            while True:
-                step = agent.n_updates
-                if means.count and evaluates(config, step):
-                    record(step)
-                if received:
-                    if means.count:
-                        read_means()  # no checkpoint of a run that diverged
-                    folder.save(agent, means, rng.get_rng_state())
-                    progress.write(f"signal {received[0]} at update {step:,}: saved in {folder.path}")
-                    if received[0] != signal.SIGINT:
-                        with contextlib.suppress(Exception):
-                            run.mark_preempting()  # W&B requeues the run
-                    raise SystemExit(128 + received[0])
-                if step == config.max_timesteps:
-                    break
-                started = time.perf_counter()
-                progress.update(updates())
-                means.seconds += time.perf_counter() - started
-                # W&B takes a step once: what is known before an evaluation must wait for it, lest a signal parts them.
-                if agent.n_updates % config.log_interval == 0 and not evaluates(config, agent.n_updates):
-                    log_wandb(run, read_means(since_mark=True), agent.n_updates)
-                    means.set_mark()
+        for n in updates(config, agent, buffer, *means):
+            progress.update(n)
+            step = agent.n_updates
+            if n == 0:  # ready: compiled
+                begun = since = step, time.perf_counter()
+            due = step > run.last_step and (step % config.eval_freq == 0 or step == config.max_timesteps)
+            if due and not stop:
+                averages = task.check(total.read(), agent)  # waits for the device
+                speed = (step - since[0]) / (time.perf_counter() - since[1])
+                row = {"step": step} | task.evaluate(agent, holdout, stop) | {"updates_per_second": speed}
+                if not stop:  # else the evaluation was cut short, and is made when the run goes on
+                    run.rows.append(task.check(row, agent) | averages)
+                    run.log(row | recent.read(), step)
+                    progress.set_postfix_str(describe(run.rows[-1]))
+                    progress.write(f"update {step:,}: {describe(run.rows[-1])}, {speed:.0f} updates/s")
+                    for mean in means:
+                        mean.reset()
+                    run.save(agent, means)
+                    since = step, time.perf_counter()
+            elif n and step % config.log_interval == 0 and not due:
+                run.log(task.check(recent.read(), agent), step)
+                recent.reset()
+            if progress.disable and step - n < begun[0] + 100 <= step:
+                rate = (step - begun[0]) / (time.perf_counter() - begun[1])
+                minutes = (config.max_timesteps - step) / rate / 60
+                print(f"update {step:,}: {rate:.0f} updates/s, the end in about {minutes:.0f} min", flush=True)
+            if stop:
+                task.check(total.read(), agent)  # no checkpoint of a run that diverged
+                run.save(agent, means)
+                progress.write(f"signal {stop[0]} at update {step:,}: saved in {run.path}")
+                raise SystemExit(128 + stop[0])
     finally:
         torch.set_flush_denormal(False)
-        folder.close()
-        with contextlib.suppress(Exception):  # W&B's failures are not the run's
-            run.finish(exit_code=int(folder.last_row["step"] < config.max_timesteps))
-        for env in envs:
-            with contextlib.suppress(Exception):
-                env.close()
-    print(f"{describe(folder.last_row)} after {config.max_timesteps:,} updates, in {folder.path}")
-    return folder.last_row
+        progress.close()
+        run.end(stop)
+        if task.envs:
+            task.envs.close()
+    print(f"{describe(run.rows[-1])} after {config.max_timesteps:,} updates, in {run.path}")
+    return run.rows[-1]
 
 
 if __name__ == "__main__":
-    try:
-        train(ConfigParser(TrainConfig).parse_args())
-    except DataError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        advice = "not enough memory: a smaller --batch_size, --hidden_dim or --cql_n_actions helps"
-        print(f"{Path(__file__).name}: {advice}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    main(TrainConfig, train)
