@@ -28,7 +28,7 @@ import numpy as np
 from gymnasium.vector.utils import concatenate, create_empty_array
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
-from minari.namespace import create_namespace, list_local_namespaces
+from minari.namespace import NAMESPACE_METADATA_FILENAME, namespace_hierarchy
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
@@ -43,8 +43,8 @@ REFERENCE_SCORES = {  # environment, any version -> returns that score 0 and 100
 }
 
 
-def fail(status, message):
-    print(f"collect.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+def fail(status, message, program="collect.py"):
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -54,6 +54,11 @@ def storable(space):
         return all(map(storable, space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces))
     kinds = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
     return isinstance(space, kinds)
+
+
+def stack(space, items):
+    """A batch of them, as vector environments have it."""
+    return concatenate(space, items, create_empty_array(space, len(items)))
 
 
 class Episode:
@@ -78,9 +83,6 @@ class Episode:
 
     def buffer(self, length):
         """The first `length` steps: [length + 1] observations, [length] of the rest; a cut is a truncation."""
-
-        def stack(space, items):
-            return concatenate(space, items, create_empty_array(space, len(items)))
 
         complete, last = self.complete(length), np.arange(length) == length - 1
         return EpisodeBuffer(
@@ -145,33 +147,58 @@ def make_policy(name, env):
     from algorithms.offline.cql import flatten
     from benchmarks.policies import load_policy
 
+    observed, space = env.observation_space, env.action_space
+
+    def act(observations):
+        return network(flatten(stack(observed, observations), observed))
+
     try:
         network = load_policy(name)
-        actions, space = (
-            network(np.stack([flatten(env.observation_space.sample(), env.observation_space)])),
-            env.action_space,
-        )
+        actions = act([env.reset(seed=0)[0]])
         if actions.shape != (1, *space.shape) or (actions.dtype.kind == "f") != (space.dtype.kind == "f"):
             kinds = [f"{x.dtype} of shape {shape}" for x, shape in ((actions, actions.shape[1:]), (space, space.shape))]
             raise ValueError(f"its actions are {kinds[0]}, the environment's {kinds[1]}")
     except Exception as error:  # whatever torch raises for another file, or for observations of another size
         fail(1, f"--policy {name} cannot act in {env.spec.id}: {error}")
-    return lambda episodes: network(
-        np.stack([flatten(episode.observations[-1], env.observation_space) for episode in episodes])
-    )
+    return lambda episodes: act([episode.observations[-1] for episode in episodes])
 
 
-def store(dataset_id, buffers, root, **metadata):
-    """Write the dataset in a hidden folder of `root`, then move it to its place: there it is whole or absent."""
+def free_place(dataset_id, force):
+    """Minari's root, where the dataset can be stored. Raises OSError."""
+    root = get_dataset_path()
+    target = root / dataset_id
+    if not os.access(root, os.W_OK):
+        raise PermissionError(f"no permission to write in {root}")
+    if target.exists() and not (force and (target / "data").is_dir()):
+        raise FileExistsError(f"{target} exists; --force replaces a dataset")
+    return root
+
+
+def register(env_id):
+    """Make the environments of Gymnasium-Robotics known where the id is not one of Gymnasium's."""
+    if env_id not in gym.registry:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+            import gymnasium_robotics
+        gym.register_envs(gymnasium_robotics)
+
+
+def store(dataset_id, buffers, root, added=None, **metadata):
+    """Write the dataset in a hidden folder of `root`, then move it to its place: there it is whole or absent.
+
+    added: what Minari does not store itself, such as reference scores where there is no environment.
+    """
     target = root / dataset_id
     replaced = target.with_name(f".{target.name}.replaced")  # hidden from Minari, and there only for a moment
     with tempfile.TemporaryDirectory(prefix=".collect-", dir=root) as staging:
         # Minari's warnings ask for an author and a permalink; its default for images is lossy JPEG
         with patch.dict(os.environ, MINARI_DATASETS_PATH=staging), warnings.catch_warnings(action="ignore"):
-            minari.create_dataset_from_buffers(dataset_id, buffers, jpeg_encoding=False, **metadata)
-        namespace = parse_dataset_id(dataset_id)[0]
-        if namespace and namespace not in list_local_namespaces():
-            create_namespace(namespace)
+            dataset = minari.create_dataset_from_buffers(dataset_id, buffers, jpeg_encoding=False, **metadata)
+        dataset.storage.update_metadata(added or {})
+        for namespace in namespace_hierarchy(parse_dataset_id(dataset_id)[0]):
+            (root / namespace).mkdir(exist_ok=True)
+            note = root / namespace / NAMESPACE_METADATA_FILENAME
+            if not note.exists():  # where the disk ignores case, d4rl/ is Minari's D4RL/, whose note stays
+                note.write_text("{}")
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
@@ -215,17 +242,9 @@ def parse_arguments(argv):
 
 
 def collect(args):
-    root = get_dataset_path()
-    target = root / args.id
-    if not os.access(root, os.W_OK):
-        fail(1, f"--id {args.id} cannot be stored: no permission to write in {root}")
-    if target.exists() and not (args.force and (target / "data").is_dir()):
-        fail(1, f"--id {args.id} is taken: {target}; --force replaces a dataset")
+    root = free_place(args.id, args.force)
     gym.logger.min_level = gym.logger.ERROR  # an error is one line, without warnings above it
-    if args.env not in gym.registry:
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
-            import gymnasium_robotics
-        gym.register_envs(gymnasium_robotics)
+    register(args.env)
     try:
         envs = [gym.make(args.env, disable_env_checker=True) for _ in range(N_ENVS)]
         env_id, space = envs[0].spec.id, envs[0].action_space
@@ -240,6 +259,7 @@ def collect(args):
     policy = make_policy(args.policy, envs[0])
     if args.ref_min_score is None:
         args.ref_min_score, args.ref_max_score = REFERENCE_SCORES.get(env_id.rsplit("-v", 1)[0], (None, None))
+    scores = {"ref_min_score": args.ref_min_score, "ref_max_score": args.ref_max_score}
     options = {name: value for name, value in vars(args).items() if value is not None and name != "force"}
     extras = [f"{name} {options[name]:g}" for name in ("noise", "epsilon") if options[name]]
     buffers, returns = record(envs, policy, args.steps, args.seed, args.noise, args.epsilon)
@@ -247,16 +267,15 @@ def collect(args):
         args.id,
         buffers,
         root,
+        added=scores if args.ref_min_score is not None else None,
         env=gym.spec(env_id),
         algorithm_name=", ".join([args.policy, *extras]),
         description=shlex.join(["collect.py", *(f"--{name}={value}" for name, value in options.items())]),
-        ref_min_score=args.ref_min_score,
-        ref_max_score=args.ref_max_score,
     )
     for env in envs:
         env.close()
     outcome = f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "no complete episode"
-    print(f"{args.id}: {args.steps} steps, {len(buffers)} episodes, {outcome}, stored in {target}")
+    print(f"{args.id}: {args.steps} steps, {len(buffers)} episodes, {outcome}, stored in {root / args.id}")
 
 
 def main(argv=None):

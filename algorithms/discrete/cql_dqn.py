@@ -5,7 +5,7 @@ DR3: https://arxiv.org/abs/2112.04716.
 
     python algorithms/discrete/cql_dqn.py --config_path configs/discrete/cql_dqn/lunarlander/medium.yaml
 
-returns 225.9 ± 29.7 after 10,000 updates (five seeds; 35 s each on 2 CPU cores) on data that return 47.3: docs/discrete_cql.md.
+returns 225.9 ± 29.7 after 10,000 updates (five seeds; 35 s each on 2 CPU cores) on data that return 47.3.
 
 Differs from the papers
 1. The TD error is the square without 1/2 (Huber's doubled), and the quantile loss is the mean over quantiles, doubled:
@@ -32,10 +32,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, get_args
-from unittest.mock import patch
 
 if "OMP_WAIT_POLICY" not in os.environ:  # else waiting threads spin so long that a busy neighbour costs most updates
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -178,19 +177,6 @@ class Batch(NamedTuple):
     terminals: Tensor  # [B], 1 where they end in a terminal state, 0 elsewhere and at time-outs
     discounts: Tensor  # [B], of the value after them: discount ** (their number), 0 after a terminal state
     next_actions: Tensor  # [B], index of the data's action after them; any where there is none
-
-
-def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
-    """Layers from size to size; the last starts near zero, so that first values and action means do."""
-    layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
-    if orthogonal:
-        for layer in layers[:-1]:
-            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-    init_last = nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_
-    init_last(layers[-1].weight, gain=1e-2)
-    nn.init.zeros_(layers[-1].bias)
-    return layers
 
 
 def of_actions(outputs: Tensor, actions: Tensor) -> Tensor:
@@ -426,22 +412,16 @@ def support(data: dict[str, np.ndarray], config: TrainConfig) -> Tensor:
 
 
 class DataError(ValueError):
-    """Data or a file that cannot be used."""
-
-    status = 1  # of the program
+    status = 1  # exit status of the program for data and files that cannot be used
 
 
 class ConfigError(DataError):
-    """An option that cannot be."""
-
-    status = 2
+    status = 2  # and for options
 
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MAX_ENVS, MAX_STEPS = 16, 10_000  # evaluation episodes side by side; their steps where the environment has no limit
-MAX_GRID = 1024  # numbers of a grid of observations, beyond which it is an image
-GRAPH_UPDATES = 10  # updates in a CUDA graph
-WANDB_SECONDS = 20  # that W&B may take to start, and to finish
+GRAPH_UPDATES = 10  # in a CUDA graph
 Policy = QNetwork  # local: the network that acts, and that policy.pt holds
 # local: limits of the options, both ends included, or the words that one takes
 LIMITS = {
@@ -472,6 +452,8 @@ def check_config(config: Any) -> None:
                 raise ConfigError(f"--{name} takes {takes}, not {value}")
     if config.run_id and Path(config.run_id).name != config.run_id:
         raise ConfigError(f"--run_id is the name of a folder, not {config.run_id}")
+    if getattr(config, "cql_clip_diff_min", 0) > getattr(config, "cql_clip_diff_max", 0):
+        raise ConfigError("--cql_clip_diff_min is above --cql_clip_diff_max")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -501,8 +483,8 @@ def parse_arguments(config_class: type) -> Any:
         raise ConfigError(f"{message} (as --option=value); --help lists the options")
 
     kinds, content = {field.name: field.type for field in fields(config_class)}, {}
-    with patch.object(inspect, "getsource", functools.cache(inspect.getsource)):  # it reads the source for each option
-        parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
+    inspect.getsource = functools.cache(inspect.getsource)  # pyrallis would read the source anew for each option
+    parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
     parser.error, parser._postprocessing = fail, vars
     for action in parser._actions:
         if kind := kinds.get(action.dest):
@@ -527,7 +509,7 @@ def flatten(observations: Any, space: gym.Space) -> np.ndarray:
         return (np.asarray(observations)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
     if getattr(space.dtype, "kind", "") == "U":  # a text
         return np.empty((len(observations), 0), dtype=np.float32)
-    if not space.shape or len(space.shape) > 1 and math.prod(space.shape) > MAX_GRID:
+    if not space.shape or len(space.shape) > 1 and math.prod(space.shape) > 1024:
         raise DataError(f"observations are {space}; this script takes vectors, small grids, and Dicts of them")
     return np.asarray(observations, dtype=np.float32).reshape(len(observations), -1)
 
@@ -659,15 +641,26 @@ def environment_actions(config: TrainConfig, actions: np.ndarray, space: gym.Spa
     return actions
 
 
+def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
+    """Layers from size to size; the last starts near zero, so that first values and action means do."""
+    layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
+    if orthogonal:
+        for layer in layers[:-1]:
+            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    init_last = nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_
+    init_last(layers[-1].weight, gain=1e-2)
+    nn.init.zeros_(layers[-1].bias)
+    return layers
+
+
 class ReplayBuffer:
     """All transitions, on the device; memory of the CPU is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        kinds = {"i": torch.int64}  # indices of discrete actions
-        columns = [
-            torch.as_tensor(data[key], dtype=kinds.get(data[key].dtype.kind, torch.float32)) for key in Batch._fields
-        ]
-        self.columns = [column.to(device) for column in columns]
+        columns = [torch.as_tensor(data[key]) for key in Batch._fields]
+        kinds = {torch.int64: torch.int64}  # indices of discrete actions
+        self.columns = [column.to(device, kinds.get(column.dtype, torch.float32)) for column in columns]
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -698,10 +691,7 @@ class Task:
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
         if self.envs:
             data |= action_bounds(self.envs.single_action_space, self.envs.spec.id)
-            sizes, own = (
-                (start.shape[1], data["action_low"].size),
-                (data["observations"].shape[1], data["actions"].shape[1]),
-            )
+            own, sizes = [data[x].shape[1] for x in COLUMNS[:2]], [start.shape[1], data["action_low"].size]
             if own != sizes:
                 raise DataError(f"{config.env} has sizes {own} of observation and action, {self.envs.spec.id} {sizes}")
 
@@ -710,13 +700,10 @@ class Task:
 
     def score(self, returns: np.ndarray) -> dict[str, Optional[float]]:
         """Of episodes; the score is 0 and 100 at the reference returns, where those are known."""
-        low, high = (np.nan, np.nan) if self.reference is None else self.reference
-        score = None if self.reference is None else float(100 * (returns.mean() - low) / (high - low))
-        return {
-            "eval_return": float(returns.mean()),
-            "eval_return_std": float(returns.std()),
-            "d4rl_normalized_score": score,
-        }
+        mean, std, score = float(returns.mean()), float(returns.std()), None
+        if self.reference is not None:
+            score = float(100 * (mean - self.reference[0]) / (self.reference[1] - self.reference[0]))
+        return {"eval_return": mean, "eval_return_std": std, "d4rl_normalized_score": score}
 
     def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
         """The metrics. Raises DataError for what is no finite number, and for mean values beyond any possible one."""
@@ -724,9 +711,7 @@ class Task:
         for name, value in (metrics | {"the norm of all weights": norm}).items():
             limit = self.value_limit if name.startswith(("average_", "eval_predicted")) else sys.float_info.max
             if value is not None and not abs(value) <= limit:
-                place = (
-                    f"{name} is {value:.4g} at update {agent.n_updates:,}; rows and checkpoint are as they were before"
-                )
+                place = f"{name} is {value:.4g} at update {agent.n_updates:,}; what was saved before is intact"
                 raise DataError(f"training diverged: {place}; try smaller learning rates or a larger cql_alpha")
         return metrics
 
@@ -741,11 +726,8 @@ class Task:
         result["success"] = np.full(config.n_episodes, np.nan)
         for first in range(0, config.n_episodes, envs.num_envs):
             numbers = np.arange(first, first + envs.num_envs)
-            running, (observations, _) = (
-                numbers < config.n_episodes,
-                envs.reset(seed=(config.eval_seed + numbers).tolist()),
-            )
-            observations = flatten(observations, envs.single_observation_space)
+            running, seeds = numbers < config.n_episodes, (config.eval_seed + numbers).tolist()
+            observations = flatten(envs.reset(seed=seeds)[0], envs.single_observation_space)
             starts.append(observations[running])
             while running.any() and not stop:
                 actions = environment_actions(config, policy(observations), envs.single_action_space, rng)
@@ -788,8 +770,8 @@ class Task:
 
 
 def make_environments(config: Any, id: str, **arguments: Any) -> tuple[Optional[gym.vector.VectorEnv], Any]:
-    """The environments, and first observations; None where none is wanted, or Gymnasium does not know a dataset's. Raises
-    ConfigError or DataError."""
+    """The environments and first observations; None where none is wanted, or Gymnasium does not know the dataset's.
+    Raises ConfigError or DataError."""
     try:
         if id not in gym.registry and id != "none":
             import gymnasium_robotics
@@ -798,9 +780,9 @@ def make_environments(config: Any, id: str, **arguments: Any) -> tuple[Optional[
         if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
             return None, None
         # A recording may have had a window; and without a limit of steps a greedy policy may stand still for ever.
-        arguments["render_mode"], n_waves = None, math.ceil(config.n_episodes / MAX_ENVS)
+        arguments.pop("render_mode", None)
+        n_envs = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))
         limit = arguments.pop("max_episode_steps", None) or gym.spec(id).max_episode_steps or MAX_STEPS
-        n_envs = math.ceil(config.n_episodes / n_waves)
         with warnings.catch_warnings(action="ignore"):  # that there are later versions
             envs = gym.make_vec(id, n_envs, "sync", max_episode_steps=limit, **arguments)
         return envs, flatten(envs.reset(seed=config.eval_seed)[0], envs.single_observation_space)
@@ -819,19 +801,15 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 
 
-def prepare_data(
-    config: Any, data: dict[str, Any], task: Task, start: Optional[dict[str, Any]]
-) -> tuple[dict, dict, dict]:
+def prepare_data(config: Any, data: dict[str, Any], task: Task, start: Any) -> tuple[dict, dict, dict[str, Tensor]]:
     """Transitions to train on and held-out ones, as the networks see them, and the scaling of observations (that of the
     checkpoint `start`, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
     numbers, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
     task.data_return, n_episodes = float(discounted_returns(data, config.discount).mean()), numbers[-1] + 1
-    print(
-        f"{config.env}: {len(numbers):,} transitions, {n_episodes:,} episodes, behaviour {describe(task.score(returns))}"
-    )
-    print(f"mean discounted return of the training rewards, over all transitions: {task.data_return:.4g}")
+    sizes, behaviour = f"{len(numbers):,} transitions, {n_episodes:,} episodes", describe(task.score(returns))
+    print(f"{config.env}: {sizes}, behaviour {behaviour}, mean discounted return {task.data_return:.4g}")
     n_held_out = math.ceil(config.holdout_fraction * n_episodes)
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
     if held_out.all():
@@ -872,13 +850,14 @@ def save(path: Path, content: str | dict[str, Any]) -> None:
         raise DataError(f"{path} cannot be written ({error.strerror}); what was saved before is intact") from error
 
 
-def load(path: Path | str, device: str = "cpu") -> dict[str, Any]:
-    """A checkpoint.pt or policy.pt: tensors and plain values, nothing that could run. Raises DataError."""
+def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
+    """A file of a run that holds these keys: tensors and plain values, nothing that could run. Raises DataError."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        return content if content.get("policy", content)["weights"]["observation_mean"].ndim else {}
+        return content | {key: content[key] for key in keys}
     except Exception as error:  # torch raises many kinds for a folder, a damaged or a foreign file
-        what = "is no checkpoint.pt or policy.pt of a run, or is damaged" if os.path.exists(path) else "does not exist"
+        kind = "checkpoint.pt" if keys else "checkpoint.pt or policy.pt"
+        what = f"is no {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
         raise DataError(f"{path} {what}") from error
 
 
@@ -890,8 +869,8 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
     try:
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
-    except (TypeError, RuntimeError) as error:
-        raise DataError(f"{path} holds no policy of this script") from error
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{path} is no policy.pt or checkpoint.pt of this script") from error
     return actor.eval().act
 
 
@@ -912,9 +891,8 @@ class RunningMean:
     def __init__(self):
         self.names, self.total, self.count = [], None, 0
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        values = torch.stack(list(metrics.values())).double()
-        self.names, self.count = list(metrics), self.count + 1
+    def add(self, names: list[str], values: Tensor) -> None:
+        self.names, self.count = names, self.count + 1
         self.total = torch.zeros_like(values) if self.total is None else self.total
         self.total += values  # in place, as a CUDA graph needs it
 
@@ -950,8 +928,9 @@ def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) 
     def update(n: int) -> int:
         for _ in range(n):
             metrics = agent.update(buffer.sample(config.batch_size))
+            values = torch.stack(list(metrics.values())).double()
             for mean in means:
-                mean.add(metrics)
+                mean.add(list(metrics), values)
         return n
 
     yield 0
@@ -982,33 +961,30 @@ class Run:
         """Reads what the run starts from, and writes nothing. Raises ConfigError or DataError."""
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
         self.config, self.path, self.rows, self.start = config, Path(config.checkpoints_path, name), [], None
-        self.rng = torch.cuda if "cuda" in config.device else torch
         self.resumed = os.path.exists(self.path / "checkpoint.pt")
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
+        self.rng = torch.cuda if "cuda" in config.device else torch
         if self.source:
-            self.start = load(self.source, config.device)
-            if not {"agent", "config", "rows"} <= self.start.keys():
-                raise DataError(f"{self.source} holds a policy alone; training goes on from a checkpoint.pt")
+            self.start = load(self.source, config.device, "agent", "policy", "config", "rows")
         if self.resumed:
-            self.rows, old, new = self.start["rows"], self.start["config"], asdict(config)
+            self.rows, old, new = self.start["rows"], self.start["config"], vars(config)
             free = self.free | {"max_timesteps"} if new["max_timesteps"] >= old["max_timesteps"] else self.free
             changed = [f"{x} was {old[x]}, is {new[x]}" for x in old.keys() & new.keys() - free if old[x] != new[x]]
             if changed:
                 raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
-        elif os.path.exists(self.path / "metrics.csv"):
-            raise DataError(f"{self.path} holds a run without its checkpoint.pt; give another --run_id")
 
     @property
     def last_step(self) -> int:
         return self.rows[-1]["step"] if self.rows else 0
 
-    def restore(self, agent: Any, means: list[RunningMean]) -> None:
+    def restore(self, agent: Any, means: tuple[RunningMean, ...]) -> None:
         """Sets the agent to where the run starts, and of a resumed run all the rest. Raises DataError."""
+        if not self.start:
+            return
         try:
-            if self.start and self.start["policy"]["sizes"] != list(agent.actor.sizes):
+            if self.start["policy"]["sizes"] != list(agent.actor.sizes):
                 raise ValueError(f"{self.start['policy']['sizes']} there, {list(agent.actor.sizes)} here")
-            if self.start:
-                agent.load_state_dict(self.start["agent"])
+            agent.load_state_dict(self.start["agent"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise DataError(f"{self.source} holds another network than this run's: {str(error)[:200]}") from error
         if not self.resumed:
@@ -1019,12 +995,11 @@ class Run:
         if len(self.start["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
             self.rng.set_rng_state(self.start["random"].cpu())
 
-    def save(self, agent: Any, means: list[RunningMean]) -> None:
+    def save(self, agent: Any, means: tuple[RunningMean, ...]) -> None:
         """Raises DataError."""
         policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
-        state = {"config": asdict(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
+        state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()}
-        save(self.path / "checkpoint.pt", state)
         save(self.path / "policy.pt", policy)
         if self.config.keep_policies and agent.n_updates == self.last_step:
             save(self.path / f"policy-{agent.n_updates}.pt", policy)
@@ -1032,6 +1007,7 @@ class Run:
         writer.writeheader()
         writer.writerows(self.rows)
         save(self.path / "metrics.csv", text.getvalue())
+        save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
 
     def begin(self, agent: Any, task: Task) -> None:
         """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
@@ -1041,13 +1017,13 @@ class Run:
         print(f"{self.path}: {span}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
         options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
-        limits = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
+        limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
         # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
         try:
             asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
             mode = None if asked or wandb.login(prompt=False, verify=False) else "disabled"
-            self.wandb = wandb.init(**options, config=asdict(config), resume="allow", settings=limits, mode=mode)
+            self.wandb = wandb.init(**options, config=vars(config), resume="allow", settings=limits, mode=mode)
         except Exception as error:  # no account, no network, no disk
             print(f"warning: W&B is off for this run: {' '.join(str(error).split())}", file=sys.stderr)
             self.wandb = wandb.init(mode="disabled")

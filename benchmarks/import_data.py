@@ -1,0 +1,749 @@
+r"""Make a local Minari dataset, the one format that the training scripts read, from
+
+D4RL's files by name, downloaded where they are not in $D4RL_DATASET_DIR (default ~/.d4rl/datasets):
+
+    python benchmarks/import_data.py hopper-medium-v2 walker2d-medium-v2
+    python benchmarks/import_data.py --all locomotion
+
+an HDF5 file of D4RL's layout (observations, actions, rewards, terminals; timeouts or next_observations where known):
+
+    python benchmarks/import_data.py robot.hdf5 --id mine/robot-v0 --eval_env Hopper-v5
+
+a table of logged data, CSV or Parquet, a row a step:
+
+    python benchmarks/import_data.py shop.csv --id mine/shop-v0 --episode customer --step time \
+        --observations 'x_*' country --actions discount --reward profit --terminal left
+
+It goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets). Numbers are stored as float32, and rows whose next
+observation is not known are dropped and counted. Exit status: 0 stored, 1 the data cannot be used, 2 a bad command
+line; an error is one line on stderr and stores nothing.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import fnmatch
+import functools
+import math
+import os
+import shlex
+import sys
+import textwrap
+import urllib.request
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import collect
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+READ_SECONDS = 10  # that a server may be silent
+LARGEST = 1e15  # beyond it squares overflow float32
+MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
+MAX_ACTIONS = 100_000  # values of a discrete action, as many as the scripts take
+MAX_CATEGORIES = 1000  # of a text column
+TOLERANCE = 1e-3  # of the range, by which an action may be outside: rounding
+DOMAINS = {
+    "locomotion": ("halfcheetah", "hopper", "walker2d", "ant"),
+    "adroit": ("pen", "hammer", "door", "relocate"),
+} | {name: (name,) for name in ("antmaze", "maze2d", "kitchen", "bullet", "flow", "carla", "minigrid")}
+REFERENCE_SCORES = {  # D4RL's task -> returns that score 0 and 100
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "pen": (96.262799, 3076.8331017826877),
+    "hammer": (-274.856578, 12794.134825156867),
+    "door": (-56.512833, 2880.5693087298737),
+    "relocate": (-6.425911, 4233.877797728884),
+    "kitchen": (0.0, 4.0),
+    "antmaze": (0.0, 1.0),
+    "maze2d-open": (0.01, 20.66),
+    "maze2d-umaze": (23.85, 161.86),
+    "maze2d-medium": (13.13, 277.39),
+    "maze2d-large": (6.7, 273.99),
+    "maze2d-open-dense": (11.17817, 27.166538620695782),
+    "maze2d-umaze-dense": (68.537689, 193.66285642381482),
+    "maze2d-medium-dense": (44.264742, 297.4552547777125),
+    "maze2d-large-dense": (30.569041, 303.4857382709002),
+    "bullet-halfcheetah": (-1275.766996, 2381.6725),
+    "bullet-hopper": (20.058972, 1441.8059623430963),
+    "bullet-walker2d": (16.523877, 1623.6476303317536),
+    "bullet-ant": (373.705955, 2650.495),
+    "bullet-maze2d-open": (8.75, 64.15),
+    "bullet-maze2d-umaze": (32.46, 153.99),
+    "bullet-maze2d-medium": (14.87, 238.05),
+    "bullet-maze2d-large": (1.82, 285.92),
+    "flow-ring": (-165.22, 24.42),
+    "flow-merge": (118.67993, 330.03179),
+    "carla-lane": (-0.8503839912088142, 1023.5784385429523),
+    "carla-town": (-114.81579500772153, 2440.1772022247314),
+    "carla-town-full": None,
+    "minigrid-fourrooms": (0.01442, 2.89685),
+}
+# The Gymnasium environment of the same observations. D4RL's mazes have other coordinates than Gymnasium-Robotics', and
+# its kitchen other observations.
+D4RL_ENVIRONMENTS = {
+    "halfcheetah": "HalfCheetah-v5",
+    "hopper": "Hopper-v5",
+    "walker2d": "Walker2d-v4",  # v5 changed the friction of a foot
+    "ant": "Ant-v4",  # v5 observes contact forces
+    "pen": "AdroitHandPen-v1",
+    "hammer": "AdroitHandHammer-v1",
+    "door": "AdroitHandDoor-v1",
+    "relocate": "AdroitHandRelocate-v1",
+}
+# D4RL's longest episodes, by the start of a name; 1000 steps elsewhere.
+D4RL_STEPS = {
+    "pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280, "antmaze-umaze": 700, "maze2d-open": 150,
+    "maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "minigrid": 50, "flow-ring": 500,
+    "flow-merge": 750, "carla-lane": 250,
+}  # fmt: skip
+
+
+class DataError(ValueError):
+    """Data that cannot be imported, told in one line."""
+
+
+@dataclass
+class Recording:
+    """Steps in the order of their episodes, which follow each other; what is not known is None."""
+
+    observations: np.ndarray  # [n, ...]
+    actions: np.ndarray  # [n] or [n, A]
+    rewards: np.ndarray  # [n]
+    terminals: np.ndarray  # [n], the next state is terminal
+    timeouts: np.ndarray = None  # [n], the episode ends here all the same
+    next_observations: np.ndarray = None  # [n, ...]
+    action_low: np.ndarray = None  # [A]
+    action_high: np.ndarray = None  # [A]
+    rows: np.ndarray = None  # [n], which row of a table each is
+    names: dict = field(default_factory=dict)  # of columns and categories, for the metadata
+    notes: list = field(default_factory=list)  # sentences for the user and the metadata
+
+    def note(self, text):
+        print(textwrap.shorten(text, 600, placeholder=" ..."))
+        self.notes.append(text)
+
+
+# ---------------------------------------------------------------------------------------------------- D4RL's names
+
+
+def d4rl_files():
+    """Name of each D4RL dataset -> its file below D4RL_URL, without .hdf5."""
+    files = {}
+    for task in DOMAINS["locomotion"]:
+        for kind in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):
+            file = f"{task}_{kind}".replace("-", "_")
+            files |= {f"{task}-{kind}-v{i}": f"gym_mujoco_v{i}/{file}-v{i}" for i in (1, 2)}
+            if kind != "full-replay":
+                old_file = file.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
+                files[f"{task}-{kind}-v0"] = f"gym_mujoco/{old_file}"
+                files[f"bullet-{task}-{kind}-v0"] = f"bullet/bullet-{file}"
+    adroit = {"human": "-v0_demos_clipped", "cloned": "-demos-v0-bc-combined", "expert": "-v0_expert_clipped"}
+    for task in DOMAINS["adroit"]:
+        for kind, end in adroit.items():
+            files[f"{task}-{kind}-v0"] = f"hand_dapg/{task}{end}"
+            files[f"{task}-{kind}-v1"] = f"hand_dapg_v1/{task}-{kind}-v1"
+    for maze, starts, goals in (
+        ("umaze", False, False), ("umaze-diverse", True, True), ("medium-play", True, False),
+        ("medium-diverse", True, True), ("large-play", True, False), ("large-diverse", True, True),
+    ):  # fmt: skip
+        size = {"umaze": "u", "medium": "big", "large": "hardest"}[maze.split("-")[0]]
+        file = f"Ant_maze_{size}-maze_noisy_multistart_{starts}_multigoal_{goals}_sparse"
+        files |= {f"antmaze-{maze}-v0": f"ant_maze_new/{file}", f"antmaze-{maze}-v2": f"ant_maze_v2/{file}_fixed"}
+    for maze, version in (("open", ""), ("umaze", "-v1"), ("medium", "-v1"), ("large", "-v1")):
+        files[f"bullet-maze2d-{maze}-v0"] = f"bullet/bullet-maze2d-{maze}-sparse"
+        for name in (maze, f"eval-{maze}")[: 2 if version else 1]:
+            files[f"maze2d-{name}{version or '-v0'}"] = f"maze2d/maze2d-{name}-sparse{version}"
+            files[f"maze2d-{name}-dense{version or '-v0'}"] = f"maze2d/maze2d-{name}-dense{version}"
+    return files | {
+        "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0",
+        "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0",
+        "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0",
+        "carla-lane-v0": "carla/carla_lane_follow_flat-v0",
+        "carla-town-v0": "carla/carla_town_subsamp_flat-v0",
+        "carla-town-full-v0": "carla/carla_town_flat-v0",
+        "flow-ring-random-v0": "flow/flow-ring-v0-random",
+        "flow-ring-controller-v0": "flow/flow-ring-v0-idm",
+        "flow-merge-random-v0": "flow/flow-merge-v0-random",
+        "flow-merge-controller-v0": "flow/flow-merge-v0-idm",
+        "minigrid-fourrooms-v0": "minigrid/minigrid4rooms",
+        "minigrid-fourrooms-random-v0": "minigrid/minigrid4rooms_random",
+    }
+
+
+def d4rl_domain(domain):
+    """The newest version of each D4RL dataset of a domain."""
+    names = sorted(name for name in d4rl_files() if name.split("-")[0] in DOMAINS[domain])
+    return list({name.rsplit("-v", 1)[0]: name for name in names}.values())
+
+
+def d4rl_task(name):
+    """Its longest name in REFERENCE_SCORES; None where D4RL has no scores."""
+    return max((task for task in REFERENCE_SCORES if name.startswith(f"{task}-")), key=len, default=None)
+
+
+def d4rl_steps(name):
+    task = name.replace("bullet-", "").replace("eval-", "")
+    return next((steps for start, steps in D4RL_STEPS.items() if task.startswith(start)), 1000)
+
+
+def d4rl_file(name):
+    """The file of a D4RL name in $D4RL_DATASET_DIR, from D4RL's server where it is missing."""
+    url = f"{D4RL_URL}/{d4rl_files()[name]}.hdf5"
+    folder = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+    path = Path(folder, url.rsplit("/", 1)[-1])
+    if os.path.exists(path):
+        return path
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    print(f"{path} is not there: downloading {url}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download(url, partial)
+        os.replace(partial, path)
+    except Exception as error:  # of the network, the disk, h5py
+        raise DataError(f"{url} cannot be downloaded ({error}); put the file at {path}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return path
+
+
+def download(url, path):
+    with urllib.request.urlopen(url, timeout=READ_SECONDS) as response, open(path, "wb") as file:
+        size = int(response.headers.get("Content-Length") or 0)
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+    h5py.File(path).close()  # raises where a part is missing
+
+
+# --------------------------------------------------------------------------------------------------- reading a file
+
+
+def check_numbers(values, column):
+    """Raises DataError for NaN, infinity and numbers beyond LARGEST."""
+    if values.size and not (values.min() > -LARGEST and values.max() < LARGEST):
+        row, *place = np.argwhere(~(np.abs(values) < LARGEST))[0].tolist()
+        column += "".join(f"[{i}]" for i in place)
+        raise DataError(f"{column} is {values[row, *place]:g} in row {row} (from 0): mend or remove such rows")
+
+
+def check_flags(values, column):
+    if (bad := ~np.isin(values, (0, 1))).any():
+        row = bad.argmax()
+        raise DataError(f"{column} is {values[row]} in row {row} (from 0): it must be 0 or 1")
+
+
+def check_layout(columns, present):
+    """Raises DataError for HDF5 datasets that are not D4RL's, before they are read."""
+    if missing := {"observations", "actions", "rewards", "terminals"} - columns.keys():
+        raise DataError(f"it lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(present)) or 'nothing'}")
+    for key, column in columns.items():
+        n_axes = {"observations": (2, 3, 4), "next_observations": (2, 3, 4), "actions": (1, 2)}.get(key, (1,))
+        n_axes = (0, 1) if key in ("action_low", "action_high") else n_axes
+        if column.ndim not in n_axes or 0 in column.shape[1:]:
+            axes = " or ".join(map(str, n_axes))
+            raise DataError(f"{key} has shape {column.shape}: it must have {axes} axes, the first of rows")
+        if column.ndim > 2 and math.prod(column.shape[1:]) > MAX_GRID:
+            raise DataError(f"{key} has shape {column.shape}, of images: the scripts take vectors and small grids")
+        if column.dtype.kind not in "biuf":
+            raise DataError(f"{key} is of type {column.dtype}: store numbers")
+        if column.is_virtual or column.external:  # whose rows are elsewhere, and zeros where they are not
+            raise DataError(f"{key} is a virtual dataset: store the numbers in this file")
+    n_bytes = 4 * sum(column.size for column in columns.values())
+    if n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise DataError(f"it declares {n_bytes / 1e9:,.0f} GB, more than this machine's memory")
+    lengths = {key: len(column) for key, column in columns.items() if not key.startswith("action_")}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"all must have as many rows: {', '.join(f'{key} {n}' for key, n in lengths.items())}")
+    sizes = [columns[key].shape for key in ("observations", "next_observations") if key in columns]
+    if len(set(sizes)) > 1:
+        raise DataError(f"observations and next_observations differ in shape: {sizes[0]} and {sizes[1]}")
+
+
+def read_hdf5(path):
+    keys = [key for key in Recording.__annotations__ if key not in ("rows", "names", "notes")]
+    try:
+        with h5py.File(path) as file:
+            columns = {key: file[key] for key in keys if isinstance(file.get(key), h5py.Dataset)}
+            check_layout(columns, file)
+            for key, column in columns.items():
+                whole = key == "actions" and column.dtype.kind in "biu"
+                columns[key] = column.astype(np.int64 if whole else np.float32)[()]
+    except DataError:
+        raise
+    except Exception as error:  # h5py raises nearly anything for a damaged file
+        raise DataError(f"it is damaged or no HDF5 file: {error}") from error
+    for key, column in columns.items():
+        if key in ("terminals", "timeouts"):
+            check_flags(column, key)
+            columns[key] = column.astype(bool)
+        else:
+            check_numbers(np.atleast_1d(column), key)
+    return Recording(**columns)
+
+
+def pick(patterns, columns, role, taken=()):
+    """The columns that names and glob patterns mean, in their order; a pattern passes over those taken."""
+    picked = []
+    for pattern in patterns:
+        found = [pattern] if pattern in columns else [x for x in fnmatch.filter(columns, pattern) if x not in taken]
+        if not found or role not in ("observations", "actions") and found != [pattern]:
+            has = textwrap.shorten(", ".join(columns), 300, placeholder=" ...")
+            raise DataError(f"--{role} {pattern}: there is no such column; the table has {has}")
+        picked += found
+    return list(dict.fromkeys(picked))
+
+
+def open_table(path):
+    """The names of a table's columns, and a function that reads some of them."""
+    import pandas
+
+    if not {".parquet", ".pq"} & set(path.suffixes):
+        names = list(pandas.read_csv(path, nrows=0).columns)
+        return names, lambda columns: pandas.read_csv(path, usecols=columns, low_memory=False)
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError("Parquet needs pyarrow: pip install -r requirements-extra.txt, or store it as CSV") from error
+    names = pyarrow.parquet.read_schema(path).names
+    return names, lambda columns: pandas.read_parquet(path, columns=columns)
+
+
+def read_table(path, args):
+    roles = {role: getattr(args, role) for role in ("episode", "step", "reward", "terminal", "timeout")}
+    roles = {role: name for role, name in roles.items() if name is not None}
+    try:
+        names, read = open_table(path)
+        for role, name in roles.items():
+            pick([name], names, role)
+        actions = pick(args.actions, names, "actions", roles.values())
+        observations = pick(args.observations, names, "observations", [*roles.values(), *actions])
+        table = read(list(dict.fromkeys([*roles.values(), *actions, *observations])))
+    except DataError:
+        raise
+    except Exception as error:  # pandas and pyarrow have many
+        raise DataError(f"it is damaged or no table: {error}") from error
+    told = {name for role, name in roles.items() if role not in ("episode", "step")} | {*actions}
+    if known := [name for name in observations if name in told]:
+        raise DataError(f"column {known[0]} cannot be an observation: it is an action, the reward or a flag")
+    for name in table:
+        if (empty := table[name].isna().to_numpy()).any():
+            raise DataError(f"column {name} is empty in row {empty.argmax()} (from 0): fill or remove such rows")
+    return order_table(table, roles, actions, observations)
+
+
+def order_table(table, roles, action_names, observation_names):
+    """A Recording of the rows, by episode in the order of their first rows, and by step."""
+    import pandas
+
+    observations, labels = encode_observations(table[observation_names])
+    actions, categories = encode_actions(table[action_names])
+    rewards, texts = read_column(table[roles["reward"]])
+    if texts:
+        raise DataError(f"column {roles['reward']} is text or truth values: rewards are numbers")
+    flags = {role: read_flags(table[roles[role]]) for role in ("terminal", "timeout") if role in roles}
+    episodes = pandas.factorize(table[roles["episode"]])[0]
+    steps, span = read_steps(table[roles["step"]]) if "step" in roles else (np.arange(len(table)), "the file's order")
+    order = np.lexsort((steps, episodes))
+    episodes, steps, terminals = episodes[order], steps[order], flags["terminal"][order]
+    recording = Recording(observations[order], actions[order], np.float32(rewards)[order], terminals, rows=order)
+    goes_on = np.append(episodes[1:] == episodes[:-1], False)[: len(table)]
+    recording.timeouts = ~goes_on & ~terminals
+    if "timeout" in flags:
+        recording.timeouts |= flags["timeout"][order]
+    recording.names = {"observation_names": labels, "action_names": action_names, "action_categories": categories}
+    recording.note(f"{len(table):,} rows, {(~goes_on).sum():,} episodes by {roles['episode']}; steps: {span}.")
+    if ties := (goes_on[:-1] & (steps[1:] == steps[:-1])).sum():
+        recording.note(f"{ties:,} rows have the same step as the row before: they keep the file's order.")
+    if early := (terminals & goes_on).sum():
+        recording.note(f"{early:,} terminal rows are not their episode's last: it is split there.")
+    recording.note(f"Observations ({len(labels)}): {', '.join(labels)}.")
+    for name, texts in categories.items():
+        recording.note(f"Actions of {name}: {', '.join(f'{i} is {text}' for i, text in enumerate(texts))}.")
+    return recording
+
+
+def encode_observations(table):
+    """[n, O] with text and truth values one-hot, and a label for each number."""
+    columns, labels = [], []
+    for name in table:
+        values, texts = read_column(table[name])
+        columns.append(np.float32(values)[:, None] if texts is None else np.eye(len(texts), dtype=np.float32)[values])
+        labels += [name] if texts is None else [f"{name}={text}" for text in texts]
+    return np.concatenate(columns, axis=1), labels
+
+
+def encode_actions(table):
+    """[n, A], integers where all columns are integers or categories, and the categories of each column of text."""
+    columns = {name: read_column(table[name]) for name in table}
+    categories = {name: texts for name, (_, texts) in columns.items() if texts is not None}
+    actions = np.stack([values for values, _ in columns.values()], axis=1)
+    if categories and actions.dtype.kind == "f":
+        raise DataError(f"actions {', '.join(columns)} mix text and real numbers: a script takes one kind")
+    return actions if actions.dtype.kind == "i" else np.float32(actions), categories
+
+
+def read_column(column):
+    """Numbers and None; or, of text and truth values, the number of each one's category, and the categories."""
+    import pandas
+
+    name, kind = f"column {column.name}", pandas.api.types.infer_dtype(column)
+    if kind == "decimal":
+        column = column.astype(float)
+    if pandas.api.types.is_numeric_dtype(column) and kind != "boolean":
+        values = column.to_numpy(np.int64 if kind == "integer" else np.float64)
+        check_numbers(values, name)
+        return values, None
+    if kind not in ("string", "boolean", "categorical", "empty"):
+        raise DataError(
+            f"{name} is {kind}: store numbers (of times: such as the hours since the episode began) or text"
+        )
+    texts = column.astype(str)
+    stray = pandas.to_numeric(texts, errors="coerce").isna().to_numpy()
+    if stray.any() and not stray.all():
+        row = stray.argmax()
+        raise DataError(f"{name} has text among numbers, {texts.iloc[row]!r} in row {row} (from 0): mend such rows")
+    codes, categories = pandas.factorize(texts, sort=True)
+    if stray.any() and pandas.to_datetime(categories, format="ISO8601", errors="coerce", utc=True).notna().all():
+        raise DataError(f"{name} holds times: store numbers, such as the hours since the episode began")
+    if len(categories) > MAX_CATEGORIES:
+        raise DataError(f"{name} has {len(categories):,} different texts: leave it out, or store numbers")
+    return codes.astype(np.int64), list(categories)
+
+
+def read_flags(column):
+    values, texts = read_column(column)
+    if texts is None:
+        check_flags(values, f"column {column.name}")
+        return values.astype(bool)
+    if not set(texts) <= {"False", "True"}:
+        raise DataError(f"column {column.name} is {str(column.iloc[0])!r} in row 0: it must be 0 or 1")
+    return (np.array(texts) == "True")[values]
+
+
+def read_steps(column):
+    """The rank of each row by a column of numbers, times, or text that is a time; and from where to where it goes."""
+    import pandas
+
+    if pandas.api.types.is_object_dtype(column) or pandas.api.types.is_string_dtype(column):
+        try:
+            with warnings.catch_warnings(action="error"):  # of a format that pandas would guess row by row
+                try:
+                    column = pandas.to_datetime(column, format="ISO8601", utc=True)
+                except ValueError:
+                    column = pandas.to_datetime(column, utc=True)
+        except (ValueError, TypeError, UserWarning) as error:
+            raise DataError(f"column {column.name} is neither numbers nor times: {error}") from error
+    return pandas.factorize(column, sort=True)[0], f"{column.min()} to {column.max()}"
+
+
+# ----------------------------------------------------------------------------------- from rows to a Minari dataset
+
+
+def find_episodes(recording, limit):
+    """Which rows end an episode [n], and which have a known next observation [n]; notes what changes."""
+    terminals, following, n = recording.terminals, recording.next_observations, len(recording.rewards)
+    if following is not None:
+        differs = (following[:-1] != recording.observations[1:]).reshape(n - 1, -1).any(axis=1)
+        flagged = terminals if recording.timeouts is None else terminals | recording.timeouts
+        if splits := (differs & ~flagged[:-1]).sum() * (recording.timeouts is not None):
+            recording.note(f"{splits:,} episodes were split, where the next observation is not the next row's.")
+        return flagged | np.append(differs, True), np.ones(n, bool)
+    if recording.timeouts is None:
+        recording.note(f"No timeouts and no next_observations: episodes are taken to end after {limit:,} steps.")
+        rows = np.arange(n)
+        starts = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
+        recording.timeouts = (rows - starts) % limit == limit - 1
+    unknown = recording.timeouts & ~terminals
+    unknown[-1] = not terminals[-1]
+    if unknown.any():
+        recording.note(f"{unknown.sum():,} rows were dropped: time-outs, and ends, without a next observation.")
+    if terminals.any():
+        recording.note(f"{terminals.sum():,} terminal rows without a next observation: their own is repeated.")
+    return terminals | unknown, ~unknown
+
+
+def make_buffers(recording, ends, known):
+    """The episodes, one at a time: [T + 1] observations, [T] of the rest."""
+    following = recording.observations if recording.next_observations is None else recording.next_observations
+    timeouts, start = np.zeros_like(ends) if recording.timeouts is None else recording.timeouts, 0
+    with tqdm(total=len(ends), unit="row", unit_scale=True, disable=None) as bar:
+        for last in np.flatnonzero(ends):
+            rows = slice(start, last + known[last])
+            bar.update(last + 1 - start)
+            start = last + 1
+            if rows.start == rows.stop:
+                continue
+            truncations = timeouts[rows].copy()
+            truncations[-1] |= not recording.terminals[rows][-1]
+            yield EpisodeBuffer(
+                observations=np.concatenate([recording.observations[rows], following[last : last + 1]]),
+                actions=recording.actions[rows],
+                rewards=recording.rewards[rows],
+                terminations=recording.terminals[rows],
+                truncations=truncations,
+            )
+
+
+def n_numbers(space):
+    """Of an observation as the scripts flatten it."""
+    if isinstance(space, gym.spaces.Dict):
+        return sum(map(n_numbers, space.values()))
+    if isinstance(space, (gym.spaces.Discrete, gym.spaces.Text)):
+        return int(getattr(space, "n", 0))
+    return math.prod(space.shape or ())
+
+
+def evaluation(env_id, limit, recording):
+    """The environment's specification, with this limit of steps where there is one, and its action space."""
+    gym.logger.min_level = gym.logger.ERROR  # else it warns of later versions
+    try:
+        collect.register(env_id)
+        with warnings.catch_warnings(action="ignore"):
+            env = gym.make(env_id, disable_env_checker=True)
+        spec = copy.deepcopy(gym.spec(env_id))
+        spec.max_episode_steps = limit or spec.max_episode_steps
+        spec.to_json()  # Minari stores it, and fails where the entry point is no string
+    except Exception as error:  # Gymnasium's own errors, a missing package, a simulator of another version
+        raise DataError(f"{env_id} cannot be used ({error!r}): name another --eval_env, or none") from error
+    env.close()
+    sizes = math.prod(recording.observations.shape[1:]), n_numbers(env.observation_space)
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"observations have {sizes[0]} numbers, {env_id}'s {sizes[1]}: name another --eval_env, or none"
+        )
+    return spec, env.action_space
+
+
+def bounds_of(space):
+    """Lowest and highest action, [A] each; None where the space has none."""
+    if isinstance(space, gym.spaces.Box) and space.is_bounded():
+        return space.low.ravel(), space.high.ravel()
+    if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
+        low = np.ravel(space.start)
+        return low, low + np.ravel(getattr(space, "nvec", getattr(space, "n", 0))) - 1
+    return None
+
+
+def choose_bounds(actions, given, space, discrete):
+    """Lowest and highest action, [A] each, and where they come from."""
+    low, high = actions.min(axis=0), actions.max(axis=0)
+    if given is not None:
+        bounds, source = given, "as given"
+    elif (bounds := bounds_of(space)) is not None:
+        source = "the environment's"
+    elif not discrete and max(high.max(), -low.min()) <= 1 + 2 * TOLERANCE:
+        bounds, source = (-1, 1), "the data fit there; --action_low and --action_high name others"
+    else:
+        bounds, source = (low, high), "the data's range; --action_low and --action_high name others"
+        if discrete:
+            source += ", --action_kind continuous takes them as real numbers"
+    bounds = [np.ravel(bound).astype(np.float64) for bound in bounds]
+    if wrong := [bound.size for bound in bounds if bound.size not in (1, len(low))]:
+        raise DataError(
+            f"actions have {len(low)} columns, and {wrong[0]} bounds: action_low and action_high need as many"
+        )
+    bounds = [np.broadcast_to(bound, low.shape) for bound in bounds]
+    if discrete and (np.rint(bounds) != bounds).any():
+        raise DataError(f"discrete actions need whole bounds, not {bounds[0]} to {bounds[1]}")
+    if not (np.isfinite(bounds).all() and (bounds[0] < bounds[1] + discrete).all()):
+        raise DataError(f"actions from {bounds[0]} to {bounds[1]} have no range: give --action_low and --action_high")
+    return *bounds, source
+
+
+def fit_actions(recording, args, space):
+    """The space of the actions, which come into its form: whole numbers are Discrete or MultiDiscrete, others a Box."""
+    actions = recording.actions.reshape(len(recording.actions), -1)  # [n, A]
+    columns = recording.names.get("action_names") or [f"actions[{i}]" for i in range(actions.shape[1])]
+
+    def refuse(bad, reason):
+        row, column = np.argwhere(bad)[0]
+        place = row if recording.rows is None else recording.rows[row]
+        raise DataError(f"{columns[column]} is {actions[row, column]:g} in row {place} (from 0): {reason}")
+
+    given = args.action_low or recording.action_low, args.action_high or recording.action_high
+    given = None if given[0] is None else given
+    integers, fractions = actions.dtype.kind == "i", actions != np.rint(actions)
+    discrete = not fractions.any() and (integers or given is None)
+    if space is not None:
+        discrete = not isinstance(space, gym.spaces.Box)
+    if args.action_kind:
+        discrete = args.action_kind == "discrete"
+    if discrete and fractions.any():
+        refuse(fractions, "discrete actions are whole numbers")
+    one_hot = actions.shape[1] > 1 and actions.min() >= 0 and (actions.sum(axis=1) == 1).all()
+    if discrete and one_hot and given is None and space is None:
+        raise DataError("actions are one-hot: store the number of each action (or give action_low and action_high)")
+    low, high, source = choose_bounds(actions, given, space, discrete)
+    span = " to ".join(f"{x[0]:g}" if len({*x}) == 1 else str(x) for x in (low, high))
+    margin = 0 if discrete else TOLERANCE * (high - low)
+    if (actions.min(axis=0) < low - margin).any() or (actions.max(axis=0) > high + margin).any():
+        outside = (actions < low - margin) | (actions > high + margin)
+        refuse(outside, f"outside {span} ({source}); --action_low and --action_high set the bounds")
+    if discrete and np.prod(high - low + 1) > MAX_ACTIONS:
+        raise DataError(f"actions {span} are more than {MAX_ACTIONS:,} in all: --action_kind continuous?")
+    kind = "whole numbers" if discrete else "real numbers"
+    recording.note(f"Actions: {len(low)} column{'s' * (len(low) > 1)} of {kind}, {span} ({source}).")
+    if not discrete:
+        recording.actions = np.float32(actions)
+        return gym.spaces.Box(np.float32(low), np.float32(high))
+    recording.actions = actions.astype(np.int64)
+    low, sizes = low.astype(np.int64), (high - low + 1).astype(np.int64)
+    if len(low) > 1:
+        return gym.spaces.MultiDiscrete(sizes, start=low)
+    recording.actions = recording.actions[:, 0]
+    return gym.spaces.Discrete(sizes[0], start=low[0])
+
+
+def import_dataset(source, dataset_id, args):
+    root, path, task = collect.free_place(dataset_id, args.force), Path(source), None
+    env_id, limit = args.eval_env, args.max_episode_steps
+    if source in d4rl_files():
+        path, task = d4rl_file(source), d4rl_task(source)
+        env_id, limit = env_id or D4RL_ENVIRONMENTS.get(task), limit or d4rl_steps(source)
+    if not path.is_file():
+        raise DataError("there is no such file")
+    recording = read_table(path, args) if is_table(path) else read_hdf5(path)
+    if len(recording.rewards) == 0:
+        raise DataError("it has no rows")
+    spec, space = evaluation(env_id, limit, recording) if env_id not in (None, "none") else (None, None)
+    action_space = fit_actions(recording, args, space)
+    ends, known = find_episodes(recording, limit or 1000)
+    if not known.any():
+        raise DataError("no transition has a known next observation")
+    scores = args.ref_min_score, args.ref_max_score
+    if None in scores:
+        scores = REFERENCE_SCORES.get(task) or (spec and collect.REFERENCE_SCORES.get(spec.id.rsplit("-v", 1)[0]))
+    if spec is None:
+        recording.note("No environment: runs train without evaluation, unless --eval_env names one.")
+    collect.store(
+        dataset_id,
+        make_buffers(recording, ends, known),
+        root,
+        added=recording.names | dict(zip(("ref_min_score", "ref_max_score"), scores or ())),
+        eval_env=spec,
+        observation_space=gym.spaces.Box(-np.inf, np.inf, recording.observations.shape[1:]),
+        action_space=action_space,
+        description=f"{args.command}: {' '.join(recording.notes)}",
+    )
+    evaluated = f", evaluated in {spec.id}, at most {spec.max_episode_steps} steps" if spec else ""
+    scored = f", score 0 at {scores[0]:g} and 100 at {scores[1]:g}" if scores else ""
+    print(
+        f"{dataset_id}: {known.sum():,} transitions, {ends.sum():,} episodes{evaluated}{scored}, in {root / dataset_id}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+fail = functools.partial(collect.fail, program="import_data.py")
+
+
+def is_table(source):
+    return bool({".csv", ".parquet", ".pq"} & set(Path(source).suffixes))
+
+
+def is_file(source):
+    return is_table(source) or Path(source).suffix in (".hdf5", ".h5") or os.path.exists(source)
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="import_data.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: fail(2, message)
+    add = parser.add_argument
+    add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv or .parquet file")
+    add("--all", choices=DOMAINS, help="the newest version of each of D4RL's datasets of a domain, but for those here")
+    add("--id", metavar="DATASET_ID", help="Minari id for a file: namespace/name-v0 (of D4RL names: d4rl/<name>)")
+    add("--force", action="store_true", help="replace an existing dataset")
+    add("--eval_env", metavar="GYM_ID", help="Gymnasium environment to evaluate in; none: no D4RL task's either")
+    add(
+        "--max_episode_steps", type=int, help="of an evaluation; and where a file tells no ends of episodes (then 1000)"
+    )
+    add("--ref_min_score", type=float, help="return of score 0; D4RL's tasks have a default")
+    add("--ref_max_score", type=float, help="return of score 100; give both or neither")
+    add("--action_kind", choices=("continuous", "discrete"), help="default: the environment's, else whole are discrete")
+    add("--action_low", type=float, nargs="+", help="lowest action, of all columns or each")
+    add("--action_high", type=float, nargs="+", help="highest action, of all columns or each")
+    table = parser.add_argument_group(
+        "tables", "a row a step; rows of an episode need not follow each other"
+    ).add_argument
+    table("--episode", metavar="COLUMN", help="what rows of an episode share")
+    table("--step", metavar="COLUMN", help="numbers or times, by which its rows are sorted; default: as in the file")
+    table("--observations", nargs="+", metavar="COLUMN", help="names or patterns such as 'x_*'; text becomes one-hot")
+    table("--actions", nargs="+", metavar="COLUMN", help="names or patterns; text and whole numbers are discrete")
+    table("--reward", metavar="COLUMN", help="numbers")
+    table("--terminal", metavar="COLUMN", help="1 where the task ends after the row")
+    table("--timeout", metavar="COLUMN", help="1 where the recording ends after the row, but not the task")
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["import_data.py", *(sys.argv[1:] if argv is None else argv)])
+    check_arguments(args, parser.error)
+    return args
+
+
+def check_arguments(args, error):
+    files = [source for source in args.sources if source not in d4rl_files() and is_file(source)]
+    needed = ("episode", "observations", "actions", "reward", "terminal")
+    given = [name for name in (*needed, "step", "timeout") if getattr(args, name) is not None]
+    missing = [f"--{name}" for name in needed if name not in given]
+    low, high = args.ref_min_score, args.ref_max_score
+    unknown = [source for source in args.sources if source not in d4rl_files() and source not in files]
+    near = ", ".join(difflib.get_close_matches(unknown[0], d4rl_files(), cutoff=0)) if unknown else ""
+    rules = {
+        f"{unknown[:1]} is neither a file nor a D4RL name; the nearest are {near}": not unknown,
+        "name D4RL datasets or a file, or --all and a domain": bool(args.sources) != bool(args.all),
+        "a file is imported alone": not files or len(args.sources) == 1,
+        "--id and a file go together; D4RL's become d4rl/<name>": bool(files) == (args.id is not None),
+        f"{', '.join(f'--{name}' for name in given)}: for .csv and .parquet": not given or files and is_table(files[0]),
+        f"a table needs {', '.join(missing)}": not missing or not files or not is_table(files[0]),
+        "--max_episode_steps must be at least 1": args.max_episode_steps is None or args.max_episode_steps >= 1,
+        "--action_low and --action_high go together": (args.action_low is None) == (args.action_high is None),
+        "--ref_min_score and --ref_max_score go together: give both or neither": (low is None) == (high is None),
+        "--ref_min_score must be below --ref_max_score": None in (low, high) or -math.inf < low < high < math.inf,
+    }
+    for rule, kept in rules.items():
+        if not kept:
+            error(rule)
+    try:
+        parse_dataset_id(args.id or "d4rl/any-v0")
+    except (ValueError, TypeError):  # TypeError: without a version, minari 0.5.4
+        error(f"--id {args.id} is no Minari id: it looks like namespace/name-v0, of two letters or more each")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    for source in args.sources or d4rl_domain(args.all):
+        dataset_id = args.id or f"d4rl/{source}"
+        try:
+            if args.all and not args.force and (collect.get_dataset_path(dataset_id) / "data").is_dir():
+                print(f"{dataset_id} is here already")
+                continue
+            import_dataset(source, dataset_id, args)
+        except DataError as error:
+            fail(1, f"{source}: {error}")
+        except OSError as error:
+            fail(1, f"{dataset_id} cannot be stored: {error}")
+        except MemoryError:
+            fail(1, f"{source}: not enough memory")
+        except KeyboardInterrupt:
+            fail(130, "interrupted: nothing was stored")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""benchmarks/import_data.py: every transition is in the dataset, in order, or counted; bad data are one line."""
+
+import functools
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks import import_data
+
+ID = "test/new-v0"
+FILES = {  # some of every rule by which D4RL named its files
+    "halfcheetah-medium-expert-v2": "gym_mujoco_v2/halfcheetah_medium_expert-v2",
+    "walker2d-full-replay-v1": "gym_mujoco_v1/walker2d_full_replay-v1",
+    "hopper-medium-replay-v0": "gym_mujoco/hopper_mixed",
+    "walker2d-medium-replay-v0": "gym_mujoco/walker_mixed",
+    "bullet-hopper-medium-replay-v0": "bullet/bullet-hopper_medium_replay",
+    "pen-human-v0": "hand_dapg/pen-v0_demos_clipped",
+    "door-cloned-v0": "hand_dapg/door-demos-v0-bc-combined",
+    "hammer-expert-v0": "hand_dapg/hammer-v0_expert_clipped",
+    "relocate-human-v1": "hand_dapg_v1/relocate-human-v1",
+    "antmaze-umaze-v0": "ant_maze_new/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse",
+    "antmaze-large-diverse-v2": "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed",
+    "maze2d-open-dense-v0": "maze2d/maze2d-open-dense",
+    "maze2d-eval-large-dense-v1": "maze2d/maze2d-eval-large-dense-v1",
+    "bullet-maze2d-large-v0": "bullet/bullet-maze2d-large-sparse",
+    "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0",
+    "carla-town-v0": "carla/carla_town_subsamp_flat-v0",
+}
+SCORES = {
+    "hopper-full-replay-v2": (-20.272305, 3234.3), "halfcheetah-random-v0": (-280.178953, 12135.0),
+    "walker2d-medium-v1": (1.629008, 4592.3), "ant-expert-v2": (-325.6, 3879.7), "antmaze-umaze-v2": (0, 1),
+    "maze2d-large-v1": (6.7, 273.99), "maze2d-large-dense-v1": (30.569041, 303.4857382709002),
+    "maze2d-eval-large-v1": None, "carla-town-full-v0": None, "bullet-ant-expert-v0": (373.705955, 2650.495),
+    "kitchen-mixed-v0": (0, 4), "pen-human-v1": (96.262799, 3076.8331017826877),
+}  # fmt: skip
+ENVIRONMENTS = {
+    "halfcheetah-medium-v2": ("HalfCheetah-v5", 17, 6, 1000), "hopper-medium-v2": ("Hopper-v5", 11, 3, 1000),
+    "walker2d-medium-v2": ("Walker2d-v4", 17, 6, 1000), "ant-medium-v2": ("Ant-v4", 27, 8, 1000),
+    "pen-human-v1": ("AdroitHandPen-v1", 45, 24, 100), "door-human-v1": ("AdroitHandDoor-v1", 39, 28, 200),
+    "hammer-human-v1": ("AdroitHandHammer-v1", 46, 26, 200),
+    "relocate-human-v1": ("AdroitHandRelocate-v1", 39, 30, 200), "maze2d-umaze-v1": (None, 4, 2, None),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setattr(import_data, "D4RL_URL", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
+    return tmp_path / "minari"
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        status = 0
+        try:
+            import_data.main([*map(str, arguments)])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def columns(n=12, **changes):
+    """n rows whose observations and rewards tell the row's number; None leaves a column out."""
+    rows = np.arange(n, dtype=np.float32)
+    made = {
+        "observations": np.stack([rows, 10 * rows, rows / 7], axis=1),
+        "actions": np.random.default_rng(0).uniform(-1, 1, (n, 2)).astype(np.float32),
+        "rewards": rows,
+        "terminals": np.zeros(n, bool),
+        "timeouts": np.zeros(n, bool),
+    }
+    return {key: value for key, value in (made | changes).items() if value is not None}
+
+
+def write(path="data.hdf5", n=12, **changes):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for key, value in columns(n, **changes).items():
+            file[key] = value
+        file["infos/action_log_probs"] = np.zeros(n)
+    return path
+
+
+def flags(n, *places):
+    return np.isin(np.arange(n), places)
+
+
+def read(name=ID):
+    """(observations, actions, rewards, next_observations, terminals, timeouts), with the episodes' lengths."""
+    episodes = [*minari.load_dataset(name).iterate_episodes()]
+    parts = [(x.observations[:-1], x.actions, x.rewards, x.observations[1:], x.terminations, x.truncations)
+             for x in episodes]  # fmt: skip
+    return [np.concatenate(column) for column in zip(*parts)], [len(x.rewards) for x in episodes]
+
+
+def metadata(name=ID):
+    return minari.load_dataset(name).storage.metadata
+
+
+@given(data=st.data(), n=st.integers(2, 25), following=st.booleans(), flagged=st.booleans(), limit=st.integers(1, 8))
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_transitions_are_those_of_a_slow_reading(run, data, n, following, flagged, limit):
+    """Row by row: where the next state is known, which, and where an episode ends."""
+    some = st.lists(st.integers(0, 3).map(lambda x: x == 0), min_size=n, max_size=n)
+    terminals, timeouts, breaks = (np.array(data.draw(some)) for _ in range(3))
+    table = columns(n, terminals=terminals, timeouts=timeouts if flagged else None)
+    jumps = terminals | timeouts | breaks | flags(n, n - 1)
+    if following:
+        table["next_observations"] = np.where(jumps[:, None], -7, np.roll(table["observations"], -1, axis=0))
+    expected, lengths, dropped, since = [], [0], 0, 0
+    for i in range(n):
+        since += 1
+        out = jumps[i] if following else timeouts[i] if flagged else since == limit
+        ended = terminals[i] or out or i == n - 1
+        if following or terminals[i] or not ended:
+            step = i + 1 if i + 1 < n and not ended else i
+            state = table["next_observations"][i] if following else table["observations"][step]
+            expected.append((i, *state, terminals[i]))
+            lengths[-1] += 1
+        dropped += not (following or terminals[i] or not ended)
+        if ended:
+            since, lengths = 0, [*lengths, 0] if lengths[-1] else lengths
+    lengths = lengths if lengths[-1] else lengths[:-1]
+
+    write(**{"n": n, "timeouts": None} | table)
+    status, out, err = run("data.hdf5", "--id", ID, "--force", f"--max_episode_steps={limit}")
+    assert status == (0 if expected else 1), err
+    assert (f"{dropped} rows were dropped" in out) == (dropped > 0)
+    if expected:
+        (observations, actions, rewards, next_observations, terminations, truncations), found = read()
+        rows = [int(row[0]) for row in expected]
+        assert found == lengths
+        assert rewards.tolist() == rows and observations.tolist() == table["observations"][rows].tolist()
+        assert actions.tolist() == table["actions"][rows].tolist()
+        assert np.column_stack([rewards, next_observations, terminations]).tolist() == [
+            [*map(float, x)] for x in expected
+        ]
+        ends = np.isin(np.arange(len(rows)), np.cumsum(found) - 1)
+        assert ((terminations | truncations) == ends).all()
+        if flagged and following:
+            assert (truncations[timeouts[rows]]).all()
+        assert observations.dtype == actions.dtype == rewards.dtype == np.float32
+
+
+def test_splits_and_what_is_missing_are_said(run):
+    following = np.roll(columns()["observations"], -1, axis=0)
+    following[4] = -1
+    out = run(write(next_observations=following), "--id", ID)[1]
+    assert "1 episodes were split" in out and read()[1] == [5, 7]
+    out = run(write(timeouts=None, terminals=flags(12, 2)), "--id", ID, "--force", "--max_episode_steps", 4)[1]
+    assert "end after 4 steps" in out and "3 rows were dropped" in out and "1 terminal rows" in out
+    assert read()[1] == [3, 3, 3] and "1 terminal rows" in metadata()["description"]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "space", "source"),
+    [
+        ([], {}, gym.spaces.Box(-1, 1, (2,)), "the data fit there"),
+        (["--action_low=-3", "--action_high", "3", "4"], {}, gym.spaces.Box(-3, np.float32([3, 4])), "as given"),
+        ([], {"action_low": -2.0, "action_high": [2.0, 5.0]}, gym.spaces.Box(-2, np.float32([2, 5])), "as given"),
+        ([], {"actions": np.float32([-5, 20])[np.arange(12) % 2] + 0.5},
+         gym.spaces.Box(-4.5, 20.5, (1,)), "the data's range"),
+        (["--eval_env=Pendulum-v1"], {"actions": np.full(12, 1.5)}, gym.spaces.Box(-2, 2, (1,)), "the environment's"),
+        (["--eval_env=CartPole-v1"], {"actions": np.ones(12), "observations": np.zeros((12, 4))},
+         gym.spaces.Discrete(2), "the environment's"),
+        ([], {"actions": np.arange(12) % 3 + 4}, gym.spaces.Discrete(3, start=4), "the data's range"),
+        ([], {"actions": np.arange(12.0)[:, None] % 3}, gym.spaces.Discrete(3), "the data's range"),
+        (["--action_low=0", "--action_high=9"], {"actions": np.arange(12) % 3}, gym.spaces.Discrete(10), "as given"),
+        (["--action_kind=continuous"], {"actions": np.arange(12) % 3}, gym.spaces.Box(0, 2, (1,)), "the data's range"),
+        ([], {"actions": np.stack([np.arange(12) % 2 - 1, np.arange(12) % 3], axis=1)},
+         gym.spaces.MultiDiscrete([2, 3], start=[-1, 0]), "the data's range"),
+    ],
+)  # fmt: skip
+def test_action_spaces(options, changes, space, source, run):
+    status, out, err = run(write(**changes), "--id", ID, *options)
+    assert status == 0 and source in out, err
+    assert minari.load_dataset(ID).action_space == space and source in metadata()["description"]
+    actions, expected = read()[0][1], columns(**changes)["actions"][:11]
+    assert all(x in space for x in actions) and np.array_equal(actions.ravel(), np.float32(expected).ravel())
+
+
+def test_environment_and_scores_of_a_file(run):
+    name = write(terminals=flags(12, 5), actions=np.linspace(-1, 1, 12))
+    assert run(name, "--id", ID)[0] == 0
+    assert minari.load_dataset(ID).env_spec is None and "ref_min_score" not in metadata()
+    scores = ["--ref_min_score=-1", "--ref_max_score=2.5"]
+    assert run(name, "--id", ID, "--force", "--eval_env=Pendulum-v1", "--max_episode_steps=7", *scores)[0] == 0
+    spec = minari.load_dataset(ID)._eval_env_spec
+    assert (spec.id, spec.max_episode_steps) == ("Pendulum-v1", 7)
+    assert (metadata()["ref_min_score"], metadata()["ref_max_score"]) == (-1, 2.5)
+    assert run(name, "--id", ID, "--force", *scores)[0] == 0 and metadata()["ref_max_score"] == 2.5
+    assert minari.list_local_datasets().keys() == {ID}
+
+
+def test_names_of_d4rl():
+    files = import_data.d4rl_files()
+    assert len(files) == len({*files.values()}) == 154 and {name: files[name] for name in FILES} == FILES
+    assert {name: import_data.REFERENCE_SCORES.get(import_data.d4rl_task(name)) for name in SCORES} == SCORES
+    assert import_data.d4rl_domain("locomotion")[:2] == ["ant-expert-v2", "ant-full-replay-v2"]
+    assert len(import_data.d4rl_domain("locomotion")) == 24
+    assert {name for domain in import_data.DOMAINS for name in import_data.d4rl_domain(domain)} <= files.keys()
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_a_name_of_d4rl(name, run, tmp_path):
+    env_id, n_observations, n_actions, steps = ENVIRONMENTS[name]
+    file = import_data.d4rl_files()[name].split("/")[1]
+    changes = {"observations": np.ones((12, n_observations)), "actions": np.full((12, n_actions), 0.5)}
+    write(tmp_path / "d4rl" / f"{file}.hdf5", **changes)
+    assert run(name)[0] == 0
+    spec, dataset = minari.load_dataset(f"d4rl/{name}")._eval_env_spec, f"d4rl/{name}"
+    assert (spec and (spec.id, spec.max_episode_steps)) == (env_id and (env_id, steps))
+    assert metadata(dataset)["ref_max_score"] == import_data.REFERENCE_SCORES[import_data.d4rl_task(name)][1]
+    status, _, err = run(name)
+    assert status == 1 and "--force" in err and run(name, "--force", "--eval_env=none")[0] == 0
+    assert minari.load_dataset(dataset)._eval_env_spec is None and "ref_max_score" in metadata(dataset)
+
+
+def test_minaris_own_namespace_keeps_its_note(run, root, tmp_path):
+    (root / "d4rl").mkdir(parents=True)  # as Minari's D4RL/ looks on a disk that ignores case
+    note = root / "d4rl" / "namespace_metadata.json"
+    note.write_text('{"description": "theirs"}')
+    write(tmp_path / "d4rl" / "maze2d-umaze-sparse-v1.hdf5")
+    assert run("maze2d-umaze-v1")[0] == 0 and json.loads(note.read_text()) == {"description": "theirs"}
+    assert run(write(), "--id", "a/b/c-v0")[0] == 0 and (root / "a/b/namespace_metadata.json").exists()
+
+
+def test_missing_files_are_downloaded_once(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_data, "D4RL_URL", (tmp_path / "server").as_uri())
+    (tmp_path / "server").mkdir()
+    names = import_data.d4rl_domain("maze2d")
+    for name in names:
+        write(tmp_path / "server" / f"{import_data.d4rl_files()[name]}.hdf5", observations=np.ones((12, 4)))
+    assert run("--all", "maze2d")[0] == 0
+    assert minari.list_local_datasets().keys() == {f"d4rl/{name}" for name in names}
+    shutil.rmtree("server")
+    assert run("--all", "maze2d")[0] == run("maze2d-umaze-v1", "--force")[0] == 0
+    assert {path.suffix for path in (tmp_path / "d4rl").iterdir()} == {".hdf5"}
+
+
+@pytest.mark.parametrize("fault", ["short", "page", "empty", "missing", "silent", "nobody"])
+def test_failed_download_leaves_nothing_and_says_what_to_do(fault, run, root, tmp_path, monkeypatch):
+    assert import_data.READ_SECONDS == 10
+    monkeypatch.setattr(import_data, "READ_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports = {"silent": silent.getsockname()[1], "nobody": 9}
+        url = f"http://127.0.0.1:{ports[fault]}" if fault in ports else (tmp_path / "server").as_uri()
+        monkeypatch.setattr(import_data, "D4RL_URL", url)
+        path = write(tmp_path / "server" / f"{import_data.d4rl_files()['hopper-medium-v2']}.hdf5", n=5000)
+        body = path.read_bytes()
+        path.write_bytes({"short": body[:-1], "page": b"<html>moved</html>", "empty": b""}.get(fault, body))
+        if fault == "missing":
+            path.unlink()
+        result = run("hopper-medium-v2")
+    place = tmp_path / "d4rl" / "hopper_medium-v2.hdf5"
+    refused(result, 1, [str(place), url, "hopper-medium-v2"], root)
+    assert [*place.parent.iterdir()] == []
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+TABLE = pd.DataFrame({
+    "customer": ["b", "a", "b", "a", "b", "c"],
+    "time": ["2024-01-02", "2024-01-09 10:00", "2024-01-01", "2024-01-09 09:00", "2024-01-10", "2023-05-05"],
+    "x_spend": [1.0, 3.0, 0.0, 2.0, 2.5, 9.0],
+    "x_visits": [11, 13, 10, 12, 14, 19],
+    "country": ["DE", "FR", "DE", "FR", "AT", "AT"],
+    "vip": [True, False, False, True, True, False],
+    "offer": ["mail", "none", "none", "call", "mail", "none"],
+    "profit": [0.5, 1.5, 0.25, 2.5, -1.0, 7.0],
+    "left": [0, 1, 0, 0, 0, 1],
+})  # fmt: skip
+OPTIONS = {
+    "--id": [ID], "--episode": ["customer"], "--step": ["time"], "--observations": ["x_*", "country", "vip"],
+    "--actions": ["offer"], "--reward": ["profit"], "--terminal": ["left"],
+}  # fmt: skip
+
+
+def table_run(run, table=TABLE, name="table.csv", **changes):
+    table.to_csv(name, index=False) if name.endswith("csv") else table.to_parquet(name)
+    options = OPTIONS | {f"--{key}": value for key, value in changes.items()}
+    return run(name, *(word for key, words in options.items() if words is not None for word in (key, *words)))
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.parquet"])
+def test_a_table_of_logged_data(name, run):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    table = TABLE if name.endswith("csv") else TABLE.assign(time=pd.to_datetime(TABLE.time, format="ISO8601"))
+    status, out, err = table_run(run, table, name)
+    assert status == 0 and "1 rows were dropped" in out and "0 is call, 1 is mail, 2 is none" in out, err
+    (observations, actions, rewards, following, terminals, timeouts), lengths = read()
+    rows = {i: [*TABLE[["x_spend", "x_visits"]].loc[i], *(TABLE.country[i] == x for x in ("AT", "DE", "FR")),
+                not TABLE.vip[i], TABLE.vip[i]] for i in TABLE.index}  # fmt: skip
+    assert lengths == [2, 2, 1]  # of b, whose last row is not known to be its end, a, and c
+    assert observations.tolist() == [rows[i] for i in (2, 0, 3, 1, 5)]
+    assert following.tolist() == [rows[i] for i in (0, 4, 1, 1, 5)]
+    assert actions.tolist() == [2, 1, 0, 2, 2] and rewards.tolist() == [0.25, 0.5, 2.5, 1.5, 7]
+    assert terminals.tolist() == [0, 0, 0, 1, 1] and timeouts.tolist() == [0, 1, 0, 0, 0]
+    stored = metadata()
+    assert stored["observation_names"][2:] == ["country=AT", "country=DE", "country=FR", "vip=False", "vip=True"]
+    assert stored["action_categories"] == {"offer": ["call", "mail", "none"]}
+    assert "country=AT" in stored["description"] and "1 is mail" in stored["description"]
+    assert stored["action_space"] == gym.spaces.Discrete(3)
+
+
+def test_a_table_with_numbers_as_actions(run):
+    table = TABLE.assign(time=[2, 10, 1, 9, 3, 1], a_0=np.linspace(0, 50, 6), a_1=0.5, end=[0, 0, 1, 0, 0, 0])
+    bounds = {"action_low": ["0"], "action_high": ["50", "1"], "observations": ["*"], "timeout": ["end"]}
+    status, _, err = table_run(run, table, actions=["a_*"], **bounds)
+    assert status == 0, err
+    (observations, actions, *_), lengths = read()
+    assert lengths == [1, 2, 1] and actions.tolist() == [[0, 0.5], [30, 0.5], [10, 0.5], [50, 0.5]]
+    assert minari.load_dataset(ID).action_space == gym.spaces.Box(0, np.float32([50, 1]))
+    assert metadata()["observation_names"][:2] == ["x_spend", "x_visits"] and observations.shape == (4, 10)
+    assert table_run(run, table, step=None, force=[])[0] == 0 and read()[0][2].tolist() == [0.5, 0.25, 1.5, 7]
+
+
+BAD_TABLES = {
+    "no such column": ({"reward": ["revenue"]}, {}, ["--reward revenue", "profit"]),
+    "a pattern for one column": ({"reward": ["pro*"]}, {}, ["--reward pro*"]),
+    "an empty pattern": ({"observations": ["y_*"]}, {}, ["--observations y_*", "x_spend"]),
+    "the reward as observation": ({"observations": ["x_*", "profit"]}, {}, ["profit cannot be an observation"]),
+    "a missing value": ({}, {"x_spend": [1, 2, None, 4, 5, 6]}, ["x_spend is empty in row 2"]),
+    "infinity": ({}, {"x_spend": [1, 2, 3, np.inf, 5, 6]}, ["x_spend is inf in row 3"]),
+    "text among numbers": ({}, {"x_spend": [1, 2, 3, 4, "five", 6]}, ["x_spend has text", "'five' in row 4"]),
+    "text as reward": ({"reward": ["country"], "observations": ["x_*"]}, {}, ["country is text"]),
+    "a flag of 2": ({}, {"left": [0, 0, 0, 2, 0, 1]}, ["left is 2 in row 3", "0 or 1"]),
+    "a flag of text": ({}, {"left": list("nnnnny")}, ["left is 'n'", "0 or 1"]),
+    "steps of text": ({}, {"time": list("uvwxyz")}, ["time is neither numbers nor times"]),
+    "times as observations": ({"observations": ["time"]}, {}, ["time holds times"]),
+    "text and real actions": ({"actions": ["offer", "x_spend"], "observations": ["vip"]}, {}, ["mix text"]),
+    "actions out of bounds": (
+        {"actions": ["x_spend"], "observations": ["vip"], "action_low": ["0"], "action_high": ["5"]}, {},
+        ["x_spend is 9 in row 5", "0 to 5"],
+    ),
+    "no known next observation": ({}, {"customer": range(6), "left": 0}, ["no transition"]),
+    "no rows": ({}, TABLE.iloc[:0], ["no rows"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_TABLES)
+def test_bad_tables_are_one_line(fault, run, root):
+    options, changes, words = BAD_TABLES[fault]
+    table = changes if isinstance(changes, pd.DataFrame) else TABLE.assign(**changes)
+    refused(table_run(run, table, **options), 1, ["table.csv", *words], root)
+
+
+def refused(result, expected, words, root):
+    status, _, err = result
+    assert status == expected and err.startswith("import_data.py: error: ") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert not [*root.rglob("*.json")] and "Traceback" not in err
+
+
+BAD_FILES = {
+    "lacks actions": ({"actions": None}, ["lacks actions", "it has"]),
+    "lacks terminals": ({"terminals": None}, ["lacks terminals"]),
+    "NaN": ({"observations": np.where(np.eye(12, 3, -4), np.nan, 0)}, ["observations[0] is nan in row 4"]),
+    "infinity": ({"rewards": np.where(np.arange(12) == 7, -np.inf, 0)}, ["rewards is -inf in row 7"]),
+    "beyond float32": ({"rewards": np.full(12, 1e300)}, ["rewards"]),
+    "squares overflow": ({"observations": np.full((12, 3), 3e38)}, ["observations[0]"]),
+    "short column": ({"actions": np.zeros((11, 2))}, ["actions 11"]),
+    "wide rewards": ({"rewards": np.zeros((12, 2))}, ["rewards has shape (12, 2)"]),
+    "flags in a column": ({"terminals": np.zeros((12, 1), bool)}, ["terminals has shape"]),
+    "flags of 2": ({"terminals": np.full(12, 2.0)}, ["terminals is 2.0 in row 0"]),
+    "flags of NaN": ({"timeouts": np.full(12, np.nan)}, ["timeouts is nan in row 0"]),
+    "words": ({"rewards": np.array([b"one"] * 12)}, ["rewards", "store numbers"]),
+    "no rows": ({"n": 0}, ["no rows"]),
+    "one row": ({"n": 1}, ["no transition"]),
+    "time-outs alone": ({"timeouts": np.ones(12, bool)}, ["no transition"]),
+    "no columns": ({"actions": np.zeros((12, 0))}, ["actions has shape"]),
+    "images": ({"observations": np.zeros((12, 84, 84, 3), np.uint8)}, ["images"]),
+    "wide next observations": ({"next_observations": np.zeros((12, 2))}, ["differ in shape"]),
+    "one-hot actions": ({"actions": np.eye(12)}, ["one-hot: store the number"]),
+    "far actions": ({"actions": np.full((12, 2), 9.5), "action_low": -1.0, "action_high": 1.0},
+                    ["actions[0] is 9.5 in row 0", "-1 to 1"]),
+    "actions of one value": ({"actions": np.full((12, 2), 9.5)}, ["--action_low"]),
+    "bounds between numbers": (
+        {"actions": np.arange(12) % 2, "action_low": -0.5, "action_high": 1.5}, ["whole bounds"],
+    ),
+    "three bounds": ({"action_low": np.zeros(3), "action_high": np.ones(3)}, ["3 bounds"]),
+    "too many numbers": ({"actions": np.arange(12) * 10**6}, ["--action_kind continuous"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_bad_files_are_one_line(fault, run, root):
+    changes, words = BAD_FILES[fault]
+    refused(run(write(**changes), "--id", ID), 1, ["data.hdf5", *words], root)
+
+
+def huge(file):
+    for key in ("observations", "actions", "rewards", "terminals"):
+        del file[key]
+        shape = (10**13, 2) if key in ("observations", "actions") else (10**13,)
+        file.create_dataset(key, shape, np.float32, chunks=(1024, 2)[: len(shape)])
+
+
+def virtual(file):
+    """Its rows would be zeros where the file that it names is missing."""
+    del file["rewards"]
+    layout = h5py.VirtualLayout((12,), np.float32)
+    layout[:] = h5py.VirtualSource("missing.hdf5", "rewards", (12,))
+    file.create_virtual_dataset("rewards", layout)
+
+
+@pytest.mark.parametrize(("change", "word"), [(huge, "memory"), (virtual, "virtual")])
+def test_declared_numbers_must_be_there(change, word, run, root):
+    with h5py.File(write(), "r+") as file:
+        change(file)
+    refused(run("data.hdf5", "--id", ID), 1, [word], root)
+
+
+def test_what_is_no_file_of_its_kind_is_one_line(run, root):
+    content = Path(write()).read_bytes()
+    bodies = {"cut.hdf5": content[: len(content) // 2], "text.hdf5": b"text", "empty.h5": b"", "none.hdf5": None}
+    for name, body in bodies.items():
+        if body is not None:
+            Path(name).write_bytes(body)
+        refused(run(name, "--id", ID), 1, [name], root)
+    for name, body in {"empty.csv": b"", "none.csv": None, "text.parquet": b"text", "odd.csv": b'a\n"\0\n1,2'}.items():
+        if body is not None:
+            Path(name).write_bytes(body)
+        words = [word for key, words in OPTIONS.items() for word in (key, *words)]
+        refused(run(name, *words), 1, [name], root)
+
+
+@functools.cache
+def body(path):
+    return Path(write(path, n=40, timeouts=flags(40, 9, 19, 29))).read_bytes()
+
+
+@given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=20))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_bytes_are_refused_or_read_as_numbers(flips, run):
+    content = bytearray(body("whole.hdf5"))
+    for place, change in flips:
+        content[int(place * len(content))] ^= change
+    Path("flips.hdf5").write_bytes(content)
+    status, _, err = run("flips.hdf5", "--id", ID, "--force")
+    assert status in (0, 1) and err.count("\n") == status
+    assert status or all(np.isfinite(column).all() for column in read()[0])
+
+
+BAD_COMMANDS = [
+    (["hopper-medum-v2"], 2, ["hopper-medium-v2"]),
+    ([], 2, ["--all"]),
+    (["--all", "everything"], 2, ["locomotion"]),
+    (["data.hdf5"], 2, ["--id"]),
+    (["hopper-medium-v2", "--id", ID], 2, ["--id"]),
+    (["data.hdf5", "hopper-medium-v2", "--id", ID], 2, ["alone"]),
+    (["data.hdf5", "--id", "../escape-v0"], 2, ["namespace/name-v0"]),
+    (["data.hdf5", "--id", "no-version"], 2, ["namespace/name-v0"]),
+    (["data.hdf5", "--id", ID, "--reward", "x"], 2, ["--reward"]),
+    (["table.csv", "--id", ID, "--reward", "x"], 2, ["--episode", "--terminal"]),
+    (["data.hdf5", "--id", ID, "--action_low", "0"], 2, ["--action_high"]),
+    (["data.hdf5", "--id", ID, "--ref_min_score", "0"], 2, ["--ref_max_score"]),
+    (["data.hdf5", "--id", ID, "--max_episode_steps", "0"], 2, ["--max_episode_steps"]),
+    (["data.hdf5", "--id", ID, "--frobnicate"], 2, ["--frobnicate"]),
+    (["data.hdf5", "--id", ID, "--eval_env", "Nothing-v0"], 1, ["Nothing-v0", "--eval_env"]),
+    (["data.hdf5", "--id", ID, "--eval_env", "CartPole-v1"], 1, ["3 numbers", "CartPole-v1's 4"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "status", "said"), BAD_COMMANDS)
+def test_what_cannot_be_is_one_line(words, status, said, run, root):
+    write()
+    refused(run(*words), status, said, root)
+
+
+def test_an_existing_dataset_stays_whatever_fails(run, root):
+    write()
+    assert run("data.hdf5", "--id", ID)[0] == 0
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert run("data.hdf5", "--id", ID)[0] == run(write(rewards=np.full(12, np.nan)), "--id", ID, "--force")[0] == 1
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert run(write(n=5), "--id", ID, "--force")[0] == 0 and read()[1] == [4]
