@@ -22,6 +22,7 @@ import copy
 import csv
 import ctypes
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -525,18 +526,17 @@ def open_dataset(name: str) -> minari.MinariDataset:
         name, path = f"d4rl/{name}", path.parent / "d4rl" / name
     try:
         if not path.exists() and name.startswith("d4rl/"):
-            raise ValueError(f"D4RL's are imported by: python benchmarks/import_data.py {name[5:]}")
+            raise ValueError(f"import it by: python benchmarks/import_data.py {name[5:]}")
         if not path.exists():
-            import huggingface_hub  # whose client would try to connect for 23 seconds
-
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+            hub = importlib.import_module("huggingface_hub")  # whose client would try to connect for 23 seconds
+            hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
             minari.download_dataset(name)
         # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
         if not {"observation_space", "action_space"} <= json.loads((path / "data/metadata.json").read_text()).keys():
             raise ValueError("its metadata lacks the spaces")
         return minari.load_dataset(name)
     except Exception as error:  # of the id, the file, the network, the hub's client
-        state = "is damaged; remove it to get it anew" if path.exists() else "is not there, nor online"
+        state = "is damaged; remove it to get it anew" if path.exists() else "is not there"
         raise DataError(
             f"--env {name}: {path} {state} ({str(error)[:200]}); `minari list local` lists others"
         ) from error
@@ -685,6 +685,8 @@ class Task:
         name = f"{config.env} {arguments['id']}".lower()
         if config.normalize_reward and any(task in name for task in ("halfcheetah", "hopper", "walker2d")):
             _, returns = episodes(data)
+            if returns.min() == returns.max():
+                raise DataError(f"--normalize_reward: all episodes of {config.env} have the same return")
             self.factor *= float(1000 / (returns.max() - returns.min()))
         # A hundred times the largest possible return: conservative values may well be below any return.
         largest_reward = max(1.0, float(np.abs(self.training_rewards(data["rewards"])).max()))
@@ -774,17 +776,18 @@ def make_environments(config: Any, id: str, **arguments: Any) -> tuple[Optional[
     Raises ConfigError or DataError."""
     try:
         if id not in gym.registry and id != "none":
-            import gymnasium_robotics
-
-            gym.register_envs(gymnasium_robotics)
+            with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+                gym.register_envs(importlib.import_module("gymnasium_robotics"))
         if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
             return None, None
-        # A recording may have had a window; and without a limit of steps a greedy policy may stand still for ever.
-        arguments.pop("render_mode", None)
+        arguments.pop("render_mode", None)  # the recording may have had a window
         n_envs = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))
-        limit = arguments.pop("max_episode_steps", None) or gym.spec(id).max_episode_steps or MAX_STEPS
+
+        def limit(env: gym.Env) -> gym.Env:  # where nothing does, a greedy policy may stand still for ever
+            return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_STEPS)
+
         with warnings.catch_warnings(action="ignore"):  # that there are later versions
-            envs = gym.make_vec(id, n_envs, "sync", max_episode_steps=limit, **arguments)
+            envs = gym.make_vec(id, n_envs, "sync", wrappers=[limit], **arguments)
         return envs, flatten(envs.reset(seed=config.eval_seed)[0], envs.single_observation_space)
     except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
         message = f"the environment {id} cannot be made ({error}); --eval_env takes another, or none"
@@ -1003,16 +1006,20 @@ class Run:
         save(self.path / "policy.pt", policy)
         if self.config.keep_policies and agent.n_updates == self.last_step:
             save(self.path / f"policy-{agent.n_updates}.pt", policy)
-        writer = csv.DictWriter(text, list(self.rows[0]) if self.rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        save(self.path / "metrics.csv", text.getvalue())
+        if self.rows:
+            writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            save(self.path / "metrics.csv", text.getvalue())
         save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
 
     def begin(self, agent: Any, task: Task) -> None:
         """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
-        config, where = self.config, "without evaluation" if task.envs is None else f"evaluated in {task.envs.spec.id}"
+        config, where = (
+            self.config,
+            "no evaluation (--eval_env)" if task.envs is None else f"evaluated in {task.envs.spec.id}",
+        )
         span = f"updates {agent.n_updates:,} to {config.max_timesteps:,}, a row every {config.eval_freq:,}"
         print(f"{self.path}: {span}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
@@ -1113,8 +1120,8 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                 recent.reset()
             if progress.disable and step - n < begun[0] + 100 <= step:
                 rate = (step - begun[0]) / (time.perf_counter() - begun[1])
-                minutes = (config.max_timesteps - step) / rate / 60
-                print(f"update {step:,}: {rate:.0f} updates/s, the end in about {minutes:.0f} min", flush=True)
+                left = tqdm.format_interval((config.max_timesteps - step) / rate)
+                print(f"update {step:,}: {rate:.0f} updates/s, the end in about {left}", flush=True)
             if stop:
                 task.check(total.read(), agent)  # no checkpoint of a run that diverged
                 run.save(agent, means)
