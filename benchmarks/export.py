@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algorithms.offline.cql import DataError
-from benchmarks.policies import load_policy
+from benchmarks.policies import DataErrors, load_policy
 
 TOLERANCE = 1e-5  # largest difference to torch, as a share of the action range
 
@@ -87,7 +86,7 @@ def largest_difference(model: bytes, actor: nn.Module) -> float:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Raises DataError and OSError."""
+    """Raises DataErrors and OSError."""
     actor = load_policy(args.policy).__self__  # act is its method
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
@@ -126,7 +125,7 @@ def main(argv=None):
         parser.error(f"--output {args.output} is no regular file")
     try:
         export(args)
-    except DataError as error:
+    except DataErrors as error:
         fail(error.status, error)
     except OSError as error:
         fail(1, f"--output {args.output} cannot be written: {error.strerror}")

@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
 
+DataErrors = (cql.DataError, cql_dqn.DataError)
+
 
 def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
     """policy(observation) -> action, a method of the script's network. Raises the DataError of offline/cql.py."""

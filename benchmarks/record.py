@@ -1,22 +1,26 @@
-"""Record videos of a stored policy, the policy.pt or checkpoint.pt of a run, and print what its episodes return.
+"""Play a stored policy, the policy.pt or checkpoint.pt of a run of any script: print what its episodes return, and
+record them as videos.
 
-    python benchmarks/record.py runs/<run>/policy.pt --env LunarLanderContinuous-v3 --output videos --episodes 3
+    python benchmarks/record.py runs/<run>/policy.pt --env LunarLanderContinuous-v3 --episodes 10 --no_video
+    python benchmarks/record.py runs/<run>/policy.pt --env LunarLanderContinuous-v3 --episodes 3 --output videos
 
-writes videos/LunarLanderContinuous-v3-seed-<seed>.mp4 for the seeds 0, 1 and 2; for one episode --output may name the
-file. An episode is that of an evaluation with this --eval_seed, so that its return is too.
+The first plays the episodes of an evaluation with --eval_seed 0, so that its return is too; the second writes
+videos/LunarLanderContinuous-v3-seed-<seed>.mp4 for the seeds 0, 1 and 2. For one episode --output may name the file.
+Where --env names a dataset, its environment is played, and its reference scores, if it has any, give a score.
 
-Needs requirements-extra.txt, no screen, and for MuJoCo a renderer: EGL (Debian: libegl1 libgl1) unless MUJOCO_GL names
-another. The frames of an episode stay in memory until its end, 0.7 GB for 1,000 of 480 x 480 pixels. Exit status: 0
-recorded, 1 cannot be done, 2 a bad command line; an error is one line on stderr and leaves no part of a video.
+Videos need requirements-extra.txt, no screen, and for MuJoCo a renderer: EGL (Debian: libegl1 libgl1) unless MUJOCO_GL
+names another. The frames of an episode stay in memory until its end, 0.7 GB for 1,000 of 480 x 480 pixels. Exit status:
+0 played, 1 cannot be done, 2 a bad command line; an error is one line on stderr and leaves no part of a video.
 """
 
 import argparse
 import contextlib
-import io
+import inspect
 import os
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -25,19 +29,9 @@ from gymnasium.wrappers import RecordVideo
 from minari.storage import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algorithms.offline.cql import (
-    DataError,
-    Task,
-    TrainConfig,
-    action_bounds,
-    d4rl_files,
-    flatten,
-    make_environments,
-    rollout,
-)
-from benchmarks.policies import load_policy
-
-ACTION_SPACES = {"TanhGaussianActor": gym.spaces.Box, "QNetwork": (gym.spaces.Discrete, gym.spaces.MultiDiscrete)}
+from algorithms.offline.cql import DataError
+from benchmarks import collect
+from benchmarks.policies import DataErrors, load_policy
 
 
 def fail(status, message):
@@ -52,23 +46,29 @@ def without_renderer(message):
     return DataError(f"{message} (MUJOCO_GL is {name!r}; egl needs no screen, but Debian's libegl1 and libgl1)")
 
 
-def make_environment(name):
-    """By a Gymnasium id, or by a dataset's name as in training; without pictures. Raises DataError."""
-    dataset = "/" in name or name in d4rl_files() or get_dataset_path(name).exists()
-    eval_env = None if dataset and name not in gym.registry and ":" not in name else name
+def make_task(args, policy):
+    """What evaluates, in the script of the policy. Raises DataError."""
+    script, network = inspect.getmodule(policy), policy.__self__
+    paths = [get_dataset_path(prefix + args.env) for prefix in ("", "d4rl/")]
+    is_dataset = args.env not in gym.registry and ("/" in args.env or any(path.exists() for path in paths))
+    data = script.load_dataset(args.env) if is_dataset else {}
+    # One transition of the policy's sizes stands for the data, so that these are compared with the environment's.
+    observation, action = np.zeros((1, network.sizes[0])), np.zeros((1, network.action_low.numel()))
+    data |= dict.fromkeys(script.COLUMNS, np.zeros(1)) | {"actions": action}
+    data |= {"observations": observation, "next_observations": observation}
+    options = {"n_episodes": args.episodes, "eval_seed": args.seed, "device": "cpu"}
+    options |= {"env": str(args.policy), "eval_env": None if is_dataset else args.env}
+    collect.register(args.env)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # of a dataset without one it says that nothing is evaluated
-            envs = make_environments(TrainConfig(env=name, eval_env=eval_env, n_episodes=1))
-    except Exception as error:
-        message = str(error).replace("--eval_env", "--env")
-        if not isinstance(error, DataError):
-            message = f"--env {name} cannot be made: {message}"
-        elif not isinstance(error.__cause__, (AttributeError, RuntimeError)):  # mujoco's, when it is imported
-            fail(error.status, message)
-        raise without_renderer(message) from error
-    if not envs:
-        raise DataError(f"--env {name} has no environment that Gymnasium knows: give the id of one")
-    return envs[0]
+        task = script.Task(script.TrainConfig(**options), data)
+    except DataErrors as error:
+        message = str(error).replace("; --eval_env takes another, or none", "")
+        if isinstance(error.__cause__, (AttributeError, RuntimeError)):  # mujoco's, when it is imported
+            raise without_renderer(f"--env {args.env}: {message}") from error
+        fail(error.status, f"--env {args.env}: {message}")
+    if not task.envs:
+        raise DataError(f"--env {args.env} has no environment that Gymnasium knows: give the id of one")
+    return task
 
 
 def with_pictures(env):
@@ -97,17 +97,6 @@ def follow(env):
             renderer.camera_id = renderer.model.camera("track").id
 
 
-def check_sizes(policy, env, path):
-    """Raises DataError for a policy of another environment."""
-    network, space = policy.__self__, env.action_space
-    if not isinstance(space, ACTION_SPACES[type(network).__name__]):
-        raise DataError(f"--env {env.spec.id} has actions {space}, which are not of the policy's kind")
-    own = network.sizes[0], network.action_low.numel()  # an observation of size 1 would pass through any policy
-    sizes = flatten(env.observation_space.sample(), env.observation_space).size, action_bounds(space)["action_low"].size
-    if own != sizes:
-        raise DataError(f"{path} has (observation, action) sizes {own}, but --env {env.spec.id} has {sizes}")
-
-
 def is_whole(video, n_frames):
     import imageio_ffmpeg
 
@@ -116,11 +105,18 @@ def is_whole(video, n_frames):
     return False
 
 
-def record(args):
-    policy = load_policy(args.policy)
-    env = make_environment(args.env)
-    check_sizes(policy, env, args.policy)
-    env = with_pictures(env)
+def play(args, task, policy):
+    """The episodes of `task`, as rollout returns them. Raises DataError."""
+    try:
+        return task.rollout(policy)
+    except Exception as error:  # of the simulator
+        message = f"failed in the episodes from seed {task.config.eval_seed} on: {error!r}"
+        raise DataError(f"--env {args.env} {message}") from error
+
+
+def record(args, task, policy):
+    """A video an episode; yields their paths and results."""
+    env = with_pictures(task.envs.envs[0])
     try:
         import imageio_ffmpeg  # noqa: F401
         import moviepy.video.io.ImageSequenceClip  # noqa: F401, else RecordVideo misses it after the first episode
@@ -130,21 +126,31 @@ def record(args):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".record-", dir=folder) as staging:
         env = RecordVideo(env, staging, episode_trigger=lambda _: True)
+        task.envs = gym.vector.SyncVectorEnv([lambda: env])
         for seed in range(args.seed, args.seed + args.episodes):
-            config = TrainConfig(n_episodes=1, eval_seed=seed)
-            try:
-                episode = rollout(config, Task([env]), policy)
-            except Exception as error:  # of the simulator
-                raise DataError(f"--env {args.env} failed in the episode from seed {seed}: {error!r}") from error
-            total, length = float(episode["return"][0]), int(episode["length"][0])
+            task.config = replace(task.config, n_episodes=1, eval_seed=seed)
+            result = play(args, task, policy)
             env.stop_recording()  # writes the file, as far as it gets: moviepy ignores that ffmpeg failed
             (video,) = Path(staging).iterdir()
-            if not is_whole(video, length + 1):
+            if not is_whole(video, result["length"][0] + 1):
                 raise OSError("the video is incomplete: is the disk full?")
             path = args.output if args.one_file else folder / f"{env.spec.id.replace('/', '-')}-seed-{seed}.mp4"
             os.replace(video, path)
-            print(f"seed {seed}: return {total:.1f}, {length} steps, {path}")
+            yield f", {path}", result
         env.close()
+
+
+def run(args):
+    policy = load_policy(args.policy)
+    task, returns = make_task(args, policy), []
+    for path, result in [("", play(args, task, policy))] if args.no_video else record(args, task, policy):
+        for total, length in zip(result["return"], result["length"]):
+            print(f"seed {args.seed + len(returns)}: return {total:.1f}, {length:.0f} steps{path}")
+            returns.append(total)
+    row = task.score(np.array(returns))
+    score = row["d4rl_normalized_score"]
+    scored = "" if score is None else f", score {score:.1f}"
+    print(f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f} over {len(returns)} episodes{scored}")
 
 
 def parse_arguments(argv):
@@ -153,14 +159,16 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("policy", type=Path, metavar="POLICY", help="policy.pt or checkpoint.pt of a run")
     add("--env", required=True, metavar="ID", help="Gymnasium id, or the name of a dataset, which has one")
-    add("--output", type=Path, required=True, metavar="PATH", help="folder for the videos; for one episode: or an .mp4")
-    add("--episodes", type=int, default=1, help="videos, one an episode (default %(default)s)")
+    add("--output", type=Path, metavar="PATH", help="folder for the videos; for one episode: or an .mp4")
+    add("--no_video", action="store_true", help="only print what the episodes return")
+    add("--episodes", type=int, default=1, help="how many are played (default %(default)s)")
     add("--seed", type=int, default=0, help="episode i starts from seed + i (default %(default)s)")
     args = parser.parse_args(argv)
-    args.one_file = args.output.suffix == ".mp4"
+    args.one_file = args.output is not None and args.output.suffix == ".mp4"
     rules = {
         "--episodes must be at least 1": args.episodes >= 1,
         "--seed must be at least 0": args.seed >= 0,
+        "give either --output, for videos, or --no_video": (args.output is None) == args.no_video,
         "--output must be a folder where there are several --episodes": args.episodes == 1 or not args.one_file,
     }
     for rule, kept in rules.items():
@@ -172,13 +180,13 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     # Rendering without a screen, by MuJoCo and by pygame; both read these when they are imported, which is later.
-    if sys.platform == "linux":  # MuJoCo refuses the value elsewhere
+    if sys.platform == "linux" and not args.no_video:  # MuJoCo refuses the value elsewhere
         os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     warnings.simplefilter("ignore")  # an error is one line, without warnings above it or at the exit
     try:
-        record(args)
-    except DataError as error:
+        run(args)
+    except DataErrors as error:
         fail(error.status, error)
     except OSError as error:  # moviepy's, when ffmpeg stops, hold all that ffmpeg said
         fail(1, f"--output {args.output} cannot be written: {error.strerror or str(error)[:300]}")

@@ -2,31 +2,36 @@
 
     python benchmarks/speed.py --layers 3 --variants compile=False precision=bfloat16,compile=True --peer ../CORL
     python benchmarks/speed.py --script discrete/cql_dqn --observation 8 --action 4 --batch 64 --layers 2
+    python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
 
-A variant is options of the script (`-`: none). Each runs in a process of its own; windows alternate between them, and
-the median counts. `--peer` is a checkout of CORL (https://github.com/corl-team/CORL), whose classes and replay buffer
-are timed on the same job. Rows are added to benchmarks/results/speed.csv. `--load N` instead makes an HDF5 file of N
-transitions and measures the memory that loading it takes; a row too, whose ratio is to the data's float32 size.
+A variant is options of the script and, in capitals, environment variables (`-`: none). Each runs in a process of its
+own; windows alternate between them, and the median counts. `--peer` is a checkout of CORL
+(https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads that
+the scripts set. `--beside` says how many busy processes run meanwhile; several numbers are measured in turn. Rows are
+added to benchmarks/results/speed.csv.
 
 utilisation: updates per second times the operations of an update, over the rate that this machine reaches for the
 products of a critic's hidden layer alone (forward and both gradients), in the same type, in the same run.
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
-import tempfile
 import time
 import types
 import warnings
+from dataclasses import fields
 from pathlib import Path
+from unittest.mock import patch
 
-import h5py
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,47 +43,23 @@ from algorithms.offline import cql
 SCRIPTS = {"offline/cql": cql, "discrete/cql_dqn": cql_dqn}
 N_ROWS = 100_000
 COLUMNS = (
-    "script", "variant", "device", "threads", "observation", "action", "batch", "layers", "actions",
+    "script", "variant", "beside", "device", "threads", "observation", "action", "batch", "layers", "actions",
     "updates_per_second", "slowest_window", "fastest_window", "ratio", "gflop_per_update", "matmul_gflop_per_second",
     "utilisation", "peak_memory_mb", "compile_seconds", "launches_per_update", "torch", "machine",
 )  # fmt: skip
 
 
-def random_data(job, n_rows=N_ROWS):
+def random_data(job):
     rng = np.random.default_rng(0)
     data = {
-        key: rng.standard_normal((n_rows, job.observation), dtype=np.float32)
+        key: rng.standard_normal((N_ROWS, job.observation), dtype=np.float32)
         for key in ("observations", "next_observations")
     }
-    data["actions"] = rng.uniform(-1, 1, (n_rows, job.action)).astype(np.float32)
+    data["actions"] = rng.uniform(-1, 1, (N_ROWS, job.action)).astype(np.float32)
     if job.script == "discrete/cql_dqn":
-        data["actions"] = rng.integers(job.action, size=n_rows)
-    data["rewards"] = rng.standard_normal(n_rows, dtype=np.float32)
-    return data | {key: np.arange(n_rows) % 1000 == 999 for key in ("terminals", "timeouts")}
-
-
-def measure_loading(connection, job, folder):
-    """A process: MB of N transitions in float32, and the most that it grew by while it loaded them."""
-    path, size = Path(folder) / "data.hdf5", job.observation * 2 + job.action + 2
-    script = SCRIPTS[job.script]
-    config = script.TrainConfig(device=job.device, env=str(path), eval_env="none")
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    data, *_ = script.prepare_data(config, [], None)
-    script.ReplayBuffer(script.td_columns(data, config) if script is cql_dqn else data, job.device)
-    connection.send((4 * job.load * size / 2**20, peak_memory("cpu") - before))
-
-
-def load(job):
-    with tempfile.TemporaryDirectory() as folder:
-        with h5py.File(Path(folder) / "data.hdf5", "w") as file:
-            for key, column in random_data(job, job.load).items():
-                file[key] = column
-        context = multiprocessing.get_context("spawn")
-        connection, theirs = context.Pipe()
-        context.Process(target=measure_loading, args=(theirs, job, folder), daemon=True).start()
-        size, peak = connection.recv()
-    return [{"script": job.script, "variant": f"loading {job.load} transitions of {size:.0f} MB", "device": job.device,
-             "peak_memory_mb": round(peak), "ratio": round(peak / size, 2)}]  # fmt: skip
+        data["actions"] = rng.integers(job.action, size=N_ROWS)
+    data["rewards"] = rng.standard_normal(N_ROWS, dtype=np.float32)
+    return data | {key: np.arange(N_ROWS) % 1000 == 999 for key in ("terminals", "timeouts")}
 
 
 def count_operations(function):
@@ -88,22 +69,23 @@ def count_operations(function):
 
 
 def make_config(job, variant):
-    """The script's configuration for the job. Raises ValueError for what is no option."""
+    """The script's configuration for the job, and the environment variables. Raises ValueError for unknown options."""
     script = SCRIPTS[job.script]
     options = dict(option.partition("=")[::2] for option in variant.split(",") if variant != "-")
-    kinds = {field.name: field.type for field in cql.dataclasses.fields(script.TrainConfig)}
+    variables = {name: options.pop(name) for name in list(options) if name.isupper()}
+    kinds = {field.name: field.type for field in fields(script.TrainConfig)}
     if unknown := options.keys() - kinds.keys():
         raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
     options = {name: script.convert(name, value, kinds[name]) for name, value in options.items()}
     never = dict.fromkeys(("eval_freq", "log_interval", "max_timesteps"), 10**9)
     sizes = {"batch_size": job.batch, "cql_n_actions": job.actions, "q_n_hidden_layers": job.layers}
     sizes = {name: size for name, size in sizes.items() if name in kinds}
-    return script.TrainConfig(device=job.device, **never | sizes | options)
+    return script.TrainConfig(device=job.device, **never | sizes | options), variables
 
 
 def prepare_script(job, variant):
     """The script's own agent and loop, with the job's sizes: (runs updates, operations of one, compile seconds)."""
-    script, config, data = SCRIPTS[job.script], make_config(job, variant), random_data(job)
+    script, (config, _), data = SCRIPTS[job.script], make_config(job, variant), random_data(job)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     if script is cql_dqn:
@@ -112,11 +94,14 @@ def prepare_script(job, variant):
             agent.critic.atoms.copy_(torch.linspace(-10, 10, config.n_atoms))
     else:
         agent = script.CQL(config, job.observation, job.action)
-    buffer, means = script.ReplayBuffer(data, job.device), script.Means()
+    buffer = script.ReplayBuffer(data, job.device)
     operations = count_operations(lambda: agent.update(buffer.sample(job.batch)))
-    started = time.perf_counter()
-    updates = script.Updates(config, agent, buffer, means)
-    return updates, operations, time.perf_counter() - started
+    updates, started = (
+        script.updates(config, agent, buffer, script.RunningMean(), script.RunningMean()),
+        time.perf_counter(),
+    )
+    next(updates)
+    return updates.__next__, operations, time.perf_counter() - started
 
 
 def prepare_peer(job, path):
@@ -148,7 +133,7 @@ def prepare_peer(job, path):
 
 def prepare_limit(job, dtype):
     """The products of a critic's hidden layer: forward, and the gradients of input and weights."""
-    cql.keep_freed_memory()
+    next(cql.updates(cql.TrainConfig(compile=False), None, None))  # so that freed memory is kept, as in a run
     critics, actions = (1, 1) if job.script == "discrete/cql_dqn" else (2, 1 + 3 * job.actions)
     rows, width = job.batch * actions, 256
     x, y = (torch.randn(critics, rows, width, device=job.device).to(getattr(torch, dtype)) for _ in range(2))
@@ -192,7 +177,7 @@ def work(connection, job, kind, variant):
     before = peak_memory(job.device)
     prepare = {"script": prepare_script, "peer": prepare_peer, "limit": prepare_limit}[kind]
     function, operations, seconds = prepare(job, variant)
-    for _ in range(3):
+    for _ in range(5):  # on a GPU updates are recorded in the fourth call
         function()
     launches = count_launches(function, job.device)
     connection.send((operations, seconds, launches, peak_memory(job.device) - before))
@@ -207,40 +192,64 @@ def work(connection, job, kind, variant):
         connection.send(n / (time.perf_counter() - started))
 
 
+@contextlib.contextmanager
+def beside(n):
+    """While n processes are busy."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def start(job, kind, variant):
+    """A process that is ready: its connection, and what it found out so far."""
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe()
+    variables = make_config(job, variant)[1] if kind == "script" else {}
+    with patch.dict(os.environ, variables):
+        context.Process(target=work, args=(theirs, job, kind, variant), daemon=True).start()
+    theirs.close()  # so that a process that fails is no wait without an end
+    return connection, connection.recv()
+
+
 def compare(job):
-    """A row a variant, and one for the peer."""
+    """A row a variant, and one for the peer, for each number of busy processes."""
     specs = [("limit", "float32"), ("limit", "bfloat16")] + [("script", variant) for variant in job.variants]
     specs += [("peer", job.peer)] if job.peer else []
-    context, workers = multiprocessing.get_context("spawn"), []
-    for spec in specs:  # one after the other: compiling uses all cores
-        connection, theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, job, *spec), daemon=True).start()
-        workers.append((connection, connection.recv(), []))
-    for _ in range(job.windows):
-        for connection, _, rates in workers:
-            connection.send(job.seconds)
-            rates.append(connection.recv())
-    for connection, *_ in workers:
+    workers, rows = [start(job, *spec) for spec in specs], []  # one after the other: compiling uses all cores
+    for n_beside in job.beside:
+        rates = [[] for _ in workers]
+        with beside(n_beside):
+            for _ in range(job.windows):
+                for (connection, _), found in zip(workers, rates):
+                    connection.send(job.seconds)
+                    found.append(connection.recv())
+        limits = dict(zip(("float32", "bfloat16"), map(statistics.median, rates)))
+        base = statistics.median(rates[-1 if job.peer else 2])
+        for (kind, variant), (_, prepared), found in list(zip(specs, workers, rates))[2:]:
+            limit = limits["bfloat16" if "bfloat16" in variant else "float32"]
+            name = "CORL" if kind == "peer" else variant
+            rows.append(make_row(job, name, n_beside, prepared, found, base, limit))
+    for connection, _ in workers:
         connection.send(None)
-
-    limits = {variant: statistics.median(rates) for (_, variant), (_, _, rates) in zip(specs[:2], workers)}
-    base = statistics.median(workers[-1 if job.peer else 2][2])
-    rows = []
-    for (kind, variant), (_, (operations, seconds, launches, memory), rates) in list(zip(specs, workers))[2:]:
-        limit = limits["bfloat16" if "bfloat16" in variant else "float32"]
-        rate = statistics.median(rates)
-        rows.append({
-            "script": job.script,
-            "variant": "CORL" if kind == "peer" else variant, "device": job.device, "threads": torch.get_num_threads(),
-            **{name: getattr(job, name) for name in ("observation", "action", "batch", "layers", "actions")},
-            "updates_per_second": round(rate, 2), "slowest_window": round(min(rates), 2),
-            "fastest_window": round(max(rates), 2), "ratio": round(rate / base, 2),
-            "gflop_per_update": round(operations / 1e9, 4), "matmul_gflop_per_second": round(limit / 1e9, 1),
-            "utilisation": round(rate * operations / limit, 3), "peak_memory_mb": round(memory),
-            "compile_seconds": round(seconds, 1), "launches_per_update": launches, "torch": torch.__version__,
-            "machine": torch.cuda.get_device_name() if "cuda" in job.device else cpu_name(),
-        })  # fmt: skip
     return rows
+
+
+def make_row(job, name, n_beside, prepared, rates, base, limit):
+    (operations, seconds, launches, memory), rate = prepared, statistics.median(rates)
+    return {
+        "script": job.script, "variant": name, "beside": n_beside, "device": job.device,
+        "threads": torch.get_num_threads(),
+        **{name: getattr(job, name) for name in ("observation", "action", "batch", "layers", "actions")},
+        "updates_per_second": round(rate, 2), "slowest_window": round(min(rates), 2),
+        "fastest_window": round(max(rates), 2), "ratio": round(rate / base, 2),
+        "gflop_per_update": round(operations / 1e9, 4), "matmul_gflop_per_second": round(limit / 1e9, 1),
+        "utilisation": round(rate * operations / limit, 3), "peak_memory_mb": round(memory),
+        "compile_seconds": round(seconds, 1), "launches_per_update": launches, "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if "cuda" in job.device else cpu_name(),
+    }  # fmt: skip
 
 
 def main():
@@ -250,7 +259,7 @@ def main():
     parser.add_argument("--peer", help="checkout of CORL, for offline/cql")
     for name, default in {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--load", type=int, default=0, metavar="N", help="measure loading N transitions instead")
+    parser.add_argument("--beside", type=int, nargs="+", default=[0], metavar="N", help="busy processes meanwhile")
     parser.add_argument("--windows", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
     parser.add_argument("--device", default=cql.TrainConfig().device)
@@ -261,12 +270,14 @@ def main():
             make_config(job, variant)
         except ValueError as error:
             parser.error(f"--variants {variant}: {error}")
+    if min(job.beside) < 0:
+        parser.error(f"--beside {min(job.beside)} is no number of processes")
     if job.peer and job.script != "offline/cql":
         parser.error(f"--peer {job.peer} has no {job.script}")
     if job.peer and not (Path(job.peer) / "algorithms/offline/cql.py").exists():
         parser.error(f"--peer {job.peer} is no checkout of CORL: it lacks algorithms/offline/cql.py")
 
-    rows = load(job) if job.load else compare(job)
+    rows = compare(job)
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items() if value not in (None, "")))
     new = not job.output.exists()

@@ -1,6 +1,5 @@
 """benchmarks/export.py: an ONNX file that acts as the policy does, and what it says to a user who errs."""
 
-import importlib.util
 import subprocess
 import sys
 import types
@@ -9,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import contents, continuous, tiny_config
+from conftest import contents
 
+from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
-
-PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "export.py"
-spec = importlib.util.spec_from_file_location("export", PROGRAM)
-export = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(export)
+from benchmarks import export, policies
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LOW, HIGH = np.array([-2, 0, -0.7], np.float32), np.array([1, 0.5, 0.1], np.float32)  # the last overshoots unclamped
@@ -49,14 +45,18 @@ def without_packages(monkeypatch):
     monkeypatch.setattr(export, "largest_difference", lambda model, actor: 1e-7)
 
 
+def needs_packages():
+    for name in PACKAGES:
+        pytest.importorskip(name, reason="requirements-extra.txt is not installed")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The folder of a policy and its export by the program, with what it printed."""
-    for name in PACKAGES:
-        pytest.importorskip(name, reason="requirements-extra.txt is not installed")
+    needs_packages()
     folder = tmp_path_factory.mktemp("export")
     store_policy(folder / "policy.pt")
-    process = subprocess.run([sys.executable, PROGRAM, "policy.pt"], cwd=folder, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, export.__file__, "policy.pt"], cwd=folder, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, ""), process.stderr
     return folder, process.stdout
 
@@ -98,26 +98,47 @@ def test_one_valid_file_without_this_machine_in_it(exported):
     assert sorted(path.name for path in folder.iterdir()) == ["policy.onnx", "policy.pt"]
     onnx.checker.check_model(onnx.load(folder / "policy.onnx"), full_check=True)
     content = (folder / "policy.onnx").read_bytes()
-    assert str(PROGRAM.parent).encode() not in content and b"site-packages" not in content
+    assert str(Path(export.__file__).parent).encode() not in content and b"site-packages" not in content
     assert printed.count("\n") == 1
     for part in ("policy.onnx", "[batch, 4]", "[batch, 3]", "of the action range"):
         assert part in printed
 
 
-@continuous
-def test_policy_and_checkpoint_of_a_run_go_to_any_place(script, tmp_path, capsys, monkeypatch, request):
+@pytest.mark.parametrize("sizes", [[4], [4, 3]])
+@pytest.mark.parametrize(("head", "n_outputs"), [("dqn", 1), ("c51", 5), ("qr", 5)])
+def test_discrete_actions(sizes, head, n_outputs):
+    needs_packages()
+    torch.manual_seed(0)
+    actor = cql_dqn.QNetwork(3, sizes, 16, 2, head, n_outputs, normalize_features=head == "qr")
+    actor.atoms.copy_(torch.linspace(-1, 1, n_outputs))
+    actor.action_low.copy_(torch.arange(len(sizes)) - 2)
+    actor.last.weight.data *= 100
+    assert len(np.unique(actor.act(np.random.default_rng(0).normal(size=(1000, 3))), axis=0)) > 3
+    assert export.largest_difference(export.to_onnx(actor), actor) == 0
+
+
+def test_policy_and_checkpoint_of_a_run_go_to_any_place(policy, without_packages, capsys, monkeypatch):
     def weights(actor):
+        assert not actor.training
         return b"".join(tensor.numpy().tobytes() for tensor in actor.state_dict().values())
 
-    cql.train(tiny_config(cql, tmp_path))
-    capsys.readouterr()
-    request.getfixturevalue("without_packages")  # which training looks for
     monkeypatch.setattr(export, "to_onnx", weights)
-    export.main([str(tmp_path / "run" / "checkpoint.pt")])
-    export.main([str(tmp_path / "run" / "policy.pt"), "--output", str(tmp_path / "new" / "folder" / "best")])
-    first, second = (tmp_path / name for name in ("run/checkpoint.onnx", "new/folder/best"))
+    cql.save(Path("checkpoint.pt"), {"policy": torch.load(policy), "agent": {}})
+    export.main(["checkpoint.pt"])
+    export.main(["policy.pt", "--output", "new/folder/best"])
+    first, second = Path("checkpoint.onnx"), Path("new/folder/best")
     assert first.read_bytes() == second.read_bytes() and len(first.read_bytes()) > 500
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(first), str(second)]
+
+
+def test_policies_of_all_scripts_act_in_eval_mode(tmp_path):
+    for script, network in (
+        (cql, cql.TanhGaussianActor(3, 2, 8, 1)),
+        (cql_dqn, cql_dqn.QNetwork(3, [2], 8, 1, "dqn", 1)),
+    ):
+        script.save(tmp_path / "policy.pt", {"sizes": list(network.sizes), "weights": network.train().state_dict()})
+        loaded = policies.load_policy(tmp_path / "policy.pt").__self__
+        assert type(loaded) is type(network) and not loaded.training
 
 
 @pytest.mark.parametrize("damage", ["1e-4", "NaN"])

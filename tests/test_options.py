@@ -12,8 +12,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Optional, get_args
 
+import pyrallis
 import pytest
 import torch
 import yaml
@@ -33,6 +34,8 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import import_data
+
 # Name, type and default of CORL's options. Its checkpoints_path None writes nothing, here it is "runs"; its device is
 # "cuda"; buffer_size is a limit here.
 CORL = {
@@ -50,6 +53,10 @@ CORL = {
     "reward_bias": (float, -1.0), "bc_steps": (int, 0), "policy_log_std_multiplier": (float, 1.0),
     "project": (str, "CORL"), "group": (str, "CQL-D4RL"), "name": (str, "CQL"),
 }  # fmt: skip
+ORIGINAL_PARSER = pyrallis.argparsing.ArgumentParser
+properties = settings(
+    max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
+)
 
 
 def options_of(script):
@@ -57,8 +64,16 @@ def options_of(script):
 
 
 @functools.cache
-def parser_of(script):  # pyrallis takes a second to read the comments
-    return script.ConfigParser(script.TrainConfig)
+def cached_parser(**options):  # an option costs pyrallis half a millisecond
+    return ORIGINAL_PARSER(**options)
+
+
+def read(script, *arguments):
+    """The configuration of a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.pyrallis.argparsing, "ArgumentParser", cached_parser)
+        patch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        return script.parse_arguments(script.TrainConfig)
 
 
 @pytest.fixture
@@ -67,9 +82,9 @@ def parse(script, tmp_path):
 
     def parse(*arguments, text=None):
         if text is not None:
-            (tmp_path / "options.yaml").write_text(text)
-            arguments = ("--config_path", str(tmp_path / "options.yaml"), *arguments)
-        return parser_of(script).parse_args(arguments)
+            (tmp_path / "options.yaml").write_bytes(text.encode(errors="surrogatepass"))
+            arguments = ("--config_path", tmp_path / "options.yaml", *arguments)
+        return read(script, *arguments)
 
     return parse
 
@@ -90,117 +105,63 @@ def test_an_option_has_one_type_in_all_scripts():
 @continuous
 def test_options_of_corl_keep_name_type_and_default(script):
     options = options_of(script)
+    assert len(CORL) == 38
     for name, (kind, default) in CORL.items():
         assert options[name].type == kind and vars(script.TrainConfig())[name] == default, name
 
 
-@pytest.mark.parametrize(
-    ("script", "argument", "value"),
-    known([
-        ("--normalize=True", True), ("--normalize=False", False), ("--normalize=true", True),
-        ("--normalize=false", False), ("--seed=7", 7), ("--seed=1e6", 1_000_000), ("--seed=1_000", 1000),
-        ("--seed=2.0", 2), ("--seed=010", 10), ("--discount=1", 1.0), ("--policy_lr=1e-05", 1e-5),
-        ("--policy_lr=0.0003", 3e-4), ("--cql_clip_diff_min=-inf", -math.inf), ("--cql_clip_diff_max=.inf", math.inf),
-        ("--cql_clip_diff_min=-200", -200.0), ("--checkpoints_path=None", "runs"), ("--checkpoints_path=null", "runs"),
-        ("--eval_env=None", None), ("--eval_env=none", "none"), ("--run_id=01234567", "01234567"),
-        ("--run_id=1e5", "1e5"), ("--run_id=None", None), ("--run_id=true", "true"), ("--name=None", "None"),
-        ("--name=null", "null"), ("--name=[a, b]", "[a, b]"), ("--name=a: b", "a: b"), ("--name= x ", " x "),
-        ("--compile=None", None), ("--compile=True", True), ("--compile=false", False),
-        ("--name=-", "-"), ("--group=False", "False"), ("--load_model=", ""), ("--env=0x10", "0x10"),
-        ("--reward_clip=inf", math.inf), ("--reward_clip=1", 1.0), ("--max_grad_norm=.inf", math.inf),
-        ("--v_min=None", None), ("--v_min=-2", -2.0), ("--v_max=2.5", 2.5), ("--head=qr", "qr"),
-        ("--bc_only=True", True),
-    ]),
-    indirect=["script"],
-)  # fmt: skip
-def test_command_line_says_what_it_says(argument, value, parse):
-    name = argument[2:].split("=")[0]
-    for arguments in ([argument], [f"--{name}={value}", argument]):  # the last one counts
-        parsed = vars(parse(*arguments))[name]
-        assert parsed == value and type(parsed) is type(value)
-
-
-def test_option_and_value_may_be_two_words(parse):
+def test_command_line_and_yaml_say_what_they_say(parse):
+    for name, text, value in [
+        ("normalize", "True", True), ("normalize", "false", False), ("seed", "1e6", 1_000_000), ("seed", "1_000", 1000),
+        ("seed", "2.0", 2), ("seed", "010", 10), ("discount", "1", 1.0), ("qf_lr", "1e-05", 1e-5),
+        ("reward_bias", "-1e-7", -1e-7), ("reward_clip", ".inf", math.inf), ("checkpoints_path", "None", "runs"),
+        ("checkpoints_path", "null", "runs"), ("eval_env", "None", None), ("eval_env", "none", "none"),
+        ("run_id", "01234567", "01234567"), ("run_id", "1e5", "1e5"), ("run_id", "true", "true"),
+        ("run_id", "None", None),
+        ("name", "None", "None"), ("group", "False", "False"), ("env", "0x10", "0x10"), ("load_model", "''", ""),
+        ("compile", "None", None), ("compile", "True", True), ("name", "a b", "a b"),
+        ("project", "2001-02-03", "2001-02-03"),
+    ]:  # fmt: skip
+        words = f"--{name}={text}", f"--{name}={text}".replace("''", "")
+        for parsed in (parse(words[1]), parse(f"--{name}=3", words[1]), parse(text=f"batch_size: 7\n{name}: {text}")):
+            found = vars(parsed)[name]
+            assert found == value and type(found) is type(value), (name, text)
+    assert vars(parse("--name=[a: b]"))["name"] == "[a: b]" and vars(parse("--name= x "))["name"] == " x "
     config = parse("--seed", "3", "--reward_bias", "-5", "--normalize", "False", "--name", "a b")
     assert (config.seed, config.reward_bias, config.normalize, config.name) == (3, -5.0, False, "a b")
-
-
-@pytest.mark.parametrize(
-    ("script", "line", "name", "value"),
-    known([
-        ("policy_lr: 1e-4", "policy_lr", 1e-4),  # a text to YAML 1.1
-        ("seed: 1e6", "seed", 1_000_000),
-        ("seed: 1_000_000", "seed", 1_000_000),
-        ("normalize: no", "normalize", False),
-        ("normalize: 'False'", "normalize", False),
-        ("cql_clip_diff_min: -.inf", "cql_clip_diff_min", -math.inf),
-        ("checkpoints_path: null", "checkpoints_path", "runs"),
-        ("checkpoints_path:", "checkpoints_path", "runs"),
-        ("eval_env: ~", "eval_env", None),
-        ("run_id: '0123'", "run_id", "0123"),
-        ("discount: 1", "discount", 1.0),
-        ("v_max: ~", "v_max", None),
-        ("reward_clip: .inf", "reward_clip", math.inf),
-        ("seed: 1\nseed: 2", "seed", 2),  # as YAML has it
-        ("load_model: ''", "load_model", ""),
-    ]),
-    indirect=["script"],
-)  # fmt: skip
-def test_yaml_says_what_it_says(line, name, value, parse):
-    parsed = vars(parse(text=f"batch_size: 7\n{line}"))
-    assert parsed[name] == value and type(parsed[name]) is type(value) and parsed["batch_size"] == 7
-    assert vars(parse("--batch_size=8", text="batch_size: 7"))["batch_size"] == 8  # the command line counts
+    config = parse("--batch_size=8", text="batch_size: 7\nseed: 1\nseed: 2\ncheckpoints_path:\neval_env: ~\n")
+    assert (config.batch_size, config.seed, config.checkpoints_path, config.eval_env) == (8, 2, "runs", None)
 
 
 BAD_VALUES = [
     "normalize=maybe", "normalize=1", "normalize=None", "normalize=", "seed=1.9", "seed=true", "seed=None", "seed=x",
     "seed=-1", "seed=1e400", "seed=nan", "seed=", "seed=1,000", "eval_seed=-1", "eval_freq=0", "n_episodes=0",
-    "batch_size=0", "batch_size=-256", "buffer_size=0", "max_timesteps=-1", "log_interval=0", "discount=1.01",
-    "discount=-0.1", "discount=nan", "discount=none", "policy_lr=-1e-3", "qf_lr=-1", "qf_lr=inf", "qf_lr=nan",
+    "batch_size=0", "batch_size=-256", "buffer_size=0", "max_timesteps=-1", "max_timesteps=0", "log_interval=0",
+    "discount=1.01", "discount=-0.1", "discount=nan", "discount=none", "policy_lr=-1e-3", "qf_lr=-1", "qf_lr=inf",
     "soft_target_update_rate=1.5", "soft_target_update_rate=-1", "target_update_period=0", "cql_n_actions=0",
-    "cql_temp=0", "cql_temp=-1", "cql_alpha=-1", "cql_alpha=inf", "cql_target_action_gap=nan",
-    "cql_target_action_gap=inf", "hidden_dim=0", "policy_n_hidden_layers=0", "q_n_hidden_layers=0", "bc_steps=-1",
-    "alpha_multiplier=-1", "reward_scale=nan", "reward_scale=inf", "reward_bias=inf", "cql_clip_diff_min=nan",
-    "cql_clip_diff_max=nan", "holdout_fraction=1", "holdout_fraction=-0.1", "policy_log_std_multiplier=nan",
-    "policy_log_std_multiplier=-inf", "env=", "name=", "run_id=a/b", "run_id=..", "run_id=.", "device=gpu",
-    "precision=half", "compile=maybe", "cql_backprop_actions=-1", "device=meta", "device=cuda:99", "device=",
-    "max_timesteps=0", "reward_clip=0", "reward_clip=-1", "reward_clip=nan", "max_grad_norm=0", "max_grad_norm=nan",
-    "head=ddqn", "head=", "head=None", "target=mean", "td_error=absolute", "n_step=0", "n_step=1.5", "n_atoms=1",
-    "n_quantiles=0", "eval_epsilon=2", "eval_epsilon=-0.1", "v_min=nan", "v_min=inf", "v_min=-inf", "v_max=-inf",
-    "v_max=inf", "v_max=high", "dr3_coefficient=-1", "bc_only=maybe", "normalize_features=2",
+    "cql_temp=0", "cql_temp=-1", "cql_alpha=-1", "cql_alpha=inf", "cql_target_action_gap=nan", "hidden_dim=0",
+    "policy_n_hidden_layers=0", "q_n_hidden_layers=0", "bc_steps=-1", "alpha_multiplier=-1", "reward_scale=nan",
+    "reward_bias=inf", "cql_clip_diff_min=nan", "cql_clip_diff_max=nan", "holdout_fraction=1", "holdout_fraction=-0.1",
+    "policy_log_std_multiplier=nan", "device=gpu", "device=cuda:99", "device=", "precision=half", "compile=maybe",
+    "keep_policies=2", "cql_backprop_actions=-1", "reward_clip=0", "reward_clip=-1", "reward_clip=nan",
+    "max_grad_norm=0", "max_grad_norm=nan", "head=ddqn", "head=", "head=None", "target=mean", "td_error=absolute",
+    "n_step=0", "n_step=1.5", "n_atoms=1", "n_quantiles=0", "eval_epsilon=2", "eval_epsilon=-0.1", "v_min=nan",
+    "v_max=high", "dr3_coefficient=-1", "bc_only=maybe", "normalize_features=2", "seed=[1]", "name=[a, b]",
+    "seed={a: 1}",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "argument"), known(BAD_VALUES), indirect=["script"])
-def test_bad_value_is_one_line_that_names_the_option(argument, parse):
-    status, line = refusal(parse, f"--{argument}")
-    name, value = argument.split("=")
-    assert status == 2 and f"--{name} " in line
-    text = f"{name}: {value or repr('')}"
-    if yaml.safe_load(text)[name] not in (True, None):
-        status, line = refusal(parse, text=text)
-        assert status == 2 and f"--{name} " in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["--see=4"], "--see"),
-        (["--no_such_option=4"], "--no_such_option"),
-        (["seed=4"], "seed=4"),
-        (["--seed"], "--seed"),
-        (["--normalize"], "--normalize"),
-        (["--config_path=missing.yaml"], "missing.yaml"),
-        (["--config_path="], "--config_path"),
-        (["--name=a\0b"], "--name"),
-        (["--reward_bias", "-1e-1x"], "--option=value"),
-        (["--config_path=."], "Is a directory"),
-    ],
-)
-def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    status, line = refusal(parse, *arguments)
-    assert status == 2 and word in line
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_bad_value_is_one_line_that_names_the_option(script, parse):
+    for _, argument in known(BAD_VALUES):
+        name, value = argument.split("=")
+        if name not in options_of(script):
+            continue
+        refused = [refusal(parse, text=f"{name}: {value}")]
+        if argument != "name=[a, b]":
+            refused.append(refusal(parse, f"--{argument}"))
+        for status, line in refused:
+            assert status == 2 and f"--{name} " in line, argument
 
 
 @pytest.mark.parametrize(
@@ -210,43 +171,36 @@ def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypa
 )
 def test_limits_in_the_wrong_order_are_one_line(low, high, values, parse):
     status, line = refusal(parse, f"--{low}={values[0]}", f"--{high}={values[1]}")
-    assert status == 2 and f"--{low} {values[0]:.1f}" in line and f"--{high} {values[1]:.1f}" in line
+    assert status == 2 and low in line and high in line
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("arguments", "word"),
     [
-        "", "# nothing\n", "- seed\n", "seed", "seed: [1]\n", "seed: {a: 1}\n", "sed: 1\n", "1: 2\n", "null: 1\n",
-        "{", "a: b: c", "\tseed: 1", "seed: !!python/object/apply:os.getcwd []\n", "normalize: 1\n", "name: 5\n",
-        "env: null\n", "name: true\n", "seed: 2001-13-45\n", "seed: !!int x\n", "\0", "seed: true", "run_id: 0123",
+        (["--see=4"], "--see"), (["--no_such_option=4"], "--no_such_option"), (["seed=4"], "seed=4"),
+        (["--seed"], "--seed"), (["--normalize"], "--normalize"), (["--config_path=missing.yaml"], "missing.yaml"),
+        (["--reward_bias", "-1e-1x"], "--option=value"), (["--config_path=."], "Is a directory"),
     ],
 )  # fmt: skip
-def test_bad_yaml_is_one_line(text, parse):
-    status, line = refusal(parse, text=text)
-    assert status == 2 and ("options.yaml" in line or "--" in line)
-
-
-def test_yaml_runs_no_code(parse, tmp_path, monkeypatch):
+def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refusal(parse, text="name: !!python/object/apply:os.mkdir [harm]")
-    assert not (tmp_path / "harm").exists()
+    status, line = refusal(parse, *arguments)
+    assert status == 2 and word in line
 
 
-def test_yaml_of_other_bytes_is_one_line(parse, tmp_path):
-    (tmp_path / "latin.yaml").write_bytes(b"name: \xfcber\n")
-    assert refusal(parse, "--config_path", str(tmp_path / "latin.yaml"))[0] == 2
-
-
-@pytest.mark.parametrize("text", [8000 * "[", "name: " + 8000 * "[", "seed: 0x" + 9999 * "f", "seed: " + 9999 * "9"])
-def test_yaml_that_would_overflow_is_one_line(text, parse):
-    assert refusal(parse, text=text)[0] == 2
-
-
-def test_yaml_bomb_is_one_short_line(parse):
+def test_bad_yaml_is_one_line_and_runs_no_code(parse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     bomb = "".join(f"x{i}: &x{i} [{', '.join(9 * [f'*x{i - 1}' if i else 'x'])}]\n" for i in range(20))
-    for text in (bomb, bomb.replace("x19:", "name:")):
+    for text in (
+        "", "# nothing\n", "- seed\n", "seed", "sed: 1\n", "1: 2\n", "null: 1\n", "{", "a: b: c", "\tseed: 1", "\0",
+        "seed: 2001-13-45\n", "\ud800", 8000 * "[", "name: " + 8000 * "[", "seed: " + 9999 * "9", bomb,
+        bomb.replace("x19:", "name:"), "seed: !!python/object/apply:os.mkdir [harm]",
+    ):  # fmt: skip
         status, line = refusal(parse, text=text)
-        assert status == 2 and len(line) < 1000
+        assert status == 2 and ("options.yaml" in line or "--seed" in line), text[:20]
+    line = refusal(parse, text="sed: 1\nseed: 2\noffline_iterations: 3\n")[1]
+    assert "sed" in line and "offline_iterations" in line and "options.yaml" in line and "'seed'" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
 
 
 TEXTS = st.one_of(
@@ -255,101 +209,86 @@ TEXTS = st.one_of(
 )  # fmt: skip
 
 
-def check_parsed(script, name, value, parsed):
-    """The oracle: what the text `value` of an option means, by the type of its field."""
-    kind = options_of(script)[name].type
-    if kind in (bool, Optional[bool]) and value not in ("None", "null"):
-        assert parsed is {"true": True, "false": False}[value.lower()]
-    elif kind in (int, float) or (kind == Optional[float] and value not in ("None", "null")):
-        assert (
-            type(parsed) is (int if kind is int else float)
-            and parsed == float(value.replace(".inf", "inf"))
-            and not math.isnan(parsed)
-        )
-    elif kind is str or value not in ("None", "null"):
-        assert parsed == value
-    else:
-        assert parsed in (None, "runs")
+def meant(kind, text):
+    """The oracle: what the text of an option of a type means. Raises ValueError or KeyError."""
+    optional, kind = bool(get_args(kind)), (get_args(kind) or [kind])[0]
+    if optional and text in ("None", "null", ""):
+        return None
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    number = text if kind is str else float(text.replace(".inf", "inf"))
+    if kind is not str and (math.isnan(number) or kind is int and (math.isinf(number) or number != int(number))):
+        raise ValueError(text)
+    return kind(number)
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None, derandomize=True)
-@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
-def test_any_text_is_parsed_to_what_it_says_or_refused_in_a_line(script, data):
-    name, value = data.draw(st.sampled_from(sorted(options_of(script)))), data.draw(TEXTS)
+@properties
+def test_any_text_is_parsed_to_what_it_says_or_refused_in_a_line(script, parse, data):
+    name, text = data.draw(st.sampled_from(sorted(options_of(script)))), data.draw(TEXTS)
     try:
-        config = parser_of(script).parse_args([f"--{name}={value}"])
+        config = vars(parse(f"--{name}={text}"))
     except script.ConfigError as error:
-        assert "\n" not in str(error) and error.status == 2
+        assert error.status == 2
+        with contextlib.suppress(ValueError, KeyError):  # then it is out of the option's range
+            assert type(meant(options_of(script)[name].type, text)) in (int, float, str)
     else:
-        check_parsed(script, name, value, vars(config)[name])
-        assert {**vars(config), name: 0} == {**vars(script.TrainConfig()), name: 0}
+        value = meant(options_of(script)[name].type, text)
+        value = "runs" if name == "checkpoints_path" and not value else value
+        assert config[name] == (value or None if name == "run_id" else value)
+        assert {**config, name: 0} == {**vars(script.TrainConfig()), name: 0}
 
 
 @given(words=st.lists(st.one_of(st.text(), st.sampled_from(["--seed", "--env", "--config_path", "--", "-", "3"]))))
-@settings(max_examples=150, deadline=None, derandomize=True)
-@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
-def test_any_words_are_a_configuration_or_a_line(script, words):
+@properties
+def test_any_words_are_a_configuration_or_a_line(script, parse, words):
     try:
-        parser_of(script).parse_args([word for word in words if word not in ("-h", "--help")])
+        parse(*[word for word in words if word not in ("-h", "--help")])
     except script.ConfigError as error:
-        assert "\n" not in str(error) and error.status == 2
+        assert error.status == 2
 
 
 VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.dates()), st.lists)
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
-def test_any_yaml_is_a_configuration_or_a_line(script, data, tmp_path_factory):
+@properties
+def test_any_yaml_is_a_configuration_or_a_line(script, parse, data):
     names = st.sampled_from(sorted(options_of(script))) | st.text(max_size=3)
     content = data.draw(st.dictionaries(names, VALUES, max_size=3))
-    path = tmp_path_factory.getbasetemp() / "random.yaml"
     text = data.draw(st.sampled_from([yaml.safe_dump(content), data.draw(st.text())]))
-    path.write_bytes(text.encode(errors="surrogatepass"))
     try:
-        config = vars(parser_of(script).parse_args(["--config_path", str(path)]))
+        config = vars(parse(text=text))
     except script.ConfigError as error:
-        assert "\n" not in str(error) and error.status == 2
+        assert error.status == 2
     else:
-        for name, value in yaml.safe_load(text).items():
-            assert config[name] == value or (value in (None, "", "None", "null") and config[name] in (None, "runs"))
+        for name, value in yaml.load(text, Loader=yaml.BaseLoader).items():
+            value = meant(options_of(script)[name].type, value)
+            assert config[name] == value or (not value and config[name] in (None, "runs"))
 
 
-def test_unknown_keys_are_named(parse):
-    line = refusal(parse, text="sed: 1\nseed: 2\nbatch: 3\n")[1]
-    assert "sed" in line and "batch" in line and "options.yaml" in line and "seed," not in line
-
-
-def test_help_is_shown_beside_other_options(command_line):
-    assert command_line("--run_id", "x", "--help")[0] == command_line("--seed=3", "-h")[0] == 0
-
-
-def test_too_little_memory_is_one_line(script, command_line, tmp_path):
-    arguments = tiny_arguments(script, checkpoints_path=tmp_path)
-    status, _, err = command_line(*arguments, "--batch_size=1000000000000")
-    assert status == 1 and err.count("\n") == 1 and "--batch_size" in err
-
-
-def test_help_lists_every_option_with_its_comment(script, command_line):
-    status, out, err = command_line("--help")
+def test_help_lists_every_option_with_its_type_and_comment(script, command_line):
+    status, out, err = command_line("--run_id", "x", "--help")
     assert (status, err) == (0, "")
-    text, source = " ".join(out.split()), Path(script.__file__).read_text()
-    for name in options_of(script):
+    text, source = " ".join(out.split()).replace("- ", "-"), Path(script.__file__).read_text()
+    for name, field in options_of(script).items():
         comment = re.search(rf"^    {name}: .*?  # (.+)$", source, re.MULTILINE)[1]
-        assert f"--{name} " in text and " ".join(comment.split()) in text, name
+        kind = str(field.type).replace("typing.", "") if get_args(field.type) else field.type.__name__
+        kind = kind if f"Optional[{name}]" in text or kind in text else "Optional"
+        assert f"--{name} {kind} {' '.join(comment.split())}".replace("- ", "-") in text, name
 
 
-def test_program_exits_with_0_1_and_2_and_says_why_in_a_line(script, command_line, run, tmp_path):
+def test_program_exits_with_0_1_and_2_and_says_why_in_a_line(script, command_line, tmp_path):
     arguments = tiny_arguments(script, checkpoints_path=tmp_path / "runs")
     status, out, err = command_line(*arguments)
     assert (status, err) == (0, "") and str(tmp_path / "runs" / "run") in out.splitlines()[-1]
-    for bad, code in (("--seed=x", 2), ("--buffer_size=99", 2), ("--env=toy/nothing-v0", 1)):
-        status, out, err = command_line(*arguments, "--run_id=bad", bad)
-        assert status == code and out == "" and err.startswith(f"{Path(script.__file__).name}: ")
-        assert err.count("\n") == 1 and bad.split("=")[1] in err
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+    for bad, code in (("--seed=x", 2), ("--buffer_size=99", 2), ("--env=toy/nothing-v0", 1), ("--env=two\nlines", 1)):
+        status, _, err = command_line(*arguments, "--run_id=bad", bad)
+        assert status == code and err.startswith(f"{Path(script.__file__).name}: ")
+        assert err.count("\n") == 1 and bad.split("=")[1].split()[-1] in err
+    status, _, err = command_line(*arguments, "--run_id=memory", "--batch_size=1000000000000")
+    assert status == 1 and err.count("\n") == 1 and "--batch_size" in err
+    assert "bad" not in [path.name for path in (tmp_path / "runs").iterdir()]
 
 
 @once
@@ -360,18 +299,25 @@ def test_unknown_environment_is_one_line_in_a_fresh_process(script, tmp_path):
     assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
 
 
-def test_stored_configuration_is_a_config_file(parse, tiny, run):
-    options = {
-        "name": "1e3",
-        "group": "no",
-        "reward_bias": -1e-7,
-        "reward_clip": 3.5,
-        "checkpoints_path": "null x",
-    }
-    folder = run(**options | {"checkpoints_path": tiny().checkpoints_path})
-    assert parse("--config_path", str(folder / "config.yaml")) == tiny(
-        **options | {"checkpoints_path": tiny().checkpoints_path}
-    )
+def test_waiting_threads_spin_little_unless_the_user_says_otherwise(script, monkeypatch):
+    """The runtime reads it when torch is imported, so the lines before that are tried."""
+    lines = Path(script.__file__).read_text().split("\nimport gymnasium")[0]
+    assert "import torch" not in lines
+    for mine, wanted in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)):
+        with monkeypatch.context() as patch:
+            for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+                patch.setenv(name, mine.get(name, ""))
+                if name not in mine:
+                    patch.delenv(name)
+            exec(lines, {"__name__": "copied"})
+            assert script.os.environ.get("GOMP_SPINCOUNT") == wanted
+
+
+def test_stored_configuration_is_a_config_file(script, parse, tiny, run):
+    options = {"name": "1e3", "group": "no", "reward_bias": -1e-7, "reward_clip": 3.5, "project": "null: ü"}
+    folder, config = run(**options), tiny(**options)
+    assert parse("--config_path", str(folder / "config.yaml")) == config
+    assert yaml.safe_load((folder / "config.yaml").read_text()).keys() == vars(config).keys()
 
 
 # What CORL's YAML files for offline CQL say, beyond the defaults of both; hopper-medium also normalises rewards.
@@ -440,122 +386,38 @@ def test_file_of_corl_means_what_our_configuration_does(name, script, parse):
     assert (theirs["buffer_size"], theirs["checkpoints_path"]) == (10**7, "runs")
 
 
-@continuous
-def test_file_for_another_script_is_refused_by_its_options(parse):
-    line = refusal(parse, text="offline_iterations: 1000000\nonline_iterations: 1000000\ncql_alpha: 5.0\n")[1]
-    assert "offline_iterations, online_iterations" in line and "cql_alpha" not in line
-
-
 # Every option changes something: for each one, a configuration in which it acts, and another value of it.
 
 ACTS = {
-    "algorithms.offline.cql": {
-        "device": ({}, "cuda:99"),
-        "env": ({}, "toy/new-v0"),
-        "eval_env": ({}, "Plain-v0"),
-        "seed": ({}, 1),
-        "eval_seed": ({}, 1),
-        "eval_freq": ({}, 5),
-        "n_episodes": ({}, 3),
-        "max_timesteps": ({}, 11),
-        "checkpoints_path": ({}, "elsewhere"),
-        "run_id": ({}, "other"),
-        "load_model": ({}, "checkpoint.pt"),
-        "log_interval": ({}, 3),
-        "compile": ({}, True),
-        "precision": ({}, "bfloat16"),
-        "buffer_size": ({}, 99),
-        "batch_size": ({}, 33),
-        "normalize": ({}, False),
-        "normalize_reward": ({}, True),
-        "reward_scale": ({"normalize_reward": True}, 4.0),
-        "reward_bias": ({"normalize_reward": True}, 0.0),
-        "reward_clip": ({}, 110.0),
-        "holdout_fraction": ({}, 0.1),
-        "hidden_dim": ({}, 17),
-        "policy_n_hidden_layers": ({}, 2),
-        "q_n_hidden_layers": ({}, 2),
-        "orthogonal_init": ({}, False),
-        "policy_log_std_multiplier": ({}, 0.5),
-        "discount": ({}, 0.9),
-        "policy_lr": ({}, 1e-4),
-        "qf_lr": ({}, 1e-4),
-        "soft_target_update_rate": ({}, 0.1),
-        "target_update_period": ({}, 2),
-        "alpha_multiplier": ({}, 0.5),
-        "use_automatic_entropy_tuning": ({}, False),
-        "backup_entropy": ({}, True),
-        "bc_steps": ({}, 4),
-        "cql_alpha": ({}, 5.0),
-        "cql_n_actions": ({}, 3),
-        "cql_backprop_actions": ({}, 1),
-        "cql_importance_sample": ({}, False),
-        "cql_temp": ({}, 0.5),
-        "cql_max_target_backup": ({}, True),
-        "cql_clip_diff_min": ({}, 3.0),
-        "cql_clip_diff_max": ({}, 2.0),
-        "cql_lagrange": ({}, True),
-        "cql_target_action_gap": ({"cql_lagrange": True}, 2.0),
-        "project": ({}, "other"),
-        "group": ({}, "other"),
-        "name": ({"run_id": None}, "other"),
-    },
-    "algorithms.discrete.cql_dqn": {
-        "device": ({}, "cuda:99"),
-        "env": ({}, "toy/new-v0"),
-        "eval_env": ({}, "Plain-v0"),
-        "seed": ({}, 1),
-        "eval_seed": ({}, 1),
-        "eval_freq": ({}, 5),
-        "eval_epsilon": ({"eval_env": "Paid-v0"}, 0.5),
-        "n_episodes": ({}, 3),
-        "max_timesteps": ({}, 11),
-        "checkpoints_path": ({}, "elsewhere"),
-        "run_id": ({}, "other"),
-        "load_model": ({}, "checkpoint.pt"),
-        "log_interval": ({}, 3),
-        "compile": ({}, True),
-        "precision": ({}, "bfloat16"),
-        "buffer_size": ({}, 99),
-        "batch_size": ({}, 33),
-        "normalize": ({}, False),
-        "normalize_reward": ({}, True),
-        "reward_scale": ({"normalize_reward": True}, 4.0),
-        "reward_bias": ({"normalize_reward": True}, 0.0),
-        "reward_clip": ({}, 110.0),
-        "holdout_fraction": ({}, 0.1),
-        "head": ({}, "qr"),
-        "n_atoms": ({"head": "c51"}, 11),
-        "v_min": ({"head": "c51"}, -500.0),
-        "v_max": ({"head": "c51"}, 5000.0),
-        "n_quantiles": ({"head": "qr"}, 11),
-        "hidden_dim": ({}, 17),
-        "q_n_hidden_layers": ({}, 2),
-        "orthogonal_init": ({}, False),
-        "normalize_features": ({}, True),
-        "discount": ({}, 0.9),
-        "n_step": ({}, 2),
-        "target": ({}, "sarsa"),
-        "td_error": ({}, "squared"),
-        "qf_lr": ({}, 1e-4),
-        "max_grad_norm": ({}, 0.1),
-        "soft_target_update_rate": ({}, 0.1),
-        "target_update_period": ({}, 2),
-        "cql_alpha": ({}, 5.0),
-        "bc_only": ({}, True),
-        "dr3_coefficient": ({}, 0.1),
-        "project": ({}, "other"),
-        "group": ({}, "other"),
-        "name": ({"run_id": None}, "other"),
-    },
-}
-ACTING = [(name, option) for name in ACTS for option in ACTS[name]]
+    "device": ({}, "cuda:99"), "env": ({}, "toy/new-v0"), "eval_env": ({}, "Plain-v0"), "seed": ({}, 1),
+    "eval_seed": ({}, 1), "eval_freq": ({}, 5), "n_episodes": ({}, 3), "max_timesteps": ({}, 11),
+    "checkpoints_path": ({}, "elsewhere"), "run_id": ({}, "other"), "load_model": ({}, "checkpoint.pt"),
+    "keep_policies": ({}, True), "log_interval": ({}, 3), "compile": ({}, True), "precision": ({}, "bfloat16"),
+    "buffer_size": ({}, 99), "batch_size": ({}, 33), "normalize": ({}, False), "normalize_reward": ({}, True),
+    "reward_scale": ({"normalize_reward": True}, 4.0), "reward_bias": ({"normalize_reward": True}, 0.0),
+    "reward_clip": ({}, 110.0), "holdout_fraction": ({}, 0.1), "hidden_dim": ({}, 17), "q_n_hidden_layers": ({}, 2),
+    "orthogonal_init": ({}, False), "discount": ({}, 0.9), "qf_lr": ({}, 1e-4), "bc_only": ({}, True),
+    "soft_target_update_rate": ({}, 0.1), "target_update_period": ({}, 2), "cql_alpha": ({}, 5.0),
+    "project": ({}, "other"), "group": ({}, "other"), "name": ({"run_id": None}, "other"),
+    # of algorithms/offline/cql.py
+    "policy_n_hidden_layers": ({}, 2), "policy_log_std_multiplier": ({}, 0.5), "policy_lr": ({}, 1e-4),
+    "alpha_multiplier": ({}, 0.5), "use_automatic_entropy_tuning": ({}, False), "backup_entropy": ({}, True),
+    "bc_steps": ({}, 4), "cql_n_actions": ({}, 3), "cql_backprop_actions": ({}, 1),
+    "cql_importance_sample": ({}, False), "cql_temp": ({}, 0.5), "cql_max_target_backup": ({}, True),
+    "cql_clip_diff_min": ({}, 3.0), "cql_clip_diff_max": ({}, 2.0), "cql_lagrange": ({}, True),
+    "cql_target_action_gap": ({"cql_lagrange": True}, 2.0),
+    # of algorithms/discrete/cql_dqn.py
+    "eval_epsilon": ({"eval_env": "Paid-v0"}, 0.5), "head": ({}, "qr"), "n_atoms": ({"head": "c51"}, 11),
+    "v_min": ({"head": "c51"}, -500.0), "v_max": ({"head": "c51"}, 5000.0), "n_quantiles": ({"head": "qr"}, 11),
+    "normalize_features": ({}, True), "n_step": ({}, 2), "target": ({}, "sarsa"), "td_error": ({}, "squared"),
+    "max_grad_norm": ({}, 0.1), "dr3_coefficient": ({}, 0.1),
+}  # fmt: skip
 
 
 class Recorder:
     """A W&B that keeps what it is told."""
 
-    Run, Settings, starting_step = object, dict, 0
+    Settings, starting_step = dict, 0
 
     def __init__(self):
         self.told = []
@@ -576,25 +438,27 @@ class Recorder:
 
 @pytest.fixture
 def observe(script, tiny, tmp_path, monkeypatch):
-    """All that a run does: what W&B is told, its folder, tensors and rows; or how it is refused."""
+    """All that a run does: what W&B is told, its files, tensors and rows; or how it is refused."""
 
     def observe(place, **options):
         monkeypatch.setattr(script, "wandb", recorder := Recorder())
         (tmp_path / place).mkdir()
         monkeypatch.chdir(tmp_path / place)
-        output = io.StringIO()
         try:
-            with contextlib.redirect_stdout(output):
+            with contextlib.redirect_stdout(io.StringIO()):
                 script.train(tiny(**{"max_timesteps": 10, "checkpoints_path": "runs"} | options))
-        except (script.ConfigError, script.DataError) as error:
+        except script.DataError as error:
             return type(error)
-        folders = [path.parent for path in Path().rglob("policy.pt")]
-        tensors = {key: x.tolist() for key, x in weights(folders[0], "checkpoint.pt").items()}
-        names = [re.sub("[0-9a-f]{8}$", "", str(path)) for path in folders]
+        (folder,) = [path.parent for path in Path().rglob("checkpoint.pt")]
+        tensors = {key: x.tolist() for key, x in weights(folder, "checkpoint.pt").items()}
+        names = [re.sub("[0-9a-f]{8}/", "/", str(path)) for path in sorted(folder.iterdir())]
         told = [re.sub("[0-9a-f]{8}'", "", repr(x)) for x in recorder.told]
-        return {"wandb": told, "folders": names, "tensors": tensors, "rows": table(folders[0])}
+        return {"wandb": told, "files": names, "tensors": tensors, "rows": table(folder)}
 
     return observe
+
+
+BASES = {}  # what a script does in the context of an option
 
 
 def halved(gradients, metrics):
@@ -603,90 +467,85 @@ def halved(gradients, metrics):
     return {name: [x / 2 for x in values] for name, values in gradients.items()}, metrics
 
 
-def test_the_table_has_every_option():
-    assert ACTS.keys() >= set(SCRIPTS)
-
-
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def test_the_table_has_every_option_of_a_script(script):
-    assert ACTS[script.__name__].keys() == options_of(script).keys()
+    assert options_of(script).keys() <= ACTS.keys()
 
 
-@pytest.mark.parametrize(("script", "option"), ACTING, indirect=["script"])
-def test_every_option_changes_something(option, script, observe, run, new_dataset, tmp_path, monkeypatch):
-    context, value = ACTS[script.__name__][option]
+@pytest.mark.parametrize(
+    ("script", "option"), [(x, y) for x in SCRIPTS for y in ACTS if y in option_names(x)], indirect=["script"]
+)
+def test_every_option_changes_something(option, script, observe, run, new_dataset, monkeypatch):
+    context, value = ACTS[option]
+    if (key := f"{script.__name__} {context}") not in BASES:
+        BASES[key] = observe("base", **context)
+        assert BASES[key] == observe("again", **context) and isinstance(BASES[key], dict)
     if option == "env":
         new_dataset(record("Counter-v0", range(9)), env="Counter-v0")
     if option == "compile":  # whose numbers may be the same: this compiler halves all gradients
         monkeypatch.setattr(script.torch, "compile", lambda function, **_: lambda *x: halved(*function(*x)))
     if option == "load_model":
         value = str(run(run_id="earlier") / value)
-    base, same = observe("base", **context), observe("again", **context)
-    assert base == same and isinstance(base, dict)
-    assert observe("other", **context | {option: value}) != base
+    assert observe("other", **context | {option: value}) != BASES[key]
 
 
 INERT = {
     "algorithms.offline.cql": [
-        ({}, "reward_scale", 4.0),
-        ({}, "reward_bias", 4.0),
-        ({}, "cql_target_action_gap", 4.0),
-        ({"cql_alpha": 0}, "cql_temp", 0.5),
-        ({"cql_alpha": 0}, "cql_n_actions", 5),
-        ({}, "buffer_size", 100),
+        ({}, {"reward_scale": 4.0, "reward_bias": 4.0, "cql_target_action_gap": 4.0, "buffer_size": 100}),
+        ({"cql_alpha": 0}, {"cql_temp": 0.5, "cql_n_actions": 5}),
+        ({"bc_only": True}, {"cql_alpha": 5.0, "qf_lr": 0.1, "discount": 0.99, "cql_lagrange": True}),
     ],
     "algorithms.discrete.cql_dqn": [
-        ({}, "n_atoms", 11),
-        ({}, "v_min", 0.0),
-        ({"head": "c51"}, "td_error", "squared"),
-        ({"head": "c51"}, "n_quantiles", 11),
-        ({"bc_only": True}, "cql_alpha", 5.0),
-        ({"bc_only": True}, "td_error", "squared"),
+        ({}, {"n_atoms": 11, "v_min": 0.0}),
+        ({"head": "c51"}, {"td_error": "squared", "n_quantiles": 11}),
+        ({"bc_only": True}, {"cql_alpha": 5.0, "td_error": "squared"}),
     ],
 }
 
 
 @pytest.mark.parametrize(
-    ("script", "context", "option", "value"),
+    ("script", "context", "options"),
     [(name, *case) for name, cases in INERT.items() for case in cases],
     indirect=["script"],
 )
-def test_options_that_a_configuration_switches_off_change_nothing(context, option, value, script, observe):
-    base, other = observe("base", **context), observe("other", **context | {option: value})
+def test_options_that_a_configuration_switches_off_change_nothing(context, options, script, observe):
+    base, other = observe("base", **context), observe("other", **context | options)
     assert base == other and isinstance(base, dict)
 
 
 # Configurations, docs and README
 
 CONFIGURATIONS = sorted(ROOT.glob("configs/*/**/*.yaml"))
-D4RL_CONFIGURATIONS = [path for path in CONFIGURATIONS if "offline" in path.parts]
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_configurations_load_and_say_only_what_differs(path):
-    setting, algorithm, *_ = path.relative_to(ROOT / "configs").parts
-    assert f"algorithms.{setting}.{algorithm}" in SCRIPTS
-    script = importlib.import_module(f"algorithms.{setting}.{algorithm}")
-    config = parser_of(script).parse_args(["--config_path", str(path)])
-    stated, defaults = yaml.safe_load(path.read_text()), vars(script.TrainConfig())
-    assert {name for name in stated if vars(config)[name] == defaults[name]} <= {"env"}
-    assert all(isinstance(vars(config)[name], type(value)) for name, value in stated.items())
-    *_, domain, dataset = path.with_suffix("").parts
-    assert re.fullmatch(rf"(D4RL-)?{domain}-{dataset}(-v0)?", config.env.replace("/", "-"))
+def test_configurations_load_and_say_only_what_differs():
+    assert len(CONFIGURATIONS) > 50
+    for path in CONFIGURATIONS:
+        setting, algorithm, *_ = path.relative_to(ROOT / "configs").parts
+        script = importlib.import_module(f"algorithms.{setting}.{algorithm}")
+        config, stated, defaults = (
+            read(script, "--config_path", path),
+            yaml.safe_load(path.read_text()),
+            vars(script.TrainConfig()),
+        )
+        assert {name for name in stated if vars(config)[name] == defaults[name]} <= {"env"}, path
+        assert all(isinstance(vars(config)[name], type(value)) for name, value in stated.items()), path
+        *_, domain, dataset = path.with_suffix("").parts
+        assert re.fullmatch(rf"(D4RL-)?{domain}-{dataset}(-v0)?", config.env.replace("/", "-")), path
 
 
 @continuous
 def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark(script):
-    stored = {parser_of(script).parse_args(["--config_path", str(path)]).env for path in D4RL_CONFIGURATIONS}
+    stored = {read(script, "--config_path", path).env for path in CONFIGURATIONS if "offline" in path.parts}
     kinds = ["random", "medium", "medium-replay", "medium-expert", "expert", "full-replay"]
     wanted = {f"{task}-{kind}-v2" for task in ("halfcheetah", "hopper", "walker2d") for kind in kinds}
     hands = [(task, kind) for task in ("pen", "door", "hammer", "relocate") for kind in ("human", "cloned", "expert")]
     wanted |= {f"{task}-{kind}-v1" for task, kind in hands} | {f"D4RL/{task}/{kind}-v2" for task, kind in hands}
     wanted |= {f"maze2d-{maze}-v1" for maze in ("umaze", "medium", "large")}
     wanted |= {f"kitchen-{kind}-v0" for kind in ("complete", "partial", "mixed")}
-    wanted |= {name for name in script.d4rl_files() if name.startswith("antmaze-") and name.endswith("-v2")}
+    wanted |= {name for name in import_data.d4rl_files() if name.startswith("antmaze-") and name.endswith("-v2")}
     assert wanted <= stored and len(wanted) == 54
-    assert {name for name in stored if "/" not in name} <= script.d4rl_files().keys()
+    assert {name for name in stored if "/" not in name} <= import_data.d4rl_files().keys()
 
 
 def documented(page):
@@ -706,6 +565,7 @@ PAGES = {
             {"cql_alpha": 0},
             {"use_automatic_entropy_tuning": False, "eval_env": "none"},
             {"cql_importance_sample": False},
+            {"bc_only": True, "holdout_fraction": 0.2},
         ],
     ),
     "algorithms.discrete.cql_dqn": (

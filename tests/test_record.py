@@ -1,8 +1,7 @@
-"""benchmarks/record.py: videos of whole episodes, and what it says to a user who errs."""
+"""benchmarks/record.py: the episodes of an evaluation, their videos, and what it says to a user who errs."""
 
 import ctypes.util
 import gc
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,26 +10,22 @@ import warnings
 from pathlib import Path
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, Counter, contents, continuous
+from conftest import DATASET, Counter, contents, continuous, table
 from conftest import record as record_episodes
 
 from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
-
-pytestmark = continuous  # the world of Painted; record.py takes policies of every script
-
-PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "record.py"
-spec = importlib.util.spec_from_file_location("record", PROGRAM)
-record = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(record)
+from benchmarks import record
 
 
 class Painted(Counter):
     """Counter, whose picture has a brightness of 20 t."""
 
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, render_mode=None, height=32):
@@ -38,6 +33,10 @@ class Painted(Counter):
 
     def render(self):
         return np.full((self.height, 48, 3), 20 * self.t, np.uint8)
+
+
+class One(Painted):
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
 
 
 class Flat(Painted):
@@ -56,25 +55,20 @@ class Failing(Painted):
         raise RuntimeError("simulation\nexploded")
 
 
-for kind in (Painted, Flat, NoScreen, Failing):
+for kind in (Painted, One, Flat, NoScreen, Failing):
     gym.register(f"{kind.__name__}-v0", entry_point=f"{__name__}:{kind.__name__}")
 
 
-def store_discrete_policy(path):
+def store_policy(path, sizes=(3, 2), discrete=False):
     torch.manual_seed(0)
-    network = cql_dqn.QNetwork(4, [2], 16, 1, "dqn", 1)
-    cql_dqn.save(Path(path), {"sizes": list(network.sizes), "weights": network.state_dict()})
-
-
-def store_policy(path, sizes=(3, 2)):
-    torch.manual_seed(0)
-    actor = cql.TanhGaussianActor(*sizes, 16, 1)
-    actor.head.weight.data *= 100
+    actor = cql_dqn.QNetwork(*sizes, 16, 1, "dqn", 1) if discrete else cql.TanhGaussianActor(*sizes, 16, 1)
+    if not discrete:
+        actor.head.weight.data *= 100
     cql.save(Path(path), {"sizes": list(actor.sizes), "weights": actor.state_dict()})
 
 
 @pytest.fixture(autouse=True)
-def folder(script, tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     """With a policy.pt; and what the program changes in its process is undone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
@@ -103,26 +97,20 @@ def frames(ffmpeg):
     return frames
 
 
-def run(*options, env="Painted-v0", policy="policy.pt", output="videos"):
-    record.main([policy, "--env", env, "--output", output, *map(str, options)])
+def play(*options, env="Painted-v0", policy="policy.pt", output="videos"):
+    output = ["--output", output] if output else ["--no_video"]
+    record.main([str(policy), "--env", env, *output, *map(str, options)])
 
 
 def refusal(capsys, *options, **named):
     """The exit status and the one line on stderr of a run that must fail."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run(*options, **named)
+        play(*options, **named)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1 and printed.err.startswith("record.py: error: "), printed.err
     return stop.value.code, printed.err
-
-
-def evaluation(seed, env="Painted-v0"):
-    """Return and length of the episode that an evaluation plays from this seed."""
-    config = cql.TrainConfig(n_episodes=1, eval_seed=seed)
-    episode = cql.rollout(config, cql.Task([gym.make(env)]), cql.load_policy("policy.pt"))
-    return episode["return"][0], episode["length"][0]
 
 
 def check_frames(video, length):
@@ -132,27 +120,39 @@ def check_frames(video, length):
     assert brightness[: length + 1] == pytest.approx(20 * np.arange(length + 1), abs=3)
 
 
+@pytest.mark.parametrize("n_episodes", [2, 18])  # 18: in two waves
+def test_plays_the_evaluation_of_a_run_of_any_script(n_episodes, run, new_dataset, capsys, monkeypatch):
+    for name in ("moviepy", "imageio_ffmpeg"):  # not needed
+        monkeypatch.setitem(sys.modules, name, None)
+    dataset = new_dataset(record_episodes("Counter-v0", range(20)), env="Counter-v0")
+    minari.load_dataset(dataset).storage.update_metadata({"ref_min_score": 2.0, "ref_max_score": 51.0})
+    path = run(env=dataset, n_episodes=n_episodes, eval_seed=7)
+    (*_, row), outcomes = table(path), []
+    for env in (dataset, "Counter-v0"):
+        capsys.readouterr()
+        play("--episodes", n_episodes, "--seed", 7, env=env, policy=path / "policy.pt", output=None)
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in lines] == [f"seed {seed}" for seed in range(7, 7 + n_episodes)]
+        assert all(f"{Counter.length(seed)} steps" in line for seed, line in enumerate(lines, start=7))
+        outcomes.append(last)
+    returned = "return {:.1f} ± {:.1f}".format(*(float(row[name]) for name in ("eval_return", "eval_return_std")))
+    scored = f"{float(row['d4rl_normalized_score']):.1f}"
+    assert outcomes[1] == f"{returned} over {n_episodes} episodes" and outcomes[0] == f"{outcomes[1]}, score {scored}"
+
+
 def test_an_episode_is_a_video_from_its_start_to_its_end(frames, capsys):
-    run("--episodes", 2, "--seed", 3)
+    play("--episodes", 2, "--seed", 3)
     printed = capsys.readouterr()
     assert sorted(os.listdir("videos")) == ["Painted-v0-seed-3.mp4", "Painted-v0-seed-4.mp4"]
-    assert printed.err == "" and printed.out.count("\n") == 2
-    for seed, line in zip((3, 4), printed.out.splitlines()):
-        path, (total, length) = f"videos/Painted-v0-seed-{seed}.mp4", evaluation(seed)
-        assert line == f"seed {seed}: return {total:.1f}, {length:.0f} steps, {path}"
+    play("--episodes", 2, "--seed", 3, output=None)
+    without = capsys.readouterr().out.splitlines()
+    assert printed.err == "" and len(without) == 3 and printed.out.splitlines()[2] == without[2]
+    for seed, line, plain in zip((3, 4), printed.out.splitlines(), without):
+        path = f"videos/Painted-v0-seed-{seed}.mp4"
+        assert line == f"{plain}, {path}"
         video, fps = frames(path)
         assert fps == 10 and video.shape[1:] == (32, 48, 3)
-        check_frames(video, int(length))
-
-
-def test_policy_of_discrete_actions(frames, capsys):
-    store_discrete_policy("policy.pt")
-    run("--seed", 3, env="CartPole-v1", output="video.mp4")
-    config = cql_dqn.TrainConfig(n_episodes=1, eval_seed=3)
-    task = cql_dqn.Task([gym.make("CartPole-v1")])
-    (length,) = cql_dqn.rollout(config, task, cql_dqn.load_policy("policy.pt"))["length"]
-    assert f"return {length:.1f}, {length:.0f} steps" in capsys.readouterr().out
-    assert len(frames("video.mp4")[0]) in (length + 1, length + 2)
+        check_frames(video, Counter.length(seed))
 
 
 def test_one_file_replaces_an_older_one(frames, capsys, monkeypatch):
@@ -163,20 +163,21 @@ def test_one_file_replaces_an_older_one(frames, capsys, monkeypatch):
     monkeypatch.setattr(record.os, "replace", replace)
     Path("deep").mkdir()
     Path("deep/video.mp4").write_text("older")
-    run("--seed", 1, output="deep/video.mp4")
-    assert os.listdir("deep") == ["video.mp4"] and capsys.readouterr().out.endswith(", deep/video.mp4\n")
+    play("--seed", 1, output="deep/video.mp4")
+    assert os.listdir("deep") == ["video.mp4"] and ", deep/video.mp4\n" in capsys.readouterr().out
     check_frames(frames("deep/video.mp4")[0], 4)
 
 
+@continuous
 def test_environment_of_a_dataset_with_its_arguments(frames, new_dataset, capsys):
     episodes = record_episodes("Painted-v0", range(3))
     made = gym.make("Painted-v0", height=64, max_episode_steps=2).spec
-    run(env=new_dataset(episodes, "toy/painted-v0", env=made))
+    play(env=new_dataset(episodes, "toy/painted-v0", env=made))
     video, _ = frames("videos/Painted-v0-seed-0.mp4")
     assert video.shape[1:] == (64, 48, 3)
     check_frames(video, 2)
     capsys.readouterr()
-    run("--seed", 1, env=new_dataset(episodes, "painted-v0", env=made))  # an id without a namespace
+    play("--seed", 1, env=new_dataset(episodes, "painted-v0", env=made))  # an id without a namespace
     assert "seed 1: " in capsys.readouterr().out
     spaces = {"observation_space": Painted.observation_space, "action_space": Painted.action_space}
     status, line = refusal(capsys, env=new_dataset(episodes, "toy/nowhere-v0", **spaces))
@@ -215,6 +216,7 @@ def test_missing_package(name, capsys, monkeypatch):
     assert not Path("videos").exists()
 
 
+@continuous
 @pytest.mark.filterwarnings("error:of a renderer")
 @pytest.mark.parametrize(
     ("options", "named", "code", "words"),
@@ -224,45 +226,35 @@ def test_missing_package(name, capsys, monkeypatch):
         (["--seed", "x"], {}, 2, ["--seed"]),
         (["--episode", "2"], {}, 2, ["--episode"]),
         (["--episodes", "2"], {"output": "video.mp4"}, 2, ["--output", "folder", "--episodes"]),
+        (["--no_video"], {}, 2, ["--output", "--no_video"]),
         ([], {"policy": "nowhere.pt"}, 1, ["nowhere.pt", "does not exist"]),
         ([], {"policy": "text"}, 1, ["text", "policy.pt"]),
-        ([], {"policy": "wide.pt"}, 1, ["wide.pt", "(4, 2)", "(3, 2)", "Painted-v0"]),
-        ([], {"policy": "narrow.pt"}, 1, ["narrow.pt", "(3, 1)", "(3, 2)"]),
-        ([], {"policy": "wide.pt", "env": "Pendulum-v1"}, 1, ["wide.pt", "(3, 1)", "Pendulum-v1"]),
-        ([], {"env": "CartPole-v1"}, 1, ["--env CartPole-v1", "Discrete(2)", "kind"]),
-        ([], {"policy": "discrete.pt"}, 1, ["--env Painted-v0", "Box", "kind"]),
-        ([], {"policy": "discrete.pt", "env": "MountainCar-v0"}, 1, ["discrete.pt", "(4, 1)", "(2, 1)"]),
+        ([], {"policy": "wide.pt"}, 1, ["wide.pt", "4, 2", "3, 2", "Painted-v0"]),
+        ([], {"policy": "narrow.pt"}, 1, ["narrow.pt", "3, 1", "3, 2"]),
+        ([], {"env": "One-v0"}, 1, ["policy.pt", "3, 2", "1, 2"]),  # although the policy would take one number
+        ([], {"env": "CartPole-v1"}, 1, ["--env CartPole-v1", "Discrete(2)", "Box"]),
+        ([], {"policy": "discrete.pt"}, 1, ["--env Painted-v0", "Box", "Discrete"]),
+        ([], {"policy": "discrete.pt", "env": "MountainCar-v0"}, 1, ["discrete.pt", "4, 1", "2, 1"]),
         ([], {"env": "Painte-v0"}, 2, ["--env Painte-v0", "Painted"]),
         ([], {"env": "LunarLander-v2"}, 2, ["--env LunarLander-v2", "LunarLander-v3"]),
         ([], {"env": "no_such_module:Painted-v0"}, 2, ["--env no_such_module:Painted-v0", "no_such_module"]),
-        ([], {"env": "toy/missing-v0"}, 1, ["--env toy/missing-v0", "Minari", DATASET]),
+        ([], {"env": "toy/missing-v0"}, 1, ["--env toy/missing-v0", "not there"]),
         ([], {"env": "../../etc"}, 1, ["--env ../../etc", "Minari"]),
+        ([], {"env": "none", "output": None}, 1, ["--env none", "no environment"]),
         ([], {"env": DATASET}, 1, ["--env Counter-v0", "renders no rgb_array"]),
-        ([], {"env": "hopper-medium-v2"}, 1, ["policy.pt", "(3, 2)", "Hopper-v5", "(11, 3)"]),
         ([], {"env": "Flat-v0"}, 1, ["--env Flat-v0", "(32, 48)"]),
         ([], {"env": "NoScreen-v0"}, 1, ["--env NoScreen-v0", "eglQueryString", "MUJOCO_GL", "'egl'", "libegl1"]),
     ],
 )
-def test_user_errors_are_one_line_and_write_nothing(options, named, code, words, capsys, folder):
+def test_user_errors_are_one_line_and_write_nothing(options, named, code, words, script, capsys, folder):
     Path("text").write_text("no policy")
     store_policy("wide.pt", sizes=(4, 2))
     store_policy("narrow.pt", sizes=(3, 1))
-    store_discrete_policy("discrete.pt")
+    store_policy("discrete.pt", (4, [2]), discrete=True)
     before = contents(folder)
     status, line = refusal(capsys, *options, **named)
     assert status == code and all(word in line for word in words), line
     assert contents(folder) == before and not Path("videos").exists()
-
-
-def test_a_policy_for_one_number_is_refused_although_it_would_broadcast(capsys):
-    store_policy("policy.pt", sizes=(3, 2))
-
-    class One(Painted):
-        observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-
-    gym.register("One-v0", entry_point=One)
-    status, line = refusal(capsys, env="One-v0")
-    assert status == 1 and "(3, 2)" in line and "(1, 2)" in line
 
 
 @pytest.mark.parametrize(
@@ -272,12 +264,10 @@ def test_renderer_that_fails_when_it_is_imported(error, words, capsys, monkeypat
     def make(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(gym, "make", make)
+    monkeypatch.setattr(gym, "make_vec", make)
     status, line = refusal(capsys)
     assert status == (1 if words else 2)
     assert "--env Painted-v0" in line and str(error) in line and ("MUJOCO_GL" in line) == bool(words)
-    monkeypatch.setattr(record, "make_environments", make)
-    assert refusal(capsys)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -287,6 +277,7 @@ def test_renderer_that_fails_when_it_is_imported(error, words, capsys, monkeypat
         ("Painted-v0", "policy.pt/video.mp4", ["--output policy.pt/video.mp4", "cannot be written"]),
         ("Painted-v0", "taken.mp4", ["--output taken.mp4", "Is a directory"]),
         ("Failing-v0", "videos", ["--env Failing-v0", "seed 0", "exploded"]),
+        ("Failing-v0", None, ["--env Failing-v0", "seed 0", "exploded"]),
     ],
 )
 def test_failures_leave_no_part_of_a_video(env, output, words, ffmpeg, capsys, folder):
@@ -303,14 +294,7 @@ def test_camera_goes_with_the_robot():
         env = gym.make("HalfCheetah-v5", **options)
         record.follow(env)
         assert env.unwrapped.mujoco_renderer.camera_id == camera
-
-
-def test_every_environment_may_have_such_a_camera(monkeypatch):
-    followed = []
-    monkeypatch.setattr(record, "follow", followed.append)
-    assert followed == [record.with_pictures(gym.make("Painted-v0"))]
-    monkeypatch.undo()
-    record.follow(followed[0])  # has none
+    record.follow(gym.make("Painted-v0"))  # has none
 
 
 def test_settings_for_rendering(capsys, monkeypatch):
@@ -319,6 +303,8 @@ def test_settings_for_rendering(capsys, monkeypatch):
     refusal(capsys, policy="nowhere.pt")
     assert (os.environ["SDL_VIDEODRIVER"], os.environ["MUJOCO_GL"]) == ("dummy", "osmesa")
     monkeypatch.delenv("MUJOCO_GL")
+    refusal(capsys, policy="nowhere.pt", output=None)
+    assert "MUJOCO_GL" not in os.environ
     refusal(capsys, policy="nowhere.pt")
     assert os.environ.get("MUJOCO_GL") == ("egl" if sys.platform == "linux" else None)
     refusal(capsys, env="NoScreen-v0")
@@ -330,7 +316,7 @@ def test_program_renders_mujoco_without_a_screen(frames):
     store_policy("policy.pt", sizes=(4, 1))
     hidden = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [sys.executable, PROGRAM, "policy.pt", "--env", "InvertedPendulum-v5", "--output", "video.mp4"]
+    command = [sys.executable, record.__file__, "policy.pt", "--env", "InvertedPendulum-v5", "--output", "video.mp4"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, ""), process.stderr
     video, _ = frames("video.mp4")

@@ -1,8 +1,9 @@
-"""Evaluation and the run folder: rows, files, kill and resume, signals, stored policies, full disks, W&B."""
+"""Evaluation and the run folder: rows, files, kill and resume, signals, stored policies, full disks, divergence."""
 
 import concurrent.futures
 import contextlib
 import errno
+import itertools
 import math
 import os
 import pickle
@@ -10,8 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 import types
 from pathlib import Path
 
@@ -22,6 +21,8 @@ import torch
 import yaml
 from conftest import (
     DATASET,
+    SCRIPTS,
+    SURPLUS,
     WORLDS,
     Counter,
     contents,
@@ -29,6 +30,7 @@ from conftest import (
     discrete,
     equal,
     make_agent,
+    once,
     option_names,
     record,
     refusal,
@@ -39,7 +41,23 @@ from conftest import (
     weights,
 )
 
-# Names and rows
+FILES = {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def at_call(patch, owner, name, n, action):
+    """`action` happens at the n-th call of a function, before it."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def watched(*args, **options):
+        if next(calls) == n:
+            action()
+        return function(*args, **options)
+
+    patch.setattr(owner, name, watched)
+
+
+# Names, rows and lines
 
 
 def test_run_folders_are_new_and_named_after_run_and_data(script, tiny, tmp_path):
@@ -49,53 +67,77 @@ def test_run_folders_are_new_and_named_after_run_and_data(script, tiny, tmp_path
     assert len(folders) == 2
     for folder in folders:
         assert re.fullmatch(r"a-b-toy-counter-v0-[0-9a-f]{8}", folder.name)
-        assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}
+        assert {path.name for path in folder.iterdir()} == FILES
 
 
-def test_run_without_id_never_continues_an_existing_folder(script, tiny, monkeypatch, tmp_path):
-    numbers, urandom = iter([1, 1, 2, 3, 3]), os.urandom
-    monkeypatch.setattr(script.os, "urandom", lambda n: bytes(4 * [next(numbers)]) if n == 4 else urandom(n))
-    for seed in range(3):
-        script.train(tiny(run_id=None, seed=seed))
-    assert len(list((tmp_path / "runs").iterdir())) == 3
-
-
-def test_configuration_is_stored_whole(script, tiny, run):
-    options = {"reward_bias": -2.5e-7, "name": "no", "group": "1e3", "project": "null: ü", "seed": 12}
-    config = tiny(**options)
-    content = yaml.safe_load((run(**options) / "config.yaml").read_text())
-    assert script.TrainConfig(**content) == config and content.keys() == vars(config).keys()
-
-
-@pytest.mark.parametrize(("freq", "steps"), [(10, [10, 20, 25]), (25, [25]), (5, [5, 10, 15, 20, 25]), (100, [25])])
-def test_rows(freq, steps, run):
+@pytest.mark.parametrize(("freq", "steps"), [(10, [10, 20, 25]), (25, [25]), (100, [25])])
+def test_rows(freq, steps, run, capsys):
     folder = run(eval_freq=freq)
     header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert header[:5] == ["step", "eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"]
-    assert [row["step"] for row in table(folder)] == [str(step) for step in steps]
-    assert len(set(header)) == len(header)
-
-
-def test_progress_is_a_line_an_evaluation_and_the_last_names_score_and_folder(script, tiny, tmp_path, capsys):
-    row = script.train(tiny(eval_env="Hopper-Toy-v0"))
+    assert [row["step"] for row in table(folder)] == [str(step) for step in steps] and len(set(header)) == len(header)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if line.startswith("update ")] == [
-        "update 10",
-        "update 20",
-        "update 25",
-    ]
-    assert f"score {row['d4rl_normalized_score']:.1f}" in lines[-1] and str(tmp_path / "runs" / "run") in lines[-1]
+    assert [line.split(":")[0] for line in lines if line.startswith("update ")] == [f"update {step}" for step in steps]
+    (plan,) = [line for line in lines if "0 to 25" in line]
+    assert all(word in plan for word in (str(folder), f"every {freq}", "Counter-v0"))
+    assert lines.index(plan) < min(i for i, line in enumerate(lines) if line.startswith("update "))
+
+
+def test_last_line_has_score_and_folder_and_row_is_what_stands_in_the_table(
+    script, tiny, tmp_path, new_dataset, capsys
+):
+    name = new_dataset(record("Counter-v0", range(9)), env="Counter-v0", ref_min_score=10, ref_max_score=20)
+    row = script.train(tiny(env=name))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"score {row['d4rl_normalized_score']:.1f}" in line and str(tmp_path / "runs" / "run") in line
     stored = {name: float(value) if value else None for name, value in table(tmp_path / "runs/run")[-1].items()}
     assert {name: value for name, value in row.items() if name != "updates_per_second"} == stored
 
 
+@pytest.mark.parametrize("log_interval", [100, 1000])
+def test_without_a_terminal_the_speed_is_said_after_a_hundred_updates(log_interval, run, capsys):
+    options = {"eval_env": "none", "log_interval": log_interval, "eval_freq": 1000}
+    folder = run(max_timesteps=99, **options)
+    assert not re.search(r"updates/s.* min\b", capsys.readouterr().out)
+    run(max_timesteps=250, **options)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if re.search(r"updates/s.* min\b", line)]
+    assert line.startswith("update 199:") and folder.exists()
+
+
+def test_updates_per_second_are_those_of_updates_alone(script, tiny, tmp_path, monkeypatch):
+    """By a clock that goes on by one in each update, and by a lot in all else, also between two starts."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(script, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def takes(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def slow(*args, **options):
+            clock.now += seconds
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    takes(script.ReplayBuffer, "sample", 1.0)
+    for owner, name in ((Counter, "step"), (os, "fsync"), (script.wandb, "init"), (script, "load_dataset")):
+        takes(owner, name, 1000.0)
+    script.train(tiny(max_timesteps=20))
+    clock.now -= 12345.0
+    with pytest.raises(SystemExit):
+        script.train(tiny(max_timesteps=40), stop=[signal.SIGTERM])
+    assert script.train(tiny(max_timesteps=40))["updates_per_second"] == pytest.approx(1)
+    rows = (tmp_path / "runs/run/metrics.csv").read_text().splitlines()
+    place = rows[0].split(",").index("updates_per_second")
+    assert [float(row.split(",")[place]) for row in rows[1:]] == pytest.approx([1, 1, 1, 1])
+
+
 def test_training_metrics_are_means_since_the_last_row(run):
     single, grouped = table(run(eval_freq=1, run_id="single")), table(run(eval_freq=10, run_id="grouped"))
-    names = [name for name in single[0] if not name.startswith(("step", "eval", "d4rl", "feature"))]
+    names = [name for name in single[0] if not name.startswith(("step", "eval", "d4rl", "feature", "data"))]
     assert len(names) >= 10
     for row, updates in zip(grouped, (single[:10], single[10:20], single[20:])):
         for name in names:
-            assert float(row[name]) == pytest.approx(np.mean([float(x[name]) for x in updates]), rel=1e-5, abs=1e-7)
+            assert float(row[name]) == pytest.approx(np.mean([float(x[name]) for x in updates]), rel=1e-4, abs=1e-6)
 
 
 def test_same_seed_same_run_other_seed_another(run):
@@ -108,15 +150,34 @@ def test_training_moves_every_parameter_and_metrics_are_finite(script, tiny, run
     options = {"bc_steps": 5, "cql_lagrange": True, "holdout_fraction": 0.2}
     config = tiny(**options)
     torch.manual_seed(config.seed)
-    before = {f"/agent/networks/{name}": x.clone() for name, x in make_agent(script, config).state_dict().items()}
+    before = {f"/agent/{name}": x.detach().clone() for name, x in make_agent(script, config).named_parameters()}
     folder = run(**options)
-    after, scaling = weights(folder, "checkpoint.pt"), ("atoms", "observation_mean", "observation_std", "_low", "_high")
-    before = {name: value for name, value in before.items() if not name.endswith(scaling)}
+    after = weights(folder, "checkpoint.pt")
     assert len(before) >= 8
     for name, value in before.items():
         assert after[name].isfinite().all() and not torch.equal(after[name], value), name
     for row in table(folder):
         assert all(math.isfinite(float(value)) for name, value in row.items() if name != "d4rl_normalized_score")
+
+
+@continuous
+def test_cloning_alone_learns_the_datas_actions_and_has_no_critics(script, run, new_dataset):
+    """Data whose second action is the time's sign; the likelihood is a density in [-1, 1]."""
+    clean = record("Counter-v0", range(30), lambda env, observation: np.float32([-1, 0.4 * (observation[1] > 1)]))
+    name = new_dataset(clean, env="Counter-v0")
+    options = {"env": name, "bc_only": True, "holdout_fraction": 0.2, "policy_lr": 1e-2, "hidden_dim": 32}
+    folder = run(max_timesteps=300, eval_freq=100, **options)
+    rows, header = table(folder), (folder / "metrics.csv").read_text().splitlines()[0]
+    likelihoods = [float(row["holdout_log_prob"]) for row in rows]
+    assert likelihoods == sorted(likelihoods) and likelihoods[-1] > likelihoods[0] + 1
+    assert not re.search("qf|cql|alpha|holdout_(td|gap|q)", header) and rows[0]["eval_predicted_value"] == ""
+    data = script.load_dataset(name)
+    actions = script.load_policy(folder / "policy.pt")(data["observations"])
+    assert np.abs(actions - data["actions"]).mean() < 0.05 < data["actions"].std(axis=0).max()
+    stored = weights(folder, "checkpoint.pt")
+    untouched = weights(run(run_id="less", max_timesteps=1, **options), "checkpoint.pt")
+    names = [name for name in stored if name.startswith("/agent/critic")]
+    assert names and all(torch.equal(stored[name], untouched[name]) for name in names)
 
 
 # Evaluation
@@ -132,6 +193,7 @@ def outcome(seed, discount, factor=1.0, bias=0.0):
 @pytest.mark.parametrize(("n_episodes", "eval_seed"), [(1, 0), (16, 5), (35, 100)])
 @pytest.mark.parametrize("normalize_reward", [False, True])
 def test_evaluation_is_over_one_episode_from_each_seed(n_episodes, eval_seed, normalize_reward, run):
+    """What the environments play between an episode's end and the last one's does not count."""
     options = {"n_episodes": n_episodes, "eval_seed": eval_seed, "normalize_reward": normalize_reward}
     row = table(run(**options, discount=0.8, reward_scale=0.5, reward_bias=0.25, max_timesteps=2))[-1]
     change = (0.5, 0.25) if normalize_reward else (1, 0)
@@ -141,15 +203,12 @@ def test_evaluation_is_over_one_episode_from_each_seed(n_episodes, eval_seed, no
     assert float(row["eval_return_std"]) == pytest.approx(episodes[:, 0].std())
 
 
-def test_success_is_empty_where_the_environment_reports_none(run):
+def test_names_of_success_and_none_where_none_is_reported(run, monkeypatch):
     assert table(run(eval_env="Plain-v0"))[-1]["eval_success"] == ""
-
-
-@pytest.mark.parametrize("key", ["success", "is_success", "goal_achieved"])
-def test_names_of_success(key, run, monkeypatch):
     step = Counter.step
-    monkeypatch.setattr(Counter, "step", lambda *x: (*(y := step(*x))[:4], {key: y[4]["success"]}))
-    assert float(table(run(n_episodes=6))[-1]["eval_success"]) == pytest.approx(2 / 6)
+    for key in ("success", "is_success", "goal_achieved"):
+        monkeypatch.setattr(Counter, "step", lambda *x, key=key: (*(y := step(*x))[:4], {key: y[4]["success"]}))
+        assert float(table(run(n_episodes=6, run_id=key))[-1]["eval_success"]) == pytest.approx(2 / 6)
 
 
 def test_predicted_value_is_of_the_start_states(script, run, monkeypatch):
@@ -159,39 +218,38 @@ def test_predicted_value_is_of_the_start_states(script, run, monkeypatch):
     assert float(row["eval_predicted_value"]) == pytest.approx(np.mean(range(7, 27)))  # at t = 0, in raw units
 
 
+@pytest.fixture
+def trained(script, tiny, run):
+    """An agent whose critics differ widely, observations, the same scaled, and the actions that it takes there."""
+    folder = run(policy_lr=1e-2, qf_lr=1e-2)
+    agent = make_agent(script, tiny())
+    agent.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
+    observations, stored = script.load_dataset(DATASET)["observations"][:20], weights(folder)
+    scaled = (torch.tensor(observations) - stored["/weights/observation_mean"]) / stored["/weights/observation_std"]
+    return agent, observations, scaled, script.load_policy(folder / "policy.pt")(observations)
+
+
 @continuous
-def test_start_values_are_the_smaller_critics_for_the_deterministic_action(script, tiny, run):
-    config, folder = tiny(), run(policy_lr=1e-2)
-    agent = make_agent(script, config)
-    agent.restore(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
+def test_start_values_are_the_smaller_critics_for_the_deterministic_action(trained):
+    agent, observations, scaled, actions = trained
     torch.manual_seed(0)
     for parameter in agent.critic.parameters():  # so that each critic is the smaller one somewhere
         torch.nn.init.normal_(parameter)
-    observations = script.load_dataset(DATASET)["observations"][:20]
     low, high = Counter.action_space.low, Counter.action_space.high
-    actions = torch.tensor(2 * (script.load_policy(folder / "policy.pt")(observations) - low) / (high - low) - 1)
-    stored = weights(folder)
-    scaled = (torch.tensor(observations) - stored["/weights/observation_mean"]) / stored["/weights/observation_std"]
     with torch.no_grad():
-        q = agent.critic(scaled, actions.unsqueeze(1))[..., 0]
+        q = agent.critic(scaled, torch.tensor(2 * (actions - low) / (high - low) - 1).unsqueeze(1))[..., 0]
     values = agent.start_values(observations)
-    assert values == pytest.approx(q.min(dim=0).values.numpy(), abs=1e-3)
-    assert (q[0] < q[1]).unique().tolist() == [False, True] and np.ptp(values) > 0.01
+    assert values == pytest.approx(q.min(dim=0).values.numpy(), abs=1e-2)
+    assert (q[0] < q[1]).unique().tolist() == [False, True] and np.ptp(values) > 1
 
 
 @discrete
-def test_start_values_are_those_of_the_action_that_is_taken(script, tiny, run):
-    config, folder = tiny(), run(qf_lr=1e-2)
-    agent = make_agent(script, config)
-    agent.restore(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
-    observations = script.load_dataset(DATASET)["observations"][:20]
-    stored = weights(folder)
-    scaled = (torch.tensor(observations) - stored["/weights/observation_mean"]) / stored["/weights/observation_std"]
-    actions = script.load_policy(folder / "policy.pt")(observations) - Counter.action_space.start
+def test_start_values_are_those_of_the_action_that_is_taken(trained):
+    agent, observations, scaled, actions = trained
     with torch.no_grad():
         q = agent.critic(scaled)[..., 0].numpy()
-    values = q[range(20), np.ravel_multi_index(actions.T, Counter.action_space.nvec)]
-    assert agent.start_values(observations) == pytest.approx(values, abs=1e-4) and np.ptp(values) > 0.01
+    values = q[range(20), np.ravel_multi_index((actions - Counter.action_space.start).T, Counter.action_space.nvec)]
+    assert agent.start_values(observations) == pytest.approx(values, abs=1e-3) and np.ptp(values) > 0.01
     assert np.array_equal(values, q.max(axis=1))
 
 
@@ -200,53 +258,53 @@ def test_policy_acts_on_raw_observations_in_the_units_of_the_environment(script,
     step, log = Counter.step, []
 
     def logged(self, action):
-        log.append((self.number, self.t, *action))
+        if self.number != SURPLUS:
+            log.append((self.number, self.t, *action))
         return step(self, action)
 
     monkeypatch.setattr(Counter, "step", logged)
     folder = run(n_episodes=20, max_timesteps=10, policy_lr=1e-2, qf_lr=1e-2)
-    policy = script.load_policy(folder / "policy.pt")
-    env, expected = gym.make("Counter-v0"), []
+    evaluated, policy = np.array(sorted(log)), script.load_policy(folder / "policy.pt")
+    log.clear()
+    env = gym.make("Counter-v0")
     for seed in range(20):
         observation, done = env.reset(seed=seed)[0], False
         while not done:
-            action = policy(observation)
-            expected.append((seed, env.unwrapped.t, *action))
-            observation, _, terminated, truncated, _ = env.step(action)
+            observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
-    evaluated = np.array(sorted(log[: len(expected)]))
-    assert evaluated == pytest.approx(np.array(expected), abs=1e-4)
+    assert evaluated == pytest.approx(np.array(log), abs=1e-3)
     assert np.ptp(evaluated[:, 2:]) > 0.01
 
 
 @continuous
 def test_actions_never_leave_the_box(script, tiny):
     """Fine's bound 0.1 is no float32: the nearest is above it."""
-    env = gym.make("Fine-v0")
-    row = script.evaluate(
-        tiny(), script.Task([env]), lambda x: np.full((len(x), 2), np.float32(0.1)), lambda x: np.zeros(len(x))
-    )
-    assert row["eval_length"] == 3.5
+    data = script.load_dataset(DATASET)
+    task = script.Task(tiny(eval_env="Fine-v0"), data)
+    assert task.rollout(lambda x: np.full((len(x), 2), np.float32(0.1)))["length"].tolist() == [3, 4]
 
 
 @discrete
 @pytest.mark.parametrize("epsilon", [0, 0.3, 1])
-def test_share_of_random_actions_in_evaluation(epsilon, script, tiny):
-    greedy, log = np.array([-2, 2]), []
+def test_share_of_random_actions_in_evaluation_and_their_seed(epsilon, script, tiny, monkeypatch):
+    greedy, log, step = np.array([-2, 2]), [], Counter.step
 
-    class Logged(Counter):
-        def step(self, action):
-            log.append(action)
-            return super().step(action)
+    def logged(self, action):
+        log.append(action)
+        return step(self, action)
 
-    def evaluate():
+    monkeypatch.setattr(Counter, "step", logged)
+
+    def evaluate(seed=0):
         log.clear()
-        config = tiny(n_episodes=300, eval_epsilon=epsilon)
-        script.rollout(config, script.Task([Logged(), Logged()]), lambda x: np.tile(greedy, (len(x), 1)))
+        task = script.Task(tiny(n_episodes=300, eval_epsilon=epsilon, eval_seed=seed), script.load_dataset(DATASET))
+        task.rollout(lambda x: np.tile(greedy, (len(x), 1)))
         return np.array(log)
 
     actions = evaluate()
-    assert np.array_equal(actions, evaluate())
+    assert np.array_equal(actions, evaluate()) and (epsilon == 0) == np.array_equal(
+        actions, evaluate(5)[: len(actions)]
+    )
     assert np.mean((actions == greedy).all(axis=1)) == pytest.approx(1 - epsilon * 11 / 12, abs=0.04)
     assert len(np.unique(actions, axis=0)) == (12 if epsilon else 1)
 
@@ -255,19 +313,34 @@ def test_environments_are_closed(script, tiny, monkeypatch):
     closed = []
     monkeypatch.setattr(Counter, "close", lambda self: closed.append(self))
     script.train(tiny(n_episodes=20))
-    assert len(set(map(id, closed))) == 16
+    assert len(set(map(id, closed))) == 10  # two waves
 
 
-# Files
+# Files and stored policies
 
 
 def test_files_hold_tensors_and_plain_values_only(script, run):
     folder = run()
     policy = torch.load(folder / "policy.pt", weights_only=True)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True).keys() >= {"agent", "policy"}
-    assert policy.keys() == {"sizes", "weights"}
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert policy.keys() == {"sizes", "weights"} and checkpoint.keys() >= {"agent", "policy", "config", "rows"}
+    assert [str(row["step"]) for row in checkpoint["rows"]] == [row["step"] for row in table(folder)]
+    assert script.TrainConfig(**checkpoint["config"]) == script.TrainConfig(
+        **yaml.safe_load((folder / "config.yaml").read_text())
+    )
     expected = script.load_policy(folder / "policy.pt")(np.ones((4, 3)))
     assert np.array_equal(script.load_policy(folder / "checkpoint.pt")(np.ones((4, 3))), expected)
+
+
+def test_the_policy_of_each_evaluation_is_kept_where_wanted(run):
+    folder = run(keep_policies=True, policy_lr=1e-2, qf_lr=1e-2)
+    assert {path.name for path in folder.iterdir()} == FILES | {f"policy-{step}.pt" for step in (10, 20, 25)}
+    for step in (10, 20):
+        alone = run(max_timesteps=step, run_id=f"{step}", policy_lr=1e-2, qf_lr=1e-2)
+        assert equal(weights(folder, f"policy-{step}.pt"), weights(alone)) and not equal(
+            weights(alone), weights(folder)
+        )
+    assert equal(weights(folder, "policy-25.pt"), weights(folder))
 
 
 class Command:
@@ -275,44 +348,107 @@ class Command:
         return os.mkdir, ("harm",)
 
 
-@pytest.mark.parametrize("kind", ["nothing", "empty", "text", "cut", "pickle", "foreign", "plain pickle"])
-def test_bad_checkpoint_is_one_line(kind, script, tiny, run, tmp_path, monkeypatch):
+FOREIGN = {
+    "nothing": None, "empty": b"", "text": b"policy", "plain pickle": pickle.dumps(Command()),
+    "pickle": {"policy": Command()}, "step": {"step": 3}, "list": [1.0], "tensor": torch.zeros(2),
+    "agent": {"agent": {}}, "number": {"policy": 1}, "corl": {"actor": {}, "critic1": {}, "total_it": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, "folder", "cut", "policy"])
+def test_bad_checkpoint_is_one_line_and_runs_nothing(kind, script, tiny, run, tmp_path, monkeypatch):
+    """Given to --load_model, and in the place of the checkpoint of a run that is resumed."""
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "checkpoint.pt"
-    good = (run(run_id="good") / "checkpoint.pt").read_bytes()
-    if kind in ("pickle", "foreign"):
-        torch.save({"policy": Command()} if kind == "pickle" else {"step": 3}, path)
-    elif kind != "nothing":
-        plain = pickle.dumps(Command())
-        path.write_bytes({"empty": b"", "text": b"policy", "cut": good[:-99], "plain pickle": plain}[kind])
-    for steps in (25, 0):
-        status, line = refusal(script.train, tiny(load_model=str(path), max_timesteps=steps))
-        assert status == 1 and str(path) in line
-    assert not (tmp_path / "harm").exists() and not (tmp_path / "runs" / "run").exists()
-    if kind not in ("nothing", "foreign"):  # as the checkpoint of a run that is resumed
-        folder = run(run_id="broken", max_timesteps=10)
-        (folder / "checkpoint.pt").write_bytes(path.read_bytes())
-        before = contents(folder)
+    path, good, broken = tmp_path / "checkpoint.pt", run(run_id="good"), run(run_id="broken", max_timesteps=10)
+    content = FOREIGN.get(kind)
+    if isinstance(content, bytes) or kind in ("cut", "policy"):
+        rest = {"cut": (good / "checkpoint.pt").read_bytes()[:-99], "policy": (good / "policy.pt").read_bytes()}
+        path.write_bytes(rest[kind] if content is None else content)
+    elif content is not None:
+        torch.save(content, path)
+    status, line = refusal(script.train, tiny(load_model=str(tmp_path if kind == "folder" else path)))
+    assert status == 1 and str(tmp_path) in line and ("exist" in line if kind == "nothing" else "checkpoint.pt" in line)
+    if path.exists():
+        (broken / "checkpoint.pt").write_bytes(path.read_bytes())
+        before = contents(broken)
         status, line = refusal(script.train, tiny(run_id="broken", max_timesteps=20))
-        assert status == 1 and str(folder / "checkpoint.pt") in line and contents(folder) == before
-    assert not (tmp_path / "harm").exists()
+        assert status == 1 and str(broken / "checkpoint.pt") in line and contents(broken) == before
+        if kind != "policy":
+            assert refusal(script.load_policy, path)[0] == 1
+    assert not (tmp_path / "harm").exists() and not (tmp_path / "runs" / "run").exists()
 
 
-@pytest.mark.parametrize("content", [{}, [], [1.0], torch.zeros(2), {"agent": {}}, {"policy": 1}], ids=str)
-def test_foreign_file_is_one_line(content, script, tiny, tmp_path):
-    torch.save(content, tmp_path / "file.pt")
-    for steps in (25, 0):
-        status, line = refusal(script.train, tiny(load_model=str(tmp_path / "file.pt"), max_timesteps=steps))
-        assert status == 1 and "file.pt" in line
+def test_policy_takes_finite_observations_of_its_size_alone(script, run):
+    policy = script.load_policy(run() / "policy.pt")
+    nan, inf = [0, math.nan, 0], [[0, 0, 0], [0, math.inf, 0]]
+    for wrong in (
+        0,
+        np.zeros(1),
+        np.zeros((3, 2)),
+        np.zeros(16),
+        nan,
+        inf,
+        ["a", "b", "c"],
+        "text",
+        None,
+        [[1], [1, 2]],
+    ):
+        with pytest.raises(ValueError, match="3"):
+            policy(wrong)
+    assert policy([1, 2, 3]).shape == (2,) and policy(np.zeros((5, 3), np.int64)).shape == (5, 2)
 
 
-@pytest.mark.parametrize("content", ["", "- a", "{", "seed: 0\n"])
-def test_bad_config_of_a_resumed_run_is_one_line(content, script, tiny, run):
-    folder = run(max_timesteps=10)
-    (folder / "config.yaml").write_text(content)
-    before = contents(folder)
-    refusal(script.train, tiny(max_timesteps=20))
-    assert contents(folder) == before
+def test_load_model_starts_from_the_weights_and_statistics_of_a_checkpoint(run, new_dataset):
+    other = new_dataset(record("Counter-v0", range(5)), env="Counter-v0")
+    path = run() / "checkpoint.pt"
+    still = {"policy_lr": 0, "qf_lr": 0, "soft_target_update_rate": 0, "max_timesteps": 12}
+    folder = run(load_model=str(path), run_id="next", seed=1, env=other, **still)
+    assert [row["step"] for row in table(folder)] == ["10", "12"]
+    stored, loaded = weights(path.parent, path.name), weights(folder, "checkpoint.pt")
+    kept = {name for name in stored if name.startswith(("/policy", "/agent/actor", "/agent/critic", "/agent/target"))}
+    assert len(kept) >= 10 and equal(*({name: x[name] for name in kept} for x in (stored, loaded)))
+    assert table(folder) == table(run(load_model=str(path), run_id="raw", seed=1, env=other, normalize=False, **still))
+    goes_on = run(load_model=str(path), run_id="goes on")
+    assert not equal(weights(goes_on), weights(path.parent)) and len(table(goes_on)) == 3
+
+
+def test_load_model_takes_the_learning_rates_of_the_new_run(script, run):
+    path = str(run() / "checkpoint.pt")
+    base = weights(run(load_model=path, run_id="base", max_timesteps=3), "checkpoint.pt")
+    for name in {"policy_lr", "qf_lr"} & option_names(script.__name__):
+        other = weights(run(load_model=path, run_id=name, max_timesteps=3, **{name: 0.01}), "checkpoint.pt")
+        assert not equal(base, other)
+
+
+@discrete
+def test_load_model_keeps_the_atoms_but_for_given_ends(run):
+    path = run(run_id="old", head="c51", v_min=-3.0) / "checkpoint.pt"
+    old = weights(path.parent)["/weights/atoms"]
+    for options, ends in (({}, old[[0, -1]].tolist()), ({"v_min": -2.0, "v_max": 9.0}, [-2, 9])):
+        atoms = weights(run(run_id=f"{len(options)}", head="c51", load_model=str(path), **options))["/weights/atoms"]
+        assert atoms[[0, -1]].tolist() == ends
+
+
+def test_another_network_is_one_line_that_says_so(new_dataset, script, tiny, run, monkeypatch):
+    path = str(run(max_timesteps=10) / "checkpoint.pt")
+    changes = [{"hidden_dim": 8}]
+    if "head" in option_names(script.__name__):
+        buffers = record("Counter-v0", range(6))
+        for buffer in buffers:
+            buffer.actions[:] = 0
+        spaces = {"observation_space": Counter.observation_space, "action_space": gym.spaces.MultiDiscrete([3, 4])}
+        changes += [{"head": "qr"}, {"env": new_dataset(buffers, **spaces)}, {"normalize_features": True}]
+    for i, environment in enumerate(WORLDS[script.__name__].others):
+        changes.append({"env": new_dataset(record(environment, [0]), f"toy/other-v{i}", env=environment)})
+    for options in changes:
+        status, line = refusal(script.train, tiny(load_model=path, run_id="next", **options))
+        assert status == 1 and ("network" in line or "size" in line) and len(line) < 400, line
+    network = script.Policy.__init__  # on resume, after an edit of the file
+    monkeypatch.setattr(
+        script.Policy, "__init__", lambda *x: (network(*x), setattr(x[0], "extra", torch.nn.Linear(2, 2)))[0]
+    )
+    status, line = refusal(script.train, tiny())
+    assert status == 1 and path in line and "network" in line and len(line) < 400
 
 
 # Kill and resume. train_apart runs in a process that SIGKILL ends at a chosen call.
@@ -331,43 +467,47 @@ def uninterrupted(script, tmp_path_factory):
 
 def check_end(folder, expected):
     for name in ("policy.pt", "checkpoint.pt"):
-        values, wanted = weights(folder, name), weights(expected, name)
-        assert equal(values, wanted)
+        assert equal(weights(folder, name), weights(expected, name))
     assert table(folder) == table(expected)
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}
+    assert {path.name for path in folder.iterdir()} == FILES
 
 
-@pytest.mark.parametrize(
-    ("event", "places"),
-    [
-        ("fsync", [0, 2, 3]),  # the temporary file of config.yaml, policy.pt, checkpoint.pt
-        ("replace", [1, 2, 3, 4]),
-        ("Counter.step", [90, 40]),  # 90 steps an evaluation
-        ("ReplayBuffer.sample", [3, 9]),
-        (None, [2 * 10**4, 4 * 10**4, 6 * 10**4]),  # anywhere: a whole run has some 10^5 calls
-    ],
+KILLS = [
+    (None, [2 * 10**4, 4 * 10**4, 6 * 10**4]),  # anywhere: a whole run has some 10^5 calls
+    ("replace", [4, 8]),
+    ("fsync", [0, 1, 2, 3]),  # the temporary files of config.yaml and of the first row
+    ("replace", [1, 2, 3]),
+    ("replace", [11, 2]),  # the last row's
+    ("replace", [12]),
+    ("Counter.step", [100, 60]),
+    ("ReplayBuffer.sample", [3, 9]),
+]
+
+
+@pytest.mark.parametrize(  # the other scripts' folders are written by the same text
+    ("script", "event", "places"),
+    [(name, *kill) for name in SCRIPTS for kill in (KILLS if "offline" in name else KILLS[:2])],
+    indirect=["script"],
 )
 def test_killed_run_goes_on_where_it_was_with_the_same_bits(event, places, script, tiny, uninterrupted):
     options, expected = uninterrupted
-    config, lines, codes, rng = tiny(**options), [], [], np.random.default_rng(0)
+    config, codes, rng = tiny(**options), [], np.random.default_rng(0)
     folder = Path(config.checkpoints_path, "run")
     for place in places if event else rng.integers(places):
         codes.append(train_apart(config, event, int(place)))
-        earlier = lines
         if (folder / "metrics.csv").exists():
-            lines = (folder / "metrics.csv").read_text().splitlines()
-            assert lines[: len(earlier)] == earlier and table(folder) == table(expected)[: len(lines) - 1]
-    assert {*codes} <= {0, -signal.SIGKILL} and codes.count(-signal.SIGKILL) > 1
+            assert table(folder) == table(expected)[: len(table(folder))]
+    assert {*codes} <= {0, -signal.SIGKILL} and -signal.SIGKILL in codes
     assert train_apart(config) == 0
-    assert (folder / "metrics.csv").read_text().splitlines()[: len(lines)] == lines
     check_end(folder, expected)
 
 
 VARIANTS = {
     "algorithms.offline.cql": [
-        {"use_automatic_entropy_tuning": False, "cql_max_target_backup": True},
-        {"cql_lagrange": True, "target_update_period": 3, "normalize_reward": True},
+        {"use_automatic_entropy_tuning": False, "cql_max_target_backup": True, "keep_policies": True},
+        {"cql_lagrange": True, "target_update_period": 3, "normalize_reward": True, "cql_backprop_actions": 1},
         {"cql_alpha": 0, "normalize": False},
+        {"bc_only": True, "holdout_fraction": 0.2},
     ],
     "algorithms.discrete.cql_dqn": [
         {"head": "qr", "normalize_features": True, "dr3_coefficient": 0.1, "max_grad_norm": 1.0},
@@ -382,105 +522,112 @@ VARIANTS = {
 )
 def test_every_variant_goes_on_where_it_was(options, run):
     run(max_timesteps=10, **options)
-    check_end(run(max_timesteps=20, **options), run(max_timesteps=20, run_id="whole", **options))
+    folder, whole = run(max_timesteps=20, **options), run(max_timesteps=20, run_id="whole", **options)
+    assert equal(weights(folder, "checkpoint.pt"), weights(whole, "checkpoint.pt")) and table(folder) == table(whole)
 
 
-def test_training_outside_the_main_thread(run):
+@pytest.mark.parametrize(
+    ("name", "n", "updates", "rows"),
+    [
+        ("sample", 1, 1, 0),
+        ("sample", 10, 10, 0),  # at a row, which is left to the next start
+        ("sample", 13, 13, 1),
+        ("sample", 25, 25, 2),  # after the last update
+        ("step", 2, 10, 0),  # in the first evaluation
+        ("step", 60, 20, 1),
+    ],
+)
+def test_signal_saves_and_ends_the_run(name, n, updates, rows, script, tiny, run):
+    """`train` looks at the list between updates and in evaluations."""
+    expected, stop = run(run_id="whole", n_episodes=7), []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        at_call(patch, script.ReplayBuffer if name == "sample" else Counter, name, n, lambda: stop.append(15))
+        script.train(tiny(n_episodes=7), stop=stop)
+    folder = expected.with_name("run")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert end.value.code == 143 and len(state["rows"]) == rows
+    assert state["agent"]["_extra_state"]["n_updates"] == updates
+    assert not (folder / "metrics.csv").exists() or (folder / "metrics.csv").read_text().count("\n") == (
+        rows and rows + 1
+    )
+    script.train(tiny(n_episodes=7))
+    check_end(folder, expected)
+
+
+PROGRAM = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import conftest, importlib
+os.environ["WANDB_RUN_ID"] = "0042"
+script = importlib.import_module({script!r})
+sample, calls = script.ReplayBuffer.sample, []
+
+def signalling(*arguments):
+    calls.append(1)
+    if len(calls) == 5:
+        os.kill(os.getpid(), {number})
+    return sample(*arguments)
+
+script.ReplayBuffer.sample = signalling
+script.main(script.TrainConfig, script.train)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@once
+def test_program_saves_at_a_signal_and_exits_with_128_and_it(number, script, run, tmp_path):
+    """As a scheduler does it, with an agent's run id."""
+    options = {"max_timesteps": 20, "eval_env": "none"}
+    arguments = [word for word in tiny_arguments(script, **options) if not word.startswith("--run_id")]
+    program = PROGRAM.format(tests=str(Path(__file__).parent), script=script.__name__, number=int(number))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", program, *arguments]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    assert process.returncode == 128 + number and "runs/0042" in process.stdout.splitlines()[-1]
+    state = torch.load(tmp_path / "runs/0042/checkpoint.pt", weights_only=True)
+    assert state["agent"]["_extra_state"]["n_updates"] == 5
+    check_end(run(run_id="0042", **options), run(run_id="whole", **options))
+
+
+@once
+def test_second_signal_does_not_wait(script, monkeypatch, signals):
+    monkeypatch.setattr(sys, "argv", ["program"])
+
+    def stuck(config, stop):
+        for n in (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop == [signal.SIGTERM] and n == 1
+
+    with pytest.raises(SystemExit) as end:
+        script.main(script.TrainConfig, stuck)
+    assert end.value.code == 143
+
+
+def test_runs_outside_the_main_thread(run):
     with concurrent.futures.ThreadPoolExecutor() as pool:  # where Python handles no signals
         assert len(table(pool.submit(run).result())) == 3
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-@pytest.fixture
-def signals(monkeypatch):
-    """signals(owner, name, number, n) has this process receive a signal at the n-th call of a function."""
-
-    def arrange(owner, name, number, n):
-        function, calls = getattr(owner, name), []
-
-        def signalling(*args, **options):
-            calls.append(1)
-            if len(calls) == n:
-                os.kill(os.getpid(), number)
-            return function(*args, **options)
-
-        monkeypatch.setattr(owner, name, signalling)
-
-    def unhandled(number, _):
-        pytest.fail(f"signal {number} would have killed the process")
-
-    before = {number: signal.signal(number, unhandled) for number in SIGNALS}
-    yield arrange
-    restored = [signal.getsignal(number) is unhandled for number in SIGNALS]
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    assert all(restored)
-
-
-@pytest.mark.parametrize(
-    ("number", "name", "n", "updates", "rows"),
-    [
-        (signal.SIGTERM, "sample", 1, 1, 0),
-        (signal.SIGTERM, "sample", 10, 10, 0),  # at a row, which is left to the next start
-        (signal.SIGTERM, "sample", 13, 13, 1),
-        (signal.SIGUSR1, "sample", 13, 13, 1),
-        (signal.SIGINT, "sample", 13, 13, 1),
-        (signal.SIGTERM, "sample", 25, 25, 2),  # after the last update
-        (signal.SIGTERM, "step", 2, 10, 0),  # in the first evaluation
-        (signal.SIGUSR1, "step", 40, 20, 1),
-        (signal.SIGTERM, "step", 70, 25, 2),
-    ],
-)
-def test_signal_saves_and_ends_the_run(number, name, n, updates, rows, script, tiny, run, signals):
-    expected = run(run_id="whole", n_episodes=7)
-    signals(script.ReplayBuffer if name == "sample" else Counter, name, number, n)
-    with pytest.raises(SystemExit) as stop:
-        script.train(tiny(n_episodes=7))
-    folder = expected.with_name("run")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert stop.value.code == 128 + number and state["agent"]["n_updates"] == updates
-    lines = (folder / "metrics.csv").read_bytes() if rows else b""
-    assert (folder / "metrics.csv").exists() == (rows > 0) and lines.count(b"\n") == (rows and rows + 1)
-    script.train(tiny(n_episodes=7))
-    assert (folder / "metrics.csv").read_bytes().startswith(lines)
-    check_end(folder, expected)
-
-
-def n_rows(folder):
-    return len(table(folder)) if (folder / "metrics.csv").exists() else 0
-
-
-def test_program_ends_by_signal_and_goes_on(script, run, tmp_path):
-    """As a scheduler does it, with an agent's run id; W&B records offline and does not disturb."""
-    options = {"max_timesteps": 300, "eval_freq": 100, "eval_env": "none"}
-    expected, folder = run(run_id="whole", **options), tmp_path / "runs" / "0042"
-    arguments = [word for word in tiny_arguments(script, **options) if not word.startswith("--run_id")]
-    process = subprocess.Popen(
-        [sys.executable, script.__file__, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"WANDB_RUN_ID": "0042", "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
-    )
-    while process.poll() is None and not (folder / "metrics.csv").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out = process.communicate()[0]
-    assert process.returncode == 143 and "runs/0042" in out.splitlines()[-1]
-    assert 1 <= len(table(folder)) < 3 and len(list((tmp_path / "wandb").glob("offline-run-*-0042"))) == 1
-    run(run_id="0042", **options)
-    check_end(folder, expected)
-
-
-def test_finished_run_ends_at_once_and_touches_nothing(script, run, monkeypatch, capsys):
+def test_finished_run_ends_at_once(script, run, monkeypatch, capsys):
     folder = run()
     before = contents(folder)
     monkeypatch.setattr(script, "load_dataset", lambda name: pytest.fail("data were loaded"))
-    monkeypatch.setattr(script, "make_environments", lambda config: pytest.fail("environments were made"))
-    assert run() == folder and contents(folder) == before
+    assert run() == folder and {name: x for name, (x, _) in contents(folder).items()} == {
+        name: x for name, (x, _) in before.items()
+    }
     assert str(folder) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, b"", b"step,eval_return\nten,\xff\n", b"1," * 999])
+def test_no_other_file_than_the_checkpoint_matters_to_a_resume(content, run):
+    whole, folder = run(run_id="whole"), run(max_timesteps=10)
+    for name in FILES - {"checkpoint.pt"}:
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+    run()
+    check_end(folder, whole)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["max_timesteps"] == 25
 
 
 def test_resume_with_other_options_lists_them_and_changes_nothing(script, tiny, run):
@@ -491,24 +638,26 @@ def test_resume_with_other_options_lists_them_and_changes_nothing(script, tiny, 
     for words in ("seed was 0, is 7", "max_timesteps was 25, is 24", "cql_alpha was ", ", is 2.5", "eval_env was None"):
         assert words in line
     assert "hidden_dim" not in line
-    free = {"n_episodes", "device", "project", "group", "name", "run_id", "checkpoints_path"}
+    free = {"n_episodes", "device", "project", "group", "name", "run_id", "checkpoints_path", "keep_policies"}
     for name in vars(tiny()).keys() - free:
         config = tiny()
         setattr(config, name, 3 if vars(config)[name] != 3 else 4)
-        status, line = refusal(script.train, config) if name != "max_timesteps" else (2, "max_timesteps was")
-        assert status == 2 and f"{name} was" in line and contents(folder) == before
+        if name != "max_timesteps":
+            status, line = refusal(script.train, config)
+            assert status == 2 and f"{name} was" in line and contents(folder) == before
 
 
-def test_max_timesteps_may_grow_and_names_may_differ(script, run, tmp_path):
-    folder, whole = run(max_timesteps=20), run(max_timesteps=30, run_id="whole")
-    before = (folder / "metrics.csv").read_bytes()
+def test_max_timesteps_may_grow_and_names_may_differ(run, tmp_path):
+    whole = run(max_timesteps=30, run_id="whole")
+    before = (run(max_timesteps=20) / "metrics.csv").read_bytes()
     (tmp_path / "runs").rename(tmp_path / "moved")
     folder, whole = tmp_path / "moved/run", tmp_path / "moved/whole"
-    run(max_timesteps=30, name="n", project="p", group="g", n_episodes=3, checkpoints_path=str(tmp_path / "moved"))
+    free = {"name": "n", "project": "p", "group": "g", "n_episodes": 3, "keep_policies": True}
+    run(max_timesteps=30, checkpoints_path=str(tmp_path / "moved"), **free)
     assert (folder / "metrics.csv").read_bytes().startswith(before)
-    check_equal = [key for key in table(folder)[0] if not key.startswith("eval")]
-    assert [[row[key] for key in check_equal] for row in table(folder)] == [
-        [row[key] for key in check_equal] for row in table(whole)
+    names = [key for key in table(folder)[0] if not key.startswith("eval")]
+    assert [[row[key] for key in names] for row in table(folder)] == [
+        [row[key] for key in names] for row in table(whole)
     ]
     assert equal(weights(folder), weights(whole))
     assert float(table(folder)[-1]["eval_length"]) == 4 != float(table(whole)[-1]["eval_length"])
@@ -532,146 +681,25 @@ def test_run_id_of_an_agent(script, tiny, monkeypatch, tmp_path):
     assert (tmp_path / "runs/mine").exists()
 
 
-# Stored policies
-
-
-def test_load_model_starts_from_the_weights_and_statistics_of_a_checkpoint(run, new_dataset):
-    other = new_dataset(record("Counter-v0", range(5)), env="Counter-v0")
-    path = run() / "checkpoint.pt"
-    still = {"policy_lr": 0, "qf_lr": 0, "soft_target_update_rate": 0, "max_timesteps": 12}
-    folder = run(load_model=str(path), run_id="next", seed=1, env=other, **still)
-    assert [row["step"] for row in table(folder)] == ["10", "12"]
-    stored, loaded = weights(path.parent, path.name), weights(folder, "checkpoint.pt")
-    kept = {name for name in stored if name.startswith(("/policy", "/agent/networks"))}
-    assert len(kept) >= 10 and equal(*({name: x[name] for name in kept} for x in (stored, loaded)))
-    assert table(folder) == table(run(load_model=str(path), run_id="raw", seed=1, env=other, normalize=False, **still))
-    assert not equal(weights(run(load_model=str(path), run_id="goes on")), weights(path.parent))
-    assert equal(weights(run(load_model=str(path), run_id="goes on")), weights(folder.with_name("goes on")))
-
-
-def test_load_model_takes_the_learning_rates_of_the_new_run(script, run):
-    path = str(run() / "checkpoint.pt")
-    base = weights(run(load_model=path, run_id="base", max_timesteps=3), "checkpoint.pt")
-    for name in {"policy_lr", "qf_lr"} & option_names(script.__name__):
-        other = weights(run(load_model=path, run_id=name, max_timesteps=3, **{name: 0.01}), "checkpoint.pt")
-        assert not equal(base, other)
-
-
-@discrete
-def test_load_model_keeps_the_atoms_but_for_given_ends(run):
-    path = run(run_id="old", head="c51", v_min=-3.0) / "checkpoint.pt"
-    old = weights(path.parent)["/weights/atoms"]
-    for options, ends in (({}, old[[0, -1]].tolist()), ({"v_min": -2.0, "v_max": 9.0}, [-2, 9])):
-        atoms = weights(run(run_id=f"{len(options)}", head="c51", load_model=str(path), **options))["/weights/atoms"]
-        assert atoms[[0, -1]].tolist() == ends
-
-
-def test_load_model_of_another_size_is_one_line(new_dataset, script, tiny, run):
-    path = str(run() / "checkpoint.pt")
-    status, line = refusal(script.train, tiny(load_model=path, run_id="next", hidden_dim=8))
-    assert status == 1 and path in line
-    assert refusal(script.train, tiny(load_model=path.replace("checkpoint", "policy"), run_id="next"))[0] == 1
-    for i, environment in enumerate(WORLDS[script.__name__].others):
-        name = new_dataset(record(environment, [0]), f"toy/other-v{i}", env=environment)
-        status, line = refusal(script.train, tiny(env=name, load_model=path, run_id="next"))
-        assert status == 1 and path in line
-
-
-@discrete
-def test_load_model_of_another_network_with_the_same_shapes_is_one_line(script, tiny, run, new_dataset):
-    path = str(run(head="c51") / "checkpoint.pt")
-    turned = gym.spaces.MultiDiscrete([3, 4])
-    buffers = record("Counter-v0", range(6))
-    for episode in buffers:
-        episode.actions[:] = 0
-    name = new_dataset(buffers, observation_space=Counter.observation_space, action_space=turned)
-    for options in ({"head": "qr"}, {"head": "c51", "env": name}, {"head": "c51", "normalize_features": True}):
-        status, line = refusal(script.train, tiny(load_model=path, run_id="next", **options))
-        assert status == 1 and path in line and "its network is" in line
-
-
-@discrete
-def test_stored_policy_with_other_actions_than_the_environment_is_one_line(script, tiny, tmp_path):
-    path = tmp_path / "policy.pt"
-    policy = script.QNetwork(4, [5], 4, 1, "dqn", 1)
-    policy.last.bias.data[4] = 9.0
-    torch.save({"sizes": list(policy.sizes), "weights": policy.state_dict()}, path)
-    status, line = refusal(script.train, tiny(max_timesteps=0, load_model=str(path), eval_env="CartPole-v1"))
-    assert status == 1 and "CartPole-v1" in line
-
-
-@pytest.mark.parametrize("name", ["checkpoint.pt", "policy.pt"])
-@pytest.mark.parametrize("eval_env", [None, "Paid-v0"])
-def test_stored_policy_is_evaluated_without_training(name, eval_env, script, tiny, run, new_dataset, capsys):
-    name_of_data = new_dataset(record("Paid-v0", range(9)), env="Paid-v0", ref_min_score=0, ref_max_score=10)
-    options = {"n_episodes": 18, "normalize_reward": True, "eval_seed": 3, "eval_env": eval_env, "env": name_of_data}
-    folder = run(**options)
-    before = contents(folder)
-    config = tiny(
-        **options | {"run_id": "stored", "max_timesteps": 0, "load_model": str(folder / name), "hidden_dim": 256}
-    )
-    row, expected = script.train(config), table(folder)[-1]
-    for key in ("eval_return", "eval_return_std", "eval_length", "eval_success", "d4rl_normalized_score"):
-        assert row[key] == float(expected[key])
-    assert contents(folder) == before
-    assert [x["step"] for x in table(folder.with_name("stored"))] == ["0"]
-    assert f"return {float(expected['eval_return']):.1f}" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_policy_of_another_environment_is_one_line(script, tiny, run):
-    path = str(run() / "policy.pt")
-    world = WORLDS[script.__name__]
-    for environment in (*world.others, world.foreign):
-        config = tiny(max_timesteps=0, load_model=path, eval_env=environment, run_id="stored")
-        status, line = refusal(script.train, config)
-        assert status == 1 and environment in line
-    assert refusal(script.train, tiny(max_timesteps=0, load_model=path, eval_env="none", run_id="stored"))[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("script", "sizes", "environment"),
-    [
-        ("algorithms.offline.cql", (2, 1, 4, 1), "MountainCar-v0"),
-        ("algorithms.discrete.cql_dqn", (2, [3], 4, 1, "dqn", 1), "MountainCarContinuous-v0"),
-    ],
-    indirect=["script"],
-)
-def test_policy_of_the_other_kind_of_actions_is_one_line_where_all_sizes_fit(
-    sizes, environment, script, tiny, tmp_path
-):
-    path, policy = str(tmp_path / "policy.pt"), script.Policy(*sizes)
-    torch.save({"sizes": list(sizes), "weights": policy.state_dict()}, path)
-    config = tiny(max_timesteps=0, load_model=path, eval_env=environment, run_id="car")
-    status, line = refusal(script.train, config)
-    assert status == 1 and environment in line
-
-
-def test_evaluation_of_a_stored_policy_is_not_repeated(script, tiny, run):
-    config = tiny(max_timesteps=0, load_model=str(run(run_id="trained") / "policy.pt"))
-    assert script.train(config) == script.train(config)
-    assert len(table(Path(config.checkpoints_path, "run"))) == 1
-
-
 # Full disks
 
 
 def check_full_disk(script, tiny, folder, full):
-    """Training fails in one line while `full` lasts, leaves every file as it was, and later goes on."""
+    """Training fails in one line while `full` lasts, leaves every file whole, and later goes on."""
     before = {name: content for name, (content, _) in contents(folder).items()}
     with full:
         status, line = refusal(script.train, tiny(max_timesteps=30, checkpoints_path=str(folder.parent)))
     assert status == 1 and str(folder) in line and "No space left on device" in line
     after = {name: content for name, (content, _) in contents(folder).items()}
-    assert after.keys() == before.keys()
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["n_updates"] == 20
-    assert after["checkpoint.pt"] == before["checkpoint.pt"]
-    assert after["metrics.csv"].startswith(before["metrics.csv"])
+    assert after.keys() == before.keys() and after["metrics.csv"].startswith(before["metrics.csv"])
+    assert torch.load(folder / "checkpoint.pt", weights_only=True) and script.load_policy(folder / "policy.pt")
     script.train(tiny(max_timesteps=30, checkpoints_path=str(folder.parent)))
 
 
 @pytest.mark.parametrize("place", ["open", "fsync", "replace"])
-@pytest.mark.parametrize("n", range(4))  # config.yaml, metrics.csv, policy.pt, checkpoint.pt
-def test_failing_write_leaves_the_old_files(place, n, script, tiny, run):
+@pytest.mark.parametrize("n", range(4))  # config.yaml, and the three files of the row
+@once
+def test_failing_write_leaves_whole_files(place, n, script, tiny, run):
     whole, folder, calls = run(max_timesteps=30, run_id="whole"), run(max_timesteps=20), []
 
     def failing(function):
@@ -693,7 +721,8 @@ def test_failing_write_leaves_the_old_files(place, n, script, tiny, run):
 
 
 @pytest.mark.parametrize("left", [0, 20])
-def test_full_disk_leaves_the_old_files(left, script, tiny, run, tmp_path):
+@once
+def test_full_disk_leaves_whole_files(left, script, tiny, run, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode:
@@ -721,105 +750,108 @@ def test_folder_that_cannot_be_made_is_one_line(script, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     status, line = refusal(script.train, tiny(checkpoints_path=str(tmp_path / "file" / "runs")))
     assert status == 1 and str(tmp_path / "file") in line
-    for options in ({"run_id": 300 * "x"}, {"run_id": None, "name": 300 * "x"}):
-        refusal(script.train, tiny(**options))
+    refusal(script.train, tiny(run_id=300 * "x"))
 
 
-# Weights & Biases, replaced by a recorder
-
-
-class Wandb:
-    """Records what a script tells W&B; fails where `broken` says so."""
-
-    Run, Settings = object, dict
-
-    def __init__(self, step=0, broken=()):
-        self.calls, self.rows, self.starting_step, self.broken, self.id = [], [], step, broken, "id"
-
-    def __getattr__(self, name):
-        def call(*args, **options):
-            if name in self.broken and options.get("mode") != "disabled":
-                raise RuntimeError("no network\ntoday")
-            self.calls.append((name, options))
-            if name == "log":
-                self.rows.append((options["step"], args[0]))
-            return self if name == "init" else True
-
-        return call
+# Divergence, and environments that fail
 
 
 @pytest.fixture
-def recorder(script, monkeypatch):
-    def replace(**options):
-        monkeypatch.setattr(script, "wandb", recorder := Wandb(**options))
-        return recorder
+def diverge(script, monkeypatch):
+    """From the given update on, updates report this value of a metric."""
 
-    monkeypatch.delenv("WANDB_MODE")
-    return replace
+    def diverge(metric, value, first):
+        agent = getattr(script, WORLDS[script.__name__].agent)
+        update = agent.update
 
+        def changed(self, batch):
+            metrics = update(self, batch)
+            return metrics | {metric: torch.tensor(value)} if self.n_updates >= first else metrics
 
-def test_wandb_gets_names_configuration_and_metrics(recorder, script, tiny, run, monkeypatch):
-    wandb = recorder()
-    folder = run(log_interval=4, project="p", group="g")
-    options = dict(wandb.calls)["init"]
-    wanted = {"project": "p", "group": "g", "name": "run", "id": "run", "resume": "allow"}
-    assert wanted.items() <= options.items() and options["config"] == vars(tiny(log_interval=4, project="p", group="g"))
-    assert {"init_timeout", "finish_timeout"} <= options["settings"].keys()
-    steps = [step for step, _ in wandb.rows]
-    assert sorted({*steps}) == [4, 8, 10, 12, 16, 20, 24, 25] and steps == sorted(steps)
-    logged = {step: {} for step in steps}
-    for step, metrics in wandb.rows:
-        logged[step] |= metrics
-    for row in table(folder):
-        assert logged[int(row["step"])]["eval_return"] == float(row["eval_return"])
-    assert {name for metrics in logged.values() for name in metrics} == {
-        name for name, value in table(folder)[0].items() if value and name != "step"
-    } | {"updates_per_second"}
-    single = table(run(eval_freq=1, run_id="single"))
-    for end, start in ((8, 4), (16, 12)):
-        name = "average_target_q"
-        assert logged[end][name] == pytest.approx(np.mean([float(x[name]) for x in single[start:end]]))
-    assert wandb.calls[-1] == ("finish", {"exit_code": 0})
+        monkeypatch.setattr(agent, "update", changed)
 
-
-@pytest.mark.parametrize("reason", ["login", "WANDB_MODE", "WANDB_SWEEP_ID", None])
-def test_wandb_runs_where_it_is_wanted(reason, recorder, run, monkeypatch):
-    wandb = recorder(broken=() if reason == "login" else ("login",))
-    if reason and reason != "login":
-        monkeypatch.setenv(reason, "offline")
-    run(max_timesteps=1)
-    modes = [options.get("mode") for name, options in wandb.calls if name == "init"]
-    assert modes == [None if reason else "disabled"]
-
-
-@pytest.mark.parametrize("broken", ["init", "login", "log", "finish"])
-def test_wandb_never_stops_a_run(broken, recorder, script, tiny, run, capsys):
-    expected = run(run_id="whole")
-    recorder(broken=(broken,))
-    capsys.readouterr()
-    script.train(tiny(log_interval=3))
-    check_end(expected.with_name("run"), expected)
-    assert capsys.readouterr().err.count("\n") <= 1  # a warning, in a line
+    return diverge
 
 
 @pytest.mark.parametrize(
-    ("number", "requeued"), [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, False)]
+    ("metric", "value"), [("critic_grad_norm", math.nan), ("critic_grad_norm", -math.inf), ("average_target_q", -1e7)]
 )
-def test_wandb_requeues_a_run_that_a_scheduler_ended(number, requeued, recorder, script, tiny, signals):
-    wandb = recorder()
-    signals(script.ReplayBuffer, "sample", number, 3)
-    with pytest.raises(SystemExit):
-        script.train(tiny())
-    assert [name for name, _ in wandb.calls[-2:]] == ["mark_preempting" if requeued else "init", "finish"]
-    assert wandb.calls[-1][1] == {"exit_code": 1}
+@pytest.mark.parametrize("log_interval", [2, 1000])
+def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval, script, tiny, run, diverge):
+    options = {"log_interval": log_interval, "run_id": "same"}
+    good = contents(run(**options, max_timesteps=20))
+    diverge(metric, value, 23)
+    status, line = refusal(script.train, tiny(**options, max_timesteps=30))
+    step = 24 if log_interval == 2 else 30
+    assert status == 1 and f"{metric} is " in line and f"at update {step}" in line and "learning rates" in line
+    now = contents(tiny(**options).checkpoints_path + "/same")
+    assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
 
 
-def test_resumed_run_tells_wandb_nothing_twice(recorder, run):
-    recorder()
-    run(max_timesteps=10, log_interval=4)
-    wandb = recorder(step=17)
-    run(log_interval=4)
-    assert [step for step, _ in wandb.rows] == [20, 24, 25]
+def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, run, diverge, monkeypatch):
+    good, stop = contents(run(max_timesteps=10)), []
+    diverge("critic_grad_norm", math.nan, 12)
+    at_call(monkeypatch, script.ReplayBuffer, "sample", 5, lambda: stop.append(15))
+    assert "at update 15" in refusal(script.train, tiny(max_timesteps=20), stop=stop)[1]
+    now = contents(tiny().checkpoints_path + "/run")
+    assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
+
+
+@pytest.mark.parametrize("options", [{"qf_lr": 1e4}, {"qf_lr": 1e11, "policy_lr": 1e11}])
+def test_rates_that_are_far_too_large_end_a_run(options, script, tiny, tmp_path):
+    status, line = refusal(script.train, tiny(**options, log_interval=5, max_timesteps=200))
+    assert status == 1 and "diverged" in line
+    assert "diverged" in refusal(script.train, tiny(qf_lr=1e12, max_timesteps=1, run_id="last"))[1]
+    assert [path.name for path in (tmp_path / "runs" / "last").iterdir()] == ["config.yaml"]
+
+
+def test_values_may_be_far_below_any_return(run, diverge):
+    diverge("average_target_q", -1e4, 0)  # the largest reward is 125, so that returns may be 12,500
+    assert len(table(run())) == 3
+
+
+@pytest.mark.parametrize("place", ["step", "reset", "reward", "observation"])
+def test_environment_that_fails_costs_an_evaluation(place, run, monkeypatch, capsys):
+    expected = run(run_id="expected")
+    name, calls = {"reset": "reset", "observation": "observe"}.get(place, "step"), itertools.count(1)
+    original, resets = getattr(Counter, name), []
+
+    def fail(self, *arguments, **options):
+        if name != "step" or self.number == 0:
+            n = next(calls) if name != "observe" or self.number == 0 and self.t == 1 else 0
+        else:
+            n = 0
+        resets.append(n)
+        if n != {"reset": 6, "observe": 2}.get(name, 5):  # in the second evaluation
+            return original(self, *arguments, **options)
+        if place == "observation":
+            return original(self) + np.float32(math.nan)
+        if place == "reward":
+            return (*original(self, *arguments)[:1], math.nan, False, False, {})
+        raise RuntimeError("the simulator\nexploded")
+
+    monkeypatch.setattr(Counter, name, fail)
+    capsys.readouterr()
+    folder = run()
+    err = capsys.readouterr().err
+    rows, whole = table(folder), table(expected)
+    assert [row["step"] for row in rows] == ["10", "20", "25"] and (rows[0], rows[2]) == (whole[0], whole[2])
+    assert {key for key in rows[1] if rows[1][key] != whole[1][key]} == {
+        key for key in whole[1] if key.startswith("eval") and whole[1][key]
+    }
+    assert all(rows[1][key] == "" for key in rows[1] if key.startswith("eval"))
+    assert equal(weights(folder, "checkpoint.pt"), weights(expected, "checkpoint.pt"))
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "update 20" in warnings[0]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_freed_memory_is_kept_where_the_c_library_can(known, script, run, monkeypatch):
+    asked = []
+    library = types.SimpleNamespace(**({"mallopt": lambda *arguments: asked.append(arguments)} if known else {}))
+    monkeypatch.setattr(script.ctypes, "CDLL", lambda name: library)
+    run()
+    assert sorted(asked) == ([(-3, 2**25), (-1, 2**31 - 1)] if known else [])
 
 
 # Learning
@@ -843,29 +875,3 @@ def test_learns_to_balance_far_longer_than_the_controller_that_recorded_the_data
     behaviour = np.mean([len(episode.rewards) for episode in episodes])
     assert behaviour < 40 and row["eval_return"] > 80
     assert row["eval_predicted_value"] < row["eval_discounted_return"]  # conservative
-
-
-def test_run_in_another_thread_than_the_main_one(tiny, script, tmp_path):
-    """Where Python allows no signal handlers."""
-    rows = []
-    thread = threading.Thread(target=lambda: rows.append(script.train(tiny())))
-    thread.start()
-    thread.join()
-    assert rows and rows[0]["step"] == 25
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_freed_memory_is_kept_where_the_c_library_can(known, script, run, monkeypatch):
-    asked = []
-    library = types.SimpleNamespace(**({"mallopt": lambda *arguments: asked.append(arguments)} if known else {}))
-    monkeypatch.setattr(script.ctypes, "CDLL", lambda name: library)
-    run()
-    assert sorted(asked) == ([(-3, 2**25), (-1, 2**31 - 1)] if known else [])
-
-
-@discrete
-def test_random_actions_of_an_evaluation_come_from_its_seed(run):
-    def returned(name, **options):
-        return table(run(eval_env="Paid-v0", eval_epsilon=1.0, run_id=name, **options))[-1]["eval_return"]
-
-    assert returned("first") == returned("second") != returned("third", eval_seed=2)

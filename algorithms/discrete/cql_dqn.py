@@ -967,6 +967,8 @@ class Run:
         self.resumed = os.path.exists(self.path / "checkpoint.pt")
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
         self.rng = torch.cuda if "cuda" in config.device else torch
+        if "cuda" in config.device:
+            torch.cuda.set_device(torch.device(config.device).index or 0)
         if self.source:
             self.start = load(self.source, config.device, "agent", "policy", "config", "rows")
         if self.resumed:
