@@ -423,7 +423,8 @@ class ConfigError(DataError):
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MAX_ENVS, MAX_STEPS = 16, 10_000  # evaluation episodes side by side; their steps where the environment has no limit
 GRAPH_UPDATES = 10  # in a CUDA graph
-Policy = QNetwork  # local: the network that acts, and that policy.pt holds
+# local: the network that acts, and that policy.pt holds
+Policy = QNetwork
 # local: limits of the options, both ends included, or the words that one takes
 LIMITS = {
     "seed eval_seed qf_lr cql_alpha dr3_coefficient": (0, 1e12),
