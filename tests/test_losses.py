@@ -170,11 +170,10 @@ DENSITIES = [list(map(math.log, (0.5, 0.25, 1)))]
 def test_penalty_by_hand(weight, target_gap, temperature):
     """Q = T times the above: 1 / 0.5 + 2 / 0.25 + 3 = 13 for the first critic, 4 / 0.5 + 4 / 0.25 + 5 = 29 for the
     second. The temperature divides Q and not the density; with a multiplier, e at first, the target is subtracted."""
-    options = {"cql_alpha": 10, "cql_temp": temperature} | (weight > 1) * {
-        "cql_lagrange": True, "cql_target_action_gap": 2.0
-    }  # fmt: skip
-    values = temperature * np.array([[Q_1], [Q_2]])
-    _, loss, gap, metrics = critic_loss(values, DENSITIES, [5 * temperature], **options)
+    values, options = temperature * np.array([[Q_1], [Q_2]]), {"cql_lagrange": weight > 1, "cql_target_action_gap": 2.0}
+    _, loss, gap, metrics = critic_loss(
+        values, DENSITIES, [5 * temperature], cql_alpha=10, cql_temp=temperature, **options
+    )
     gaps = [temperature * (math.log(13) - 5), temperature * (math.log(29) - 6)]
     penalties = [10 * weight * (x - target_gap) for x in gaps]
     hand = {

@@ -239,15 +239,6 @@ def test_any_text_is_parsed_to_what_it_says_or_refused_in_a_line(script, parse, 
         assert {**config, name: 0} == {**vars(script.TrainConfig()), name: 0}
 
 
-@given(words=st.lists(st.one_of(st.text(), st.sampled_from(["--seed", "--env", "--config_path", "--", "-", "3"]))))
-@properties
-def test_any_words_are_a_configuration_or_a_line(script, parse, words):
-    try:
-        parse(*[word for word in words if word not in ("-h", "--help")])
-    except script.ConfigError as error:
-        assert error.status == 2
-
-
 VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.dates()), st.lists)
 
 

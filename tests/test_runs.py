@@ -140,12 +140,6 @@ def test_training_metrics_are_means_since_the_last_row(run):
             assert float(row[name]) == pytest.approx(np.mean([float(x[name]) for x in updates]), rel=1e-4, abs=1e-6)
 
 
-def test_same_seed_same_run_other_seed_another(run):
-    first, again, other = (run(seed=seed, run_id=name) for seed, name in ((3, "a"), (3, "b"), (4, "c")))
-    assert table(first) == table(again) != table(other)
-    assert equal(weights(first, "checkpoint.pt"), weights(again, "checkpoint.pt"))
-
-
 def test_training_moves_every_parameter_and_metrics_are_finite(script, tiny, run):
     options = {"bc_steps": 5, "cql_lagrange": True, "holdout_fraction": 0.2}
     config = tiny(**options)
@@ -720,32 +714,6 @@ def test_failing_write_leaves_whole_files(place, n, script, tiny, run):
     check_end(folder, whole)
 
 
-@pytest.mark.parametrize("left", [0, 20])
-@once
-def test_full_disk_leaves_whole_files(left, script, tiny, run, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        folder = run(max_timesteps=20, checkpoints_path=str(disk))
-
-        @contextlib.contextmanager
-        def full():
-            with open(disk / "filler", "wb", buffering=0) as file:
-                with contextlib.suppress(OSError):
-                    while file.write(bytes(4096)):
-                        pass
-                file.truncate(file.tell() - 1024 * left)
-                yield
-            (disk / "filler").unlink()
-
-        check_full_disk(script, tiny, folder, full())
-        assert table(folder) == table(run(max_timesteps=30, run_id="whole"))
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
 def test_folder_that_cannot_be_made_is_one_line(script, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     status, line = refusal(script.train, tiny(checkpoints_path=str(tmp_path / "file" / "runs")))
@@ -803,11 +771,6 @@ def test_rates_that_are_far_too_large_end_a_run(options, script, tiny, tmp_path)
     assert status == 1 and "diverged" in line
     assert "diverged" in refusal(script.train, tiny(qf_lr=1e12, max_timesteps=1, run_id="last"))[1]
     assert [path.name for path in (tmp_path / "runs" / "last").iterdir()] == ["config.yaml"]
-
-
-def test_values_may_be_far_below_any_return(run, diverge):
-    diverge("average_target_q", -1e4, 0)  # the largest reward is 125, so that returns may be 12,500
-    assert len(table(run())) == 3
 
 
 @pytest.mark.parametrize("place", ["step", "reset", "reward", "observation"])

@@ -579,7 +579,8 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
     for key in COLUMNS:
         column, n_axes = np.asarray(data.get(key, ())), 2 if key.endswith(("observations", "actions")) else 1
         if column.ndim != n_axes or len(column) != n_transitions or not column.size:
-            raise DataError(f"--env {config.env}: {key} of {n_transitions} transitions have shape {column.shape}")
+            needed = f"[{n_transitions or 'transitions'}{', numbers' * (n_axes - 1)}]"
+            raise DataError(f"--env {config.env}: {key} have shape {list(column.shape)}, not {needed}")
         if (bad := ~(np.abs(column) < 1e15)).any():
             row = bad.reshape(n_transitions, -1).any(axis=1).argmax()
             raise DataError(f"--env {config.env}: {key} hold NaN, infinity or huge numbers, first in transition {row}")
