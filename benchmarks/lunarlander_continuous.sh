@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CQL and offline SAC (cql_alpha 0), five seeds each, on LunarLanderContinuous: a noisy controller's data, and the same mixed
+# CQL, offline SAC (cql_alpha 0) and behaviour cloning, five seeds each, on LunarLanderContinuous: a noisy controller's data, and the same mixed
 # with random data. From the root of the repository, about half an hour on 2 cores (a run a core):
 #   bash benchmarks/lunarlander_continuous.sh && python benchmarks/summarize.py benchmarks/results/lunarlander-continuous
 set -euo pipefail
@@ -25,6 +25,6 @@ export -f run
 export domain out
 for dataset in medium random-medium; do
     for seed in 0 1 2 3 4; do
-        printf '%s\n' "$dataset cql --cql_alpha=5 $seed" "$dataset sac --cql_alpha=0 $seed"
+        printf '%s\n' "$dataset cql --cql_alpha=5 $seed" "$dataset sac --cql_alpha=0 $seed" "$dataset bc --bc_only=True $seed"
     done
 done | xargs -P "$n_runs" -L 1 bash -c 'run "$@"' run

@@ -242,28 +242,6 @@ def test_loss_and_gradient_are_those_of_slow_loops(head, options):
         assert close(actual, other) and actual.abs().max() > 1e-3
 
 
-# TD targets.
-
-
-@pytest.mark.parametrize("target, expected", (("double", 1 + 0.5 * 6), ("max", 1 + 0.5 * 10), ("sarsa", 1 + 0.5 * 4)))
-@HEADS
-def test_next_action_is_of_the_online_network_the_target_network_or_the_data(head, target, expected):
-    """Values are the target network's in each case."""
-    agent = tabular_agent(head, [[1, 3, 2]] * 2, [[4, 6, 10]] * 2, target=target)
-    batch = tabular_batch([1, 1], [1.0, 7.0], [0.5, 0.0], next_actions=[0, 0])
-    td_target = agent.td_target(batch)
-    values = td_target @ agent.critic.atoms if head == "c51" else td_target.mean(dim=1)
-    assert close(values, [expected, 7.0])  # the second one ends
-
-
-@HEADS
-def test_no_gradient_flows_through_the_target(head):
-    agent = tabular_agent(head, [[1, 3, 2]], [[4, 6, 10]])
-    target = agent.td_target(tabular_batch([0], [1.0], [0.5]))
-    assert agent.critic.last.weight.requires_grad and agent.target_critic.last.weight.requires_grad
-    assert not target.requires_grad
-
-
 # C51 and quantiles.
 
 
@@ -278,29 +256,6 @@ def test_projection_is_the_papers(seed):
     actual = cql.project(probabilities, atoms, rewards, discounts)
     slow = [slow_project(*row) for row in zip(probabilities, [atoms] * B, rewards, discounts)]
     assert close(actual, slow) and close(actual.sum(dim=1), torch.ones(B)) and (actual >= 0).all()
-
-
-def test_projection_keeps_the_mean_in_range_and_ends_at_the_edges():
-    atoms, probabilities = torch.linspace(-2, 3, 11), torch.rand(B, 11).softmax(dim=1)
-    rewards, discounts = torch.empty(B).uniform_(-0.5, 0.7), torch.full((B,), 0.7)
-    actual = cql.project(probabilities, atoms, rewards, discounts)
-    assert close(actual @ atoms, rewards + 0.7 * probabilities @ atoms)
-    for reward, edge in ((-50.0, 0), (50.0, -1)):
-        assert close(cql.project(probabilities, atoms, rewards + reward, discounts)[:, edge], torch.ones(B))
-
-
-@pytest.mark.parametrize("huber", (False, True))
-def test_quantile_loss_is_the_slow_double_loop(huber):
-    quantiles, targets = 2 * torch.randn(2, 5, 4)
-    slow = [slow_quantile_loss(*row, huber) for row in zip(quantiles.tolist(), targets.tolist())]
-    assert close(cql.quantile_loss(quantiles, targets, huber), slow)
-
-
-def test_one_quantile_is_the_squared_error_or_the_doubled_huber():
-    quantiles, targets = 2 * torch.randn(2, 5, 1)
-    for huber, error in ((False, F.mse_loss), (True, lambda *x, **y: 2 * F.huber_loss(*x, **y))):
-        actual = cql.quantile_loss(quantiles, targets, huber)
-        assert close(actual, error(quantiles, targets, reduction="none").squeeze(1))
 
 
 # The penalty.
@@ -465,114 +420,6 @@ def test_given_ends_of_the_atoms_count():
     for options in ({"v_min": 6.0}, {"v_max": 3.0}, {"v_min": 5.25}, {"v_min": 1e9, "v_max": 1e9 + 1e-3}):
         status, message = refusal(ends, **options)
         assert status == 2 and "--v_min" in message and "--v_max" in message
-
-
-# The update.
-
-
-@pytest.mark.parametrize("rate, period", ((1.0, 3), (0.3, 1), (0.3, 2)))
-def test_target_follows_the_network(rate, period):
-    agent = make_agent(soft_target_update_rate=rate, target_update_period=period)
-    assert agent.changing == (period > 1) and not same(agent.critic, agent.target_critic)
-    for i in range(1, 7):
-        before = copy.deepcopy(agent.target_critic)
-        agent.update(make_batch())
-        share = rate if i % period == 0 else 0.0
-        for old, new, actual in zip(*(x.parameters() for x in (before, agent.critic, agent.target_critic))):
-            assert close(actual, (1 - share) * old + share * new)
-            assert not torch.equal(old, new)
-        assert same(agent.target_critic, agent.critic) == (share == 1)
-
-
-def test_only_larger_gradients_are_scaled_to_the_limit():
-    batch = make_batch()
-    gradients, metrics = make_agent().gradients(batch)
-    norm = torch.cat([x.flatten() for x in gradients]).norm()
-    assert close(metrics["critic_grad_norm"], norm)
-    for factor in (0.5, 2.0):
-        clipped, clipped_metrics = make_agent(max_grad_norm=factor * norm.item()).gradients(batch)
-        assert all(close(x, min(factor, 1) * y) for x, y in zip(clipped, gradients))
-        assert clipped_metrics == metrics  # its norm is that before
-
-
-OPTIONS = pytest.mark.parametrize("options", [{}, {"bc_only": True}, {"dr3_coefficient": 0.1, "n_step": 3}], ids=str)
-
-
-@OPTIONS
-@HEADS
-def test_updates_move_all_parameters_and_name_the_same_metrics(head, options):
-    agent, names = make_agent(head=head, **options), set()
-    for i in range(1, 4):
-        before = copy.deepcopy(agent)
-        metrics = agent.update(make_batch())
-        names.add(tuple(metrics))
-        assert agent.n_updates == i and all(x.isfinite() and not x.requires_grad for x in metrics.values())
-        assert not any(torch.equal(x, y) for x, y in zip(before.parameters(), agent.parameters()))
-        buffers = dict(agent.named_buffers())
-        assert all(torch.equal(x, buffers[name]) for name, x in before.named_buffers())
-    assert len(names) == 1 and ("dr3_loss" in metrics) == ("dr3_coefficient" in options)
-
-
-@HEADS
-def test_gradients_change_nothing(head):
-    agent, batch = make_agent(head=head, dr3_coefficient=0.1, max_grad_norm=1.0), make_batch()
-    agent.update(batch)
-    for parameter in agent.parameters():
-        parameter.grad = None
-    before, state = copy.deepcopy(agent.checkpoint()), torch.get_rng_state()
-    first, _ = agent.gradients(batch)
-    second, _ = agent.gradients(batch)
-    assert all(torch.equal(x, y) for x, y in zip(first, second)) and torch.equal(state, torch.get_rng_state())
-    for key in ("networks", "optimizer"):
-        torch.testing.assert_close(agent.checkpoint()[key], before[key], rtol=0, atol=0)
-    assert all(x.grad is None for x in agent.parameters())
-
-
-def test_first_step_is_as_long_as_the_learning_rate():
-    agent = make_agent(qf_lr=0.03)
-    before = copy.deepcopy(agent)
-    agent.update(make_batch())
-    steps = [(x - y).abs().max().item() for x, y in zip(agent.critic.parameters(), before.critic.parameters())]
-    assert max(steps) == pytest.approx(0.03, rel=1e-4)
-
-
-# A value other than the default, and the other options without which it has no effect.
-ACTS = {
-    "head": ("qr", {}), "n_atoms": (7, {"head": "c51"}), "v_min": (-3.0, {"head": "c51"}),
-    "v_max": (300.0, {"head": "c51"}), "n_quantiles": (7, {"head": "qr"}), "hidden_dim": (9, {}),
-    "q_n_hidden_layers": (3, {}), "orthogonal_init": (False, {}), "normalize_features": (True, {}),
-    "discount": (0.9, {}), "n_step": (2, {}), "target": ("sarsa", {}), "td_error": ("squared", {}), "qf_lr": (1e-4, {}),
-    "max_grad_norm": (0.1, {}), "soft_target_update_rate": (0.1, {}), "target_update_period": (2, {}),
-    "cql_alpha": (2.0, {}), "bc_only": (True, {}), "dr3_coefficient": (0.1, {}),
-}  # fmt: skip
-
-
-def learned(**options):
-    """What some updates lead to, on the data as training prepares it."""
-    agent = make_agent(observation_dim=1, **options)
-    data = make_data([(5, "terminal"), (4, "timeout"), (3, "terminal")])
-    data |= {"actions": data["actions"] % A}
-    if agent.config.head == "c51":
-        agent.critic.atoms.copy_(cql.support(data, agent.config))
-    batch = cql.Batch(*map(torch.as_tensor, cql.td_columns(data, agent.config).values()))
-    for _ in range(3):
-        agent.update(batch._replace(terminals=batch.terminals.double()))
-    return agent.state_dict()
-
-
-def test_table_names_every_option_of_the_method():
-    names = [field.name for field in dataclasses.fields(cql.TrainConfig)]
-    assert set(names[names.index("head") : names.index("dr3_coefficient") + 1]) == ACTS.keys()
-
-
-@pytest.mark.parametrize("name", ACTS)
-def test_every_option_changes_what_is_learned(name):
-    value, needed = ACTS[name]
-    assert value != getattr(cql.TrainConfig(device="cpu"), name)
-    usual, changed = learned(**needed), learned(**needed | {name: value})
-    assert {key: x.shape for key, x in usual.items()} != {key: x.shape for key, x in changed.items()} or any(
-        not torch.equal(usual[key], changed[key]) for key in usual
-    )
 
 
 # Precision and compilation.

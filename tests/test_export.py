@@ -113,7 +113,7 @@ def test_discrete_actions(sizes, head, n_outputs):
     actor.atoms.copy_(torch.linspace(-1, 1, n_outputs))
     actor.action_low.copy_(torch.arange(len(sizes)) - 2)
     actor.last.weight.data *= 100
-    assert len(np.unique(actor.act(np.random.default_rng(0).normal(size=(1000, 3))), axis=0)) > 3
+    assert len(np.unique(actor.act(np.random.default_rng(0).normal(size=(1000, 3))), axis=0)) > 2
     assert export.largest_difference(export.to_onnx(actor), actor) == 0
 
 

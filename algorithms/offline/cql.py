@@ -923,7 +923,8 @@ def as_observations(observations: Any, like: Tensor) -> Tensor:
     except (TypeError, ValueError) as error:
         raise ValueError(f"an observation is {len(like)} numbers: {error}") from error
     if array.shape[-1:] != like.shape or not np.isfinite(array).all():
-        raise ValueError(f"an observation is {len(like)} finite numbers, not NaN, infinity or shape {array.shape}")
+        fault = "NaN or infinity" if array.shape[-1:] == like.shape else f"shape {array.shape}"
+        raise ValueError(f"an observation is {len(like)} finite numbers, not {fault}")
     return torch.tensor(array, device=like.device)
 
 
