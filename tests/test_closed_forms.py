@@ -4,8 +4,6 @@ A set of transitions is a tabular MDP: its counts are the probabilities P and be
 has no 1/2, so the alpha of the theorems is cql_alpha / 2. (For discrete actions: test_discrete.py.)
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -170,13 +168,6 @@ def test_without_importance_sampling_the_data_action_counts_twice():
     doubled = softmax(q[:, None] + np.log1p(np.eye(A)))  # [S, data action, action]
     mu = np.einsum("sd,sda->sa", problem.beta, doubled)
     assert_equal(q, problem.backup(q) - (mu / problem.beta - 1))
-
-
-def test_lagrange_multiplier_multiplies_alpha():
-    """alpha' is e at first, so alpha is e cql_alpha / 2; the target of the gap does not move Q."""
-    problem = Problem(1)
-    q = fixed_point(problem, cql_alpha=2.0, cql_lagrange=True, cql_target_action_gap=3.0)
-    assert_equal(q, problem.backup(q) - math.e * (softmax(q) / problem.beta - 1))
 
 
 @EACH

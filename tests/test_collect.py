@@ -10,6 +10,7 @@ import minari
 import numpy as np
 import pytest
 import torch
+from conftest import contents
 
 from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
@@ -86,11 +87,6 @@ def refusal(capsys, *options, **named):
     return stop.value.code, printed.err
 
 
-def files(folder):
-    """Every file below `folder`, hidden ones too, with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def seeds(dataset):
     return [metadata["seed"] for metadata in dataset.storage.get_episode_metadata(range(len(dataset)))]
 
@@ -111,11 +107,10 @@ def test_episodes_have_their_observations_and_ends():
 
 def test_cut_is_a_truncation_also_where_the_environment_would_terminate():
     seed = next(seed for seed in range(99) if np.random.default_rng((seed, 0)).integers(2**31) % 4 == 0)
-    episode = run("--seed", seed, steps=2)[0]  # the first episode terminates at its third step
-    assert episode.terminations.tolist() == [False, False] and episode.truncations.tolist() == [False, True]
-    episode = run("--seed", seed, steps=3, id="test/whole-v0")[0]
-    assert episode.terminations.tolist() == [False, False, True] and not episode.truncations.any()
-    dataset = run(env="Endless-v0", steps=70, id="test/endless-v0")
+    for n, terminations in ((2, [False, False]), (3, [False, False, True])):  # it terminates at its third step
+        episode = run("--seed", seed, "--force", steps=n)[0]
+        assert episode.terminations.tolist() == terminations and episode.truncations.any() == (n == 2)
+    dataset = run("--force", env="Endless-v0", steps=70)
     assert [len(episode) for episode in dataset] == [70] and dataset[0].truncations.tolist() == [False] * 69 + [True]
 
 
@@ -132,6 +127,8 @@ def test_the_same_however_many_run_side_by_side():
     assert alone == recorded(16, **options) == recorded(5, **options) != recorded(16, seed=1, **options)
     for env in (LANDER, "Corridor-v0"):  # all Corridors share one action space
         assert recorded(1, env=env, policy="random") == recorded(16, env=env, policy="random")
+    plain, uniform = (recorded(1, env="LunarLander-v3", epsilon=epsilon) for epsilon in (0, 1))
+    assert plain != uniform and min(np.bincount(sum((actions for _, actions, *_ in uniform), []), minlength=4)) > 200
 
 
 def test_noise_and_epsilon():
@@ -156,32 +153,26 @@ def test_noise_and_epsilon():
     assert drawn.mean(0) == pytest.approx((low + high) / 2, abs=0.15)
 
 
-def test_epsilon_on_discrete_actions():
-    dataset = run("--epsilon", 1, env="LunarLander-v3", policy="heuristic", steps=400)
-    actions = np.concatenate([episode.actions for episode in dataset])
-    assert actions.shape == (400,) and actions.dtype == np.int64 and np.bincount(actions, minlength=4).min() > 60
-
-
 def test_existing_dataset_is_kept_without_force_and_replaced_with_it(capsys, root, monkeypatch):
     run(steps=20)
     run(id="test/group-v0/corridor-v0")
-    before = files(root)
+    before = contents(root)
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(collect, "record", lambda *_: pytest.fail("recorded before the id was checked"))
         code, line = refusal(capsys, steps=30)
         assert code == 1 and "--id test/corridor-v0" in line and "--force" in line
         assert refusal(capsys, "--force", id="test/group-v0")[0] == 1  # a folder that is no dataset
-    assert files(root) == before
+    assert contents(root) == before
     assert run("--force", steps=30).total_steps == 30
-    assert set(files(root)) == set(before)
+    assert set(contents(root)) == set(before)
     assert set(minari.list_local_datasets()) == {"test/corridor-v0", "test/group-v0/corridor-v0"}
 
 
 @pytest.mark.parametrize("broken", ["step", "create_dataset_from_buffers"])
 def test_interruption_leaves_what_was_there(broken, capsys, root, monkeypatch):
     run(steps=20)
-    before, calls = files(root), []
+    before, calls = contents(root), []
     owner = minari if broken == "create_dataset_from_buffers" else collect.Episode
     works = getattr(owner, broken)
 
@@ -196,8 +187,7 @@ def test_interruption_leaves_what_was_there(broken, capsys, root, monkeypatch):
         calls.clear()
         with pytest.raises(SystemExit) as stop:
             run(*options)
-        assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
-        assert files(root) == before
+        assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err and contents(root) == before
         assert sorted(path.name for path in root.rglob("*") if path.is_dir()) == ["corridor-v0", "data", "test"]
 
 
@@ -265,21 +255,18 @@ def test_policy_of_a_run(env, capsys, monkeypatch):
         ([], {"env": "Sequences-v0"}, 1, ["--env Sequences-v0", "space"]),
         ([], {"env": "Texts-v0"}, 1, ["--env Texts-v0", "space"]),
         ([], {"policy": "heuristic"}, 1, ["--policy heuristic", "LunarLander-v3", "Corridor-v0"]),
+        ([], {}, 1, ["cannot be stored"]),  # with a root that no user can write to
         ([], {"policy": "nowhere/policy.pt"}, 2, ["--policy", "random", "heuristic", "file"]),
     ],
 )
-def test_user_errors_are_one_line_and_store_nothing(options, named, code, words, capsys, root):
+def test_user_errors_are_one_line_and_store_nothing(options, named, code, words, capsys, root, monkeypatch):
+    if words == ["cannot be stored"]:
+        (root.parent / "file").touch()
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(root.parent / "file/minari"))
     status, line = refusal(capsys, *options, **named)
     assert status == code
     assert all(word in line for word in words), line
     assert not root.exists() or not any(root.iterdir())
-
-
-def test_unwritable_root_is_one_line(capsys, root, monkeypatch):
-    root.touch()
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root / "minari"))
-    code, line = refusal(capsys)
-    assert code == 1 and "cannot be stored" in line
 
 
 def test_as_a_program(root):

@@ -1,25 +1,22 @@
 """The method of the discrete script against closed forms, numbers worked out by hand, and slow loops."""
 
 import copy
-import dataclasses
 import math
 from itertools import accumulate
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refusal, store
+from conftest import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minari.data_collector import EpisodeBuffer
+from test_losses import check_bfloat16, check_compiled, check_updates, close, flat
 from torch import nn
 
 from algorithms.discrete import cql_dqn as cql
 
 S, A, B = 4, 3, 6  # states or size of observations, actions, transitions a batch
-INF = math.inf
 pytestmark = pytest.mark.usefixtures("float64")
 HEADS = pytest.mark.parametrize("head", ("dqn", "c51", "qr"))
 
@@ -52,37 +49,31 @@ def set_table(network, outputs):
     network.last.weight = nn.Parameter(outputs.flatten(1).T.clone())
 
 
-def outputs_of(head, q):
-    """Outputs whose expected values are q [S, A], for two quantiles or for atoms 0 to 10 (then q are whole numbers)."""
-    q = torch.as_tensor(q, dtype=torch.float64)
-    if head == "c51":
-        return 100 * F.one_hot(q.long(), 11).double()
-    return torch.stack([q - 1, q + 1], dim=-1) if head == "qr" else q.unsqueeze(-1)
-
-
-def tabular_agent(head, q, target_q=None, **options):
-    """An agent whose networks have values q and target_q [S, A] at one-hot observations."""
-    agent = make_agent(len(q), [len(q[0])], head=head, n_quantiles=2, n_atoms=11, **options)
-    agent.critic.atoms.copy_(torch.arange(len(agent.critic.atoms)))
-    set_table(agent.critic, outputs_of(head, q))
-    set_table(agent.target_critic, outputs_of(head, q if target_q is None else target_q))
+def set_tables(agent, outputs):
+    """Both networks' outputs are these, and the online one's are learned."""
+    set_table(agent.critic, outputs)
+    set_table(agent.target_critic, outputs)
+    agent.learned["critic"] = list(agent.critic.parameters())
+    agent.optimizer = torch.optim.Adam(agent.learned["critic"], agent.config.qf_lr)
     return agent
 
 
-def tabular_batch(actions, rewards, discounts, next_actions=None):
+def tabular_agent(head, q, **options):
+    """An agent whose networks have expected values q [S, A] at one-hot observations, with two quantiles or with atoms 0
+    to 10 (then q are whole numbers)."""
+    agent = make_agent(len(q), [len(q[0])], head=head, n_quantiles=2, n_atoms=11, **options)
+    agent.critic.atoms.copy_(torch.arange(len(agent.critic.atoms)))
+    q = torch.as_tensor(q, dtype=torch.float64)
+    outputs = {"dqn": q.unsqueeze(-1), "c51": 100 * F.one_hot(q.long(), 11).double()}
+    outputs = outputs.get(head, torch.stack([q - 1, q + 1], dim=-1))
+    return set_tables(agent, outputs)
+
+
+def tabular_batch(actions, rewards, discounts):
     """One transition from each state to itself."""
     states, discounts = torch.eye(len(actions)), torch.tensor(discounts)
     columns = torch.tensor(actions), torch.tensor(rewards), states, (discounts == 0).double(), discounts
-    return cql.Batch(states, *columns, torch.tensor(next_actions or actions))
-
-
-def close(actual, expected, tolerance=1e-9):
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def same(network, other):
-    return all(torch.equal(x, y) for x, y in zip(network.parameters(), other.parameters()))
+    return cql.Batch(states, *columns, torch.tensor(actions))
 
 
 # Closed forms. With errors that are squared without 1/2 the alpha of the theorems is cql_alpha / 2.
@@ -122,13 +113,13 @@ class Problem:
             q += 0.1 * (backup.reshape(S, A) - alpha * self.excess(q) - q)
         return q
 
+    def agent(self, outputs, **options):
+        """An agent whose networks' outputs are these."""
+        return set_tables(make_agent(n_quantiles=outputs.shape[2], **options), torch.as_tensor(outputs))
+
     def gradient(self, outputs, **options):
-        """The agent's, where its networks' outputs are these, and its metrics."""
-        agent = make_agent(n_quantiles=outputs.shape[2], **options)
-        set_table(agent.critic, torch.as_tensor(outputs))
-        set_table(agent.target_critic, torch.as_tensor(outputs))
-        (gradient,), metrics = agent.gradients(self.batch)
-        return gradient, metrics
+        gradients, metrics = self.agent(outputs, **options).gradients(self.batch)
+        return gradients["critic"][0], metrics
 
 
 ERRORS = pytest.mark.parametrize("td_error, cql_alpha, scale", (("squared", 2.0, 3.0), ("huber", 0.1, 0.2)))
@@ -145,6 +136,18 @@ def test_gradient_vanishes_at_the_closed_form(head, target, td_error, cql_alpha,
     gradient, metrics = problem.gradient(q, **options)
     assert gradient.abs().max() < 1e-10
     assert (metrics["td_linear_share"] == 0) == (td_error == "huber")
+
+
+@pytest.mark.parametrize("head", ("dqn", "qr"))
+def test_updates_lead_to_the_closed_form(head):
+    problem = Problem(3, discount=0.5)
+    agent = problem.agent(
+        torch.randn(S, A, 1), head=head, td_error="squared", target="sarsa", soft_target_update_rate=1
+    )
+    for rate in [0.03] * 600 + [0.003] * 200:
+        agent.optimizer.param_groups[0]["lr"] = rate
+        agent.update(problem.batch)
+    assert close(agent.critic.last.weight.T.reshape(S, A), problem.fixed_point(0.5, "sarsa"), 1e-3)
 
 
 @ERRORS
@@ -233,29 +236,22 @@ def slow_loss(agent, batch):
 )
 @HEADS
 def test_loss_and_gradient_are_those_of_slow_loops(head, options):
+    """Gradients larger than the limit are scaled down to it, and no others; the metric is their norm before that."""
     agent, batch = make_agent(head=head, **options), make_batch()
     batch = batch._replace(rewards=3 * batch.rewards)
-    slow = slow_loss(agent, batch)
+    before, slow = copy.deepcopy(agent), slow_loss(agent, batch)
     assert close(agent.loss(batch)[0], slow)
-    gradients, _ = agent.gradients(batch)
-    for actual, other in zip(gradients, torch.autograd.grad(slow, list(agent.critic.parameters()))):
-        assert close(actual, other) and actual.abs().max() > 1e-3
-
-
-# C51 and quantiles.
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_projection_is_the_papers(seed):
-    """Atoms stand at whole numbers, so that many targets hit one; many others are out of range."""
-    rng = np.random.default_rng(seed)
-    atoms = torch.arange(-2.0, 4)
-    probabilities = torch.tensor(rng.dirichlet(np.ones(6), size=B))
-    rewards = torch.tensor(rng.choice([-100.0, -2.0, 0.0, 1.0, 0.5, 3.0, 7.0, *rng.normal(scale=3, size=7)], size=B))
-    discounts = torch.tensor(rng.choice([0.0, 0.5, 0.9, 1.0], size=B))
-    actual = cql.project(probabilities, atoms, rewards, discounts)
-    slow = [slow_project(*row) for row in zip(probabilities, [atoms] * B, rewards, discounts)]
-    assert close(actual, slow) and close(actual.sum(dim=1), torch.ones(B)) and (actual >= 0).all()
+    expected = flat(torch.autograd.grad(slow, list(agent.critic.parameters())))
+    gradients, metrics = agent.gradients(batch)
+    assert gradients.keys() == {"critic"} and close(flat(gradients["critic"]), expected)
+    assert ("dr3_loss" in metrics) == ("dr3_coefficient" in options)
+    assert all(x.isfinite() and not x.requires_grad for x in metrics.values())
+    assert torch.equal(flat(agent.parameters()), flat(before.parameters()))
+    for factor in (0.5, 2.0):
+        limit = factor * expected.norm().item()
+        gradients, metrics = make_agent(head=head, max_grad_norm=limit, **options).gradients(batch)
+        assert close(flat(gradients["critic"]), min(factor, 1) * expected)
+        assert close(metrics["critic_grad_norm"], expected.norm())
 
 
 # The penalty.
@@ -286,7 +282,7 @@ def test_large_values_overflow_nothing(head):
     (agent.critic.atoms if head == "c51" else agent.critic.last.weight.data).mul_(1e3)
     gradients, metrics = agent.gradients(tabular_batch([1], [0.0], [0.5]))
     assert close(metrics["cql_qf_diff"], 1e4)
-    assert all(x.isfinite().all() for x in (*gradients, *metrics.values()))
+    assert all(x.isfinite().all() for x in (*gradients["critic"], *metrics.values()))
 
 
 @HEADS
@@ -312,7 +308,7 @@ def test_features_of_norm_1_are_finite_where_they_vanish(head):
     nn.init.constant_(agent.critic.hidden[-2].bias, -1e3)  # below what ReLU lets through
     assert not agent.critic.features(batch.observations).any()
     gradients, metrics = agent.gradients(batch)
-    assert all(x.isfinite().all() for x in (*gradients, *metrics.values()))
+    assert all(x.isfinite().all() for x in (*gradients["critic"], *metrics.values()))
 
 
 def test_metrics_of_features():
@@ -398,17 +394,8 @@ def test_atoms_span_the_discounted_returns(episodes, discount):
     assert close(atoms, torch.linspace(min(returns) - margin, max(returns) + margin, 7))
 
 
-@pytest.mark.parametrize("reward", (0.0, -3.0, 1e7))
-def test_atoms_differ_where_all_returns_are_the_same(reward):
-    """In float32 too."""
-    torch.set_default_dtype(torch.float32)
-    data = make_data([(1, "terminal")] * 4)
-    atoms = cql.support(data | {"rewards": np.full(4, reward, dtype=np.float32)}, cql.TrainConfig(device="cpu"))
-    assert atoms.diff().min() > 0 and atoms[0] < reward < atoms[-1]
-
-
 def test_given_ends_of_the_atoms_count():
-    """Returns are 0, 1 and 5."""
+    """Returns are 5, 5 and 4."""
     data = make_data([(3, "terminal")])
 
     def ends(**options):
@@ -422,126 +409,45 @@ def test_given_ends_of_the_atoms_count():
         assert status == 2 and "--v_min" in message and "--v_max" in message
 
 
+# The update.
+
+
+@pytest.mark.parametrize("rate, period", ((1.0, 3), (0.3, 1)))
+def test_update_is_a_step_of_adam_then_of_the_target(rate, period):
+    options = {"soft_target_update_rate": rate, "target_update_period": period, "qf_lr": 0.03}
+    check_updates(lambda: make_agent(**options), make_batch, lambda _: (), {"critic": 0.03}, rate, period)
+
+
 # Precision and compilation.
 
 
 @HEADS
-def test_bfloat16_is_of_the_hidden_products_alone(head):
+def test_bfloat16_is_near(head):
     torch.set_default_dtype(torch.float32)
     agents = [make_agent(head=head, precision=precision, hidden_dim=64) for precision in ("float32", "bfloat16")]
-    agents[1].load_state_dict(agents[0].state_dict())
-    batch = make_batch(64)
-    (exact, metrics), (rounded, other) = (agent.gradients(batch) for agent in agents)
-    assert all(x.dtype == torch.float32 for x in (*rounded, *other.values(), *agents[1].parameters()))
-    assert metrics["qf_loss"] != other["qf_loss"]
-    for key in ("qf_loss", "cql_qf_diff", "average_qf", "average_target_q"):
-        assert abs(metrics[key] - other[key]) < 0.03 * max(1, abs(metrics[key])), key
-    x, y = (torch.cat([part.flatten() for part in parts]) for parts in (exact, rounded))
-    assert 0 < (x - y).norm() < 0.1 * x.norm()
+    check_bfloat16(agents, make_batch(64))
 
 
-COMPILED = [
-    {"head": "dqn"},
-    {"head": "c51", "target": "sarsa", "dr3_coefficient": 0.1},
-    {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0, "normalize_features": True},
-]
+COMPILED = [{"head": "c51", "dr3_coefficient": 0.1}, {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0}]
 
 
 @pytest.mark.parametrize("options", COMPILED, ids=str)
 def test_compiled_gradients_are_the_same(options):
     torch.set_default_dtype(torch.float32)
-    agent, batch = make_agent(**options), make_batch()
-    fast, tolerance = cql.compiled(agent.gradients, agent.calls(batch)), 2e-2 if "precision" in options else 1e-4
-    assert fast != agent.gradients
-    for x in (batch, make_batch()):
-        (actual, metrics), (expected, others) = fast(x), agent.gradients(x)
-        assert metrics.keys() == others.keys()
-        for x, y in zip((*actual, *metrics.values()), (*expected, *others.values())):
-            assert close(x, y, tolerance)
+    agent = make_agent(compile=True, batch_size=B, q_n_hidden_layers=1, **options)
+    check_compiled(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4)
 
 
-# Actions.
+# Acting.
 
 
-@pytest.mark.parametrize(
-    "space",
-    [gym.spaces.Discrete(6), gym.spaces.Discrete(6, start=-2), gym.spaces.MultiDiscrete([2, 3], start=[0, 1])],
-    ids=str,
-)
-def test_actions_are_the_environments_numbers(space):
-    """Each combination of parts is the greedy action of one observation, which is shifted and scaled: elsewhere a
-    greater number would stand at another action."""
-    torch.set_default_dtype(torch.float32)
-    bounds = cql.action_bounds(space)
-    sizes = (bounds["action_high"] - bounds["action_low"] + 1).tolist()
-    network = cql.QNetwork(6, sizes, 8, 1, "dqn", 1)
+def test_actions_are_the_parts_of_the_best_combination():
+    """Parts 0, 1 and 1, 2, 3; observations are shifted and scaled: elsewhere a greater number would stand at another
+    action."""
+    network, mean, std = cql.QNetwork(6, [2, 3], 8, 1, "dqn", 1), 10 * np.arange(6), 4.0 ** np.arange(6)
     set_table(network, torch.eye(6).unsqueeze(-1))
-    network.action_low.copy_(torch.tensor(bounds["action_low"]))
-    mean, std = 10 * np.arange(6), 4.0 ** np.arange(6)
-    network.observation_mean.copy_(torch.tensor(mean))
-    network.observation_std.copy_(torch.tensor(std))
+    scaling = {"action_low": np.array([0.0, 1.0]), "observation_mean": mean, "observation_std": std}
+    network.load_state_dict({name: torch.tensor(x) for name, x in scaling.items()}, strict=False)
     raw = (np.eye(6) + np.eye(6, k=1) / 2) * std + mean
-    actions = network.act(raw)
-    combinations = [low + np.arange(size) for low, size in zip(bounds["action_low"], sizes)]
-    expected = np.stack([x.ravel() for x in np.meshgrid(*combinations, indexing="ij")], axis=1)
-    assert actions.tolist() == expected.reshape(6, *space.shape).tolist()
-    assert all(space.contains(action.astype(space.dtype)[()]) for action in actions)
-    assert all(np.array_equal(network.act(x), action) for x, action in zip(raw, actions))
-    indices, low, high = cql.encode_actions(expected.astype(np.float32), *bounds.values(), "data")
-    assert indices.tolist() == list(range(6)) and indices.dtype == int
-    assert np.array_equal((low, high), (bounds["action_low"], bounds["action_high"]))
-
-
-def test_bounds_of_actions_that_nobody_tells_are_0_and_the_largest():
-    indices, low, high = cql.encode_actions(np.array([[0.0, 2.0], [3.0, 1.0]]), None, None, "data")
-    assert indices.tolist() == [2, 10] and low.tolist() == [0, 0] and high.tolist() == [3, 2]
-
-
-@pytest.mark.parametrize(
-    "action, sizes, text",
-    [([1.5], [3], "1.5"), ([-1.0], [3], "-1"), ([1.0, 3.0], [3, 3], "3"), ([1.0] * 4, [20] * 4, "20 x 20 x 20 x 20")],
-)
-def test_actions_that_cannot_be_are_refused(action, sizes, text):
-    low, high = np.zeros(len(sizes)), np.array(sizes) - 1
-    status, message = refusal(cql.encode_actions, np.array([action]), low, high, "my-data")
-    assert status == 1 and "my-data" in message and text in message
-
-
-# Learning.
-
-CORRIDOR = 6  # states, with the goal after the last one; actions are left, stay, right
-BEHAVIOUR = (0.5, 0.2, 0.3)
-
-
-def corridor_episodes(n=60, n_steps=15):
-    rng = np.random.default_rng(0)
-    for _ in range(n):
-        states, actions = [int(rng.integers(CORRIDOR))], []
-        while len(actions) < n_steps and states[-1] < CORRIDOR:
-            actions.append(int(rng.choice(3, p=BEHAVIOUR)))
-            states.append(max(states[-1] + actions[-1] - 1, 0))
-        done = np.arange(1, len(states)) == len(actions)
-        terminals = done & (states[-1] == CORRIDOR)
-        yield EpisodeBuffer(
-            None, None, None, np.array(states), np.array(actions), 10.0 * terminals, terminals, done & ~terminals
-        )
-
-
-@pytest.mark.parametrize(
-    "options, best",
-    [({"head": "dqn"}, 2), ({"head": "c51"}, 2), ({"head": "qr"}, 2), ({"bc_only": True}, 0)],
-    ids=("dqn", "c51", "qr", "clone"),
-)
-def test_heads_learn_to_go_right_where_a_clone_goes_left(options, best, monkeypatch, tmp_path):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    torch.set_default_dtype(torch.float32)
-    spaces = {"observation_space": gym.spaces.Discrete(CORRIDOR + 1), "action_space": gym.spaces.Discrete(3)}
-    config = cql.TrainConfig(
-        device="cpu", env=store("toy/corridor-v0", list(corridor_episodes()), **spaces), eval_env="none",
-        max_timesteps=500, eval_freq=500, checkpoints_path=str(tmp_path), run_id="run", hidden_dim=32,
-        q_n_hidden_layers=1, qf_lr=3e-3, discount=0.9, n_quantiles=11, soft_target_update_rate=0.05, cql_alpha=0.02,
-        **options,
-    )  # fmt: skip
-    cql.train(config)
-    policy = cql.load_policy(tmp_path / "run/policy.pt")
-    assert policy(np.eye(CORRIDOR + 1)[:CORRIDOR]).tolist() == [best] * CORRIDOR
+    assert network.act(raw).tolist() == [[i, j] for i in (0, 1) for j in (1, 2, 3)]
+    assert network.act(raw[4]).tolist() == [1, 2]

@@ -89,17 +89,73 @@ def density(mean, log_std, actions):
     return TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()).log_prob(actions).sum(-1)
 
 
+# What holds for each script: test_discrete.py calls these three too.
+
+
+def check_updates(make_agent, make_batch, others, rates, target_rate, period):
+    """An update is a step of Adam at each group's own rate, then one of the targets, every `period` updates; a copy by
+    state_dict goes on the same, moments and counter included. others(i): what else the i-th gradients depend on."""
+    agent, twin = make_agent(), make_agent()
+    adams = {name: torch.optim.Adam(twin.learned[name], rate) for name, rate in rates.items()}
+    learned = {x for group in twin.learned.values() for x in group}
+    assert learned | set(twin.target_critic.parameters()) == set(twin.parameters())
+    for i in range(7):
+        batch = make_batch()
+        torch.manual_seed(i)
+        agent.update(batch)
+        torch.manual_seed(i)
+        gradients, _ = twin.gradients(batch, *others(i))
+        for name, adam in adams.items():
+            for parameter, gradient in zip(twin.learned[name], gradients[name]):
+                parameter.grad = gradient
+            adam.step()
+        for target, source in zip(twin.target_critic.parameters(), twin.critic.parameters()):
+            target.data += target_rate * ((i + 1) % period == 0) * (source - target)
+        assert agent.n_updates == i + 1 and close(flat(agent.parameters()), flat(twin.parameters()))
+        if i == 3:
+            other = make_agent()
+            other.load_state_dict(agent.state_dict())
+            agent = other
+
+
+def check_same(results, tolerance):
+    """Gradients and metrics of two calls are near each other. Returns how far apart the gradients are."""
+    (actual, metrics), (expected, others) = results
+    assert metrics.keys() == others.keys() and actual.keys() == expected.keys()
+    far = {name for name in metrics if (metrics[name] - others[name]).abs() > tolerance * max(1, others[name].abs())}
+    distances = [(flat(actual[name]) - flat(expected[name])).norm() / flat(expected[name]).norm() for name in actual]
+    assert not far and max(distances) <= tolerance
+    return dict(zip(actual, distances))
+
+
+def check_bfloat16(agents, batch):
+    """The second agent's hidden layers multiply in bfloat16, the values of the last one have the digits of float32."""
+    exact, rounded = agents
+    results = []
+    for agent in agents:
+        torch.manual_seed(2)
+        results.append(agent.gradients(batch, *next(iter(agent.variants()))))
+    assert check_same(results, 0.1)["critic"] > 0
+    (_, _), (gradients, metrics) = results
+    assert all(x.dtype == torch.float32 for x in (*rounded.parameters(), *gradients["critic"], *metrics.values()))
+    values = metrics["average_target_q"]
+    assert values != values.bfloat16()
+
+
+def check_compiled(script, agent, make_batch, tolerance):
+    """With the same random numbers, of which compiling itself uses none."""
+    data = {key: getattr(make_batch(), key).numpy() for key in script.Batch._fields}
+    state = torch.get_rng_state()
+    assert next(script.updates(agent.config, agent, script.ReplayBuffer(data, "cpu"))) == 0
+    assert torch.equal(state, torch.get_rng_state()) and agent.compute_gradients != agent.gradients
+    results, batch, (others,) = [], make_batch(), agent.variants()
+    for compute in (agent.compute_gradients, agent.gradients):
+        torch.manual_seed(2)
+        results.append(compute(batch, *others))
+    check_same(results, tolerance)
+
+
 # The TD loss and its target.
-
-
-def test_td_loss_is_the_squared_error_without_a_half():
-    """Errors 1 and 3 of the first critic, 0 and 4 of the second: means 5 and 8."""
-    agent, loss, gap, metrics = critic_loss([[[2.0], [3.0]], [[1.0], [4.0]]], td_target=[1.0, 0.0], cql_alpha=0)
-    assert loss == 13 and metrics["qf1_loss"] == 5 and metrics["qf2_loss"] == 8 and not gap.any()
-    assert metrics["average_qf1"] == metrics["average_qf2"] == 2.5 and metrics["average_target_q"] == 0.5
-    assert not any(name.startswith("cql") for name in metrics)
-    loss.backward()
-    assert agent.critic.values.grad.flatten().tolist() == [1.0, 3.0, 0.0, 4.0]  # 2 errors / B
 
 
 def test_only_terminals_stop_the_bootstrap():
@@ -148,17 +204,6 @@ def test_estimator_approaches_the_log_integral(temperature):
     _, gap, metrics = agent.critic_loss(batch, *proposed)
     log_mean = gap[0] + metrics["average_qf1"] - temperature * math.log(3 * n)
     assert abs(log_mean - truth) < 0.03 * max(1, temperature)
-
-
-@pytest.mark.parametrize("n, action_dim, expected", ((10, 3, 5.48), (10, 24, 20.04), (4, 1, 3.18)))
-def test_gap_of_a_constant_q(n, action_dim, expected):
-    """d log 2 + log 3N with the density of uniform proposals, and no net gap at any temperature."""
-    for temperature in (1.0, 4.0):
-        agent, batch = make_agent(1, action_dim, cql_temp=temperature), make_batch(1, action_dim)
-        agent.critic = Values(torch.full((2, B, 1 + 3 * n), 7.0))
-        log_prob = torch.full((B, 3 * n), -action_dim * math.log(2))
-        _, gap, metrics = agent.critic_loss(batch, torch.zeros(B), torch.zeros(B, 3 * n, action_dim), log_prob)
-        assert close(metrics["cql_net_gap"], 0.0) and close(gap / temperature, [expected] * 2, 0.006)
 
 
 Q_1, Q_2 = [5.0, *map(math.log, (1, 2, 3))], [6.0, *map(math.log, (4, 4, 5))]  # data action, then a proposal a source
@@ -221,50 +266,7 @@ def test_clip_acts_on_each_state(low, high, moves):
     assert close(4 * agent.critic.values.grad, torch.tensor(moves).view(4, 1) * torch.tensor([-1, *[1 / 3] * 3]))
 
 
-def test_proposals_are_constants_in_the_order_random_next_current():
-    """Their densities are PyTorch's, their moments the actor's within five standard errors."""
-    n = 4000
-    agent, batch = make_agent(1, A, cql_n_actions=n, cql_max_target_backup=True, discount=0.5), make_batch(1, A, 1)
-    mean = torch.tensor([[0.5, -0.5], [-0.2, 0.7]], requires_grad=True)  # at s, at s'
-    log_std = torch.tensor([[-0.5, -1.0], [0.1, -0.3]], requires_grad=True)
-    target, proposals, log_prob = agent.propose(batch, mean, log_std)
-    assert proposals.shape == (1, 3 * n, A) and log_prob.shape == (1, 3 * n)
-    assert not (target.requires_grad or proposals.requires_grad or log_prob.requires_grad)
-    random, following, current = proposals[0].chunk(3)
-    assert random.min() < -0.99 and random.max() > 0.99 and random.mean(0).abs().max() < 5 / math.sqrt(3 * n)
-    assert close(log_prob[0, :n], torch.full((n,), math.log(1 / 4)))  # 1 / 2^A
-    for i, actions in ((0, current), (1, following)):
-        z = (actions.atanh() - mean[i]) / log_std[i].exp()
-        assert z.mean(0).abs().max() < 5 / math.sqrt(n) and (z.std(0) - 1).abs().max() < 5 / math.sqrt(2 * n)
-        assert close(log_prob[0, 2 * n - n * i :][:n], density(mean[i], log_std[i], actions), 1e-7)
-    best = agent.target_critic(batch.next_observations, following[None]).min(dim=0).values.max()
-    assert close(target, batch.rewards + 0.5 * best)
-
-
-@pytest.mark.parametrize("cql_alpha", (0.0, 1.0))
-def test_target_is_of_one_sample_of_the_policy(cql_alpha):
-    """Neither its mean nor the best of the proposals, of which there are none without a penalty."""
-    agent, batch = make_agent(1, 1, discount=0.5, cql_n_actions=3, cql_alpha=cql_alpha), make_batch(1, 1, 1)
-    agent.target_critic = Formulas(lambda s, a: a, lambda s, a: a)
-    mean, log_std = torch.zeros(2, 1), torch.zeros(2, 1)
-    torch.manual_seed(5)
-    target, proposals, log_prob = agent.propose(batch, mean, log_std)
-    torch.manual_seed(5)
-    actions, _ = cql.sample_actions(mean, log_std, 3 if cql_alpha else 1)
-    assert close((target - batch.rewards) / 0.5, actions[1, 0])
-    assert proposals.shape == (1, 9 * (cql_alpha > 0), 1) and log_prob.shape == proposals.shape[:2]
-    assert not cql_alpha or torch.equal(proposals[0, 3:6], actions[1])
-
-
-# The policy: density, entropy, cloning.
-
-
-@pytest.mark.parametrize("mean, log_std", ((0.0, 0.0), (1.5, -1.0), (-0.7, 0.7)))
-def test_density_integrates_to_one(mean, log_std):
-    z = torch.linspace(-15, 15, 100_001)
-    mean, log_std = torch.tensor([mean]), torch.tensor([log_std])
-    log_prob = cql.tanh_gaussian_log_prob(z[:, None], (z[:, None] - mean) / log_std.exp(), log_std)
-    assert close(torch.trapezoid(log_prob.exp(), z.tanh()), 1.0, 1e-5)
+# The policy: density and cloning.
 
 
 @pytest.mark.parametrize("z, log_jacobian", ((8.0, -14.61), (10.0, -18.61), (15.0, -28.61), (-30.0, -58.61)))
@@ -275,37 +277,6 @@ def test_density_far_out(z, log_jacobian):
     assert abs(log_prob.item() + 0.5 * math.log(2 * math.pi) + log_jacobian) < 0.01
     log_prob.backward()
     assert close(pre_tanh.grad, 2 * math.tanh(z), 1e-3)
-
-
-def test_samples_carry_their_density_and_the_gradient_of_the_policy():
-    mean, log_std = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3).clamp(-1, 1).requires_grad_()
-    actions, log_prob = cql.sample_actions(mean, log_std, 6)
-    assert actions.shape == (4, 6, 3) and close(log_prob, density(mean[:, None], log_std[:, None], actions), 1e-6)
-    gradients = torch.autograd.grad(actions.sum(), (mean, log_std))
-    slope = 1 - actions**2
-    assert close(gradients[0], slope.sum(1)) and close(
-        gradients[1], (slope * (actions.atanh() - mean[:, None])).sum(1), 1e-6
-    )
-
-
-def test_policy_loss_takes_the_least_value_of_each_state():
-    """Least of (1, 5) and (4, 2): 1 and 2. E[10 log pi - Q] with log pi of 0.1 and 0.3, so a half of 1 - 1 + 3 - 2."""
-    agent = make_agent(use_automatic_entropy_tuning=False, alpha_multiplier=10)
-    agent.critic = Values([[[1.0], [5.0]], [[4.0], [2.0]]])
-    assert close(agent.policy_loss(make_batch(batch_size=2), torch.zeros(2, A), torch.tensor([0.1, 0.3])), 0.5)
-
-
-def test_entropy_coefficient_rises_while_entropy_is_below_minus_a():
-    """Entropy is -E[log pi]; the gradient is its excess over -A = -2. alpha_multiplier is a factor, or alpha itself."""
-    agent = make_agent(alpha_multiplier=3.0)
-    for log_prob, gradient in ((2.5, -0.5), (1.5, 0.5), (2.0, 0.0)):
-        loss = agent.alpha_loss(torch.tensor([log_prob - 1, log_prob + 1], requires_grad=True))
-        assert torch.autograd.grad(loss, agent.log_alpha) == (gradient,)
-    agent.log_alpha.data.fill_(0.5)
-    assert close(agent.alpha, 3 * math.exp(0.5))
-    fixed = make_agent(alpha_multiplier=3.0, use_automatic_entropy_tuning=False)
-    metrics = [fixed.update(make_batch()) for _ in range(2)][1]
-    assert fixed.alpha == metrics["alpha"] == 3 and fixed.log_alpha == 0 and "alpha_loss" not in metrics
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
@@ -371,11 +342,11 @@ def test_ensemble_is_two_networks_that_start_apart_and_targets_with_them():
     pairs = zip(fresh.critic.parameters(), fresh.target_critic.parameters())
     assert not any(y.requires_grad or x.data_ptr() == y.data_ptr() for x, y in pairs)
     critic, batch, actions = make_agent().critic, make_batch(), torch.randn(2, B, 4, A)
-    for given in (actions[0], actions):
-        q = critic(batch.observations, given)
+    for some in (actions[0], actions):
+        q = critic(batch.observations, some)
         assert q.shape == (2, B, 4)
         for e, b, n in np.ndindex(*q.shape):
-            x = torch.cat([batch.observations[b], given.expand(2, B, 4, A)[e, b, n]])
+            x = torch.cat([batch.observations[b], some.expand(2, B, 4, A)[e, b, n]])
             for weight, bias in zip(critic.weights[:-1], critic.biases[:-1]):
                 x = (x @ weight[e] + bias[e, 0]).clamp(min=0)
             assert close(q[e, b, n], x @ critic.weights[-1][e, :, 0] + critic.biases[-1][e, 0, 0])
@@ -538,33 +509,11 @@ def test_other_parameters_are_constants_of_each_loss(cloning):
 
 
 def test_update_is_a_step_of_adam_then_of_the_targets():
-    """Each group with its own rate, cloning for the first updates, targets every third one; a copy by state_dict goes
-    on the same, moments and counter included."""
+    """It clones in the first updates."""
     options = {"policy_lr": 0.03, "qf_lr": 0.02, "cql_lagrange": True, "bc_steps": 2}
     options |= {"soft_target_update_rate": 0.25, "target_update_period": 3}
-    agent, twin = make_agent(**options), make_agent(**options)
     rates = {"actor": 0.03, "alpha": 0.03, "critic": 0.02, "alpha_prime": 0.02}
-    adams = {name: torch.optim.Adam(twin.learned[name], rate) for name, rate in rates.items()}
-    assert {p for group in twin.learned.values() for p in group} | set(twin.target_critic.parameters()) == set(
-        twin.parameters()
-    )
-    for i in range(7):
-        batch = make_batch()
-        torch.manual_seed(i)
-        agent.update(batch)
-        torch.manual_seed(i)
-        gradients, _ = twin.gradients(batch, i < 2)
-        for name, adam in adams.items():
-            for parameter, gradient in zip(twin.learned[name], gradients[name]):
-                parameter.grad = gradient
-            adam.step()
-        for target, source in zip(twin.target_critic.parameters(), twin.critic.parameters()):
-            target.data += (0.25 if i in (2, 5) else 0) * (source - target)
-        assert agent.n_updates == i + 1 and close(flat(agent.parameters()), flat(twin.parameters()))
-        if i == 3:
-            other = make_agent(fresh=True, **options)
-            other.load_state_dict(agent.state_dict())
-            agent = other
+    check_updates(lambda: make_agent(**options), make_batch, lambda i: (i < 2,), rates, 0.25, 3)
 
 
 @pytest.mark.parametrize("target, change", ((-1e3, 0.0), (1e3, -0.01)))
@@ -628,46 +577,23 @@ def test_drawn_numbers_beyond_the_rounded_sum_of_the_weights_are_the_last_action
 # Precision and compilation.
 
 
-def test_bfloat16_is_of_the_critics_hidden_products_alone():
+def test_bfloat16_is_near():
     torch.set_default_dtype(torch.float32)
     agents = [make_agent(precision=precision, hidden_dim=64) for precision in ("float32", "bfloat16")]
-    batch, results = make_batch(batch_size=64), []
-    for agent in agents:
-        torch.manual_seed(2)
-        results.append(agent.gradients(batch, False))
-    (exact, metrics), (rounded, other) = results
-    assert all(x.dtype == torch.float32 for parts in rounded.values() for x in parts)
-    assert all(x.dtype == torch.float32 for x in (*other.values(), *agents[1].parameters()))
-    assert metrics["log_pi"] == other["log_pi"] and metrics["qf1_loss"] != other["qf1_loss"]
-    for key in ("qf1_loss", "cql_qf1_diff", "cql_q1_rand", "policy_loss"):
-        assert abs(metrics[key] - other[key]) < 0.05 * max(1, abs(metrics[key])), key
-    for name in ("critic", "actor"):
-        assert 0 < (flat(exact[name]) - flat(rounded[name])).norm() < 0.1 * flat(exact[name]).norm()
-    one = agents[1].critic(batch.observations, batch.actions.unsqueeze(1))
-    assert not torch.equal(one, one.bfloat16().float())  # values have the digits of float32
+    check_bfloat16(agents, make_batch(batch_size=64))
 
 
-COMPILED = [{"cql_backprop_actions": 2, "cql_lagrange": True, "bc_steps": 1}, {"precision": "bfloat16"}]
-
-
-@pytest.mark.parametrize("options", COMPILED, ids=str)
+@pytest.mark.parametrize(
+    "options", ({"cql_backprop_actions": 2, "cql_lagrange": True}, {"precision": "bfloat16"}), ids=str
+)
 def test_compiled_gradients_are_the_same(options):
-    """With the same random numbers, of which compiling itself uses none."""
     torch.set_default_dtype(torch.float32)
-    agent, batch = make_agent(compile=True, batch_size=B, **options), make_batch()
-    data = {key: getattr(batch, key).numpy() for key in cql.Batch._fields}
-    state = torch.get_rng_state()
-    assert next(cql.updates(agent.config, agent, cql.ReplayBuffer(data, "cpu"))) == 0
-    assert torch.equal(state, torch.get_rng_state()) and agent.compute_gradients != agent.gradients
-    assert agent.variants() == ({(True,), (False,)} if "bc_steps" in options else {(False,)})
-    tolerance = 1e-2 if "precision" in options else 1e-4
-    for (cloning,) in agent.variants():
-        results = []
-        for compute in (agent.compute_gradients, agent.gradients):
-            torch.manual_seed(2)
-            results.append(compute(make_batch(), cloning))
-        (actual, metrics), (expected, others) = results
-        assert metrics.keys() == others.keys() and actual.keys() == expected.keys()
-        assert {name for name in metrics if not close(metrics[name], others[name], tolerance)} == set()
-        for name in actual:
-            assert (flat(actual[name]) - flat(expected[name])).norm() <= tolerance * flat(expected[name]).norm()
+    agent = make_agent(compile=True, batch_size=B, q_n_hidden_layers=1, policy_n_hidden_layers=1, **options)
+    check_compiled(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4)
+
+
+def test_variants_name_what_gradients_are_called_with():
+    agent = make_agent(bc_steps=1)
+    assert agent.variants() == {(True,), (False,)} and make_agent().variants() == {(False,)}
+    agent.update(make_batch())
+    assert agent.variants() == {(False,)}

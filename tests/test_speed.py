@@ -1,7 +1,10 @@
 """benchmarks/speed.py on a tiny job; what it measures is not tested, only that it measures."""
 
 import csv
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +68,20 @@ def test_bad_arguments_are_refused(bad, measure, capsys):
     with pytest.raises(SystemExit) as stop:
         measure(*bad)
     assert stop.value.code == 2 and bad[0].split("=")[-1].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gpu_script_goes_on_after_a_step_that_fails(device, tmp_path):
+    """With a Python that fails at everything; asked for a GPU, it finds none."""
+    (tmp_path / "python").write_text("#!/bin/sh\necho called; [ $1 != -c ] && exit 3; exit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": device}
+    command = ["bash", Path(speed.__file__).with_name("gpu.sh"), "/nowhere"]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    if device == "cuda":
+        assert "no NVIDIA GPU" in process.stdout and not (tmp_path / "runs").exists()
+        return
+    with open(tmp_path / "runs/gpu/steps.csv", newline="") as file:
+        rows = {row["step"]: row["status"] for row in csv.DictReader(file)}
+    assert rows == dict.fromkeys(("collect", "tests", "speed", "speed-discrete", "alone"), "3") | {"four": "123"}

@@ -1,0 +1,95 @@
+"""What only a GPU does: compiled updates in CUDA graphs, several types, runs that change the device. Skipped without
+one; DEVICE=cpu runs the same tests there, without graphs:
+
+    DEVICE=cpu pytest tests/test_gpu.py
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_agent, table, weights
+
+DEVICE = os.environ.get("DEVICE", "cuda")
+GRAPHS = "cuda" in DEVICE
+pytestmark = pytest.mark.skipif(GRAPHS and not torch.cuda.is_available(), reason="needs a GPU")
+CONTINUOUS = [
+    {}, {"precision": "bfloat16", "cql_backprop_actions": 2}, {"bc_steps": 5},
+    {"precision": "tf32", "cql_lagrange": True, "cql_max_target_backup": True},
+]  # fmt: skip
+DISCRETE = [{}, {"precision": "bfloat16", "head": "c51"}, {"head": "qr", "max_grad_norm": 0.1}]
+VARIANTS = [("algorithms.offline.cql", x) for x in CONTINUOUS] + [("algorithms.discrete.cql_dqn", x) for x in DISCRETE]
+
+
+def make_buffer(script, config):
+    """A thousand transitions of random numbers, of Counter's sizes."""
+    rng = np.random.default_rng(0)
+    data = {name: rng.standard_normal((1000, 3)) for name in ("observations", "next_observations")}
+    data |= {
+        "rewards": rng.standard_normal(1000),
+        "timeouts": np.zeros(1000, bool),
+        "terminals": rng.random(1000) < 0.1,
+    }
+    if hasattr(script, "td_columns"):
+        return script.ReplayBuffer(script.td_columns(data | {"actions": rng.integers(12, size=1000)}, config), DEVICE)
+    return script.ReplayBuffer(data | {"actions": rng.uniform(-1, 1, (1000, 2))}, DEVICE)
+
+
+def updated(script, tiny, seed=0, **options):
+    """All parameters after 60 updates, the numbers of updates done at once, and the mean of each metric."""
+    config = tiny(device=DEVICE, max_timesteps=60, eval_freq=25, log_interval=40, hidden_dim=64, **options)
+    torch.manual_seed(0)
+    agent, mean = make_agent(script, config), script.RunningMean()
+    if options.get("head") == "c51":
+        agent.critic.atoms.copy_(torch.linspace(-5, 5, config.n_atoms))
+    buffer = make_buffer(script, config)
+    torch.manual_seed(seed)
+    steps = list(script.updates(config, agent, buffer, mean))
+    assert steps[0] == 0 and sum(steps) == agent.n_updates == mean.count == 60
+    return torch.cat([x.detach().flatten().double().cpu() for x in agent.parameters()]), steps[1:], mean.read()
+
+
+@pytest.mark.parametrize(("script", "options"), VARIANTS, indirect=["script"])
+def test_compiled_updates_and_graphs_are_eager_updates(options, script, tiny):
+    """The same random numbers, so that parameters differ by rounding alone; with others they would by far more."""
+    eager, _, expected = updated(script, tiny, compile=False, **options)
+    fast, steps, means = updated(script, tiny, compile=True, **options)
+    others, *_ = updated(script, tiny, seed=1, compile=False, **options)
+    rounded = "precision" in options
+    assert (fast - eager).norm() < (0.5 if rounded else 0.2) * (others - eager).norm()
+    assert means.keys() == expected.keys() and all(np.isfinite(list(means.values())))
+    name = next(name for name in means if name.startswith("average_target_q"))
+    assert means[name] == pytest.approx(expected[name], rel=0.1 if rounded else 0.01, abs=0.01)
+    assert set(np.cumsum(steps)) >= {25, 40, 50, 60}  # none crosses a row or a record
+    assert steps.count(script.GRAPH_UPDATES) >= 3 if GRAPHS else set(steps) == {1}
+
+
+def test_resumed_run_is_the_uninterrupted_one(script, run, tiny):
+    """Where the graphs start differs, and with it the rounding."""
+    options = {"device": DEVICE, "compile": True, "max_timesteps": 60, "eval_freq": 30}
+    whole = run(run_id="whole", **options)
+    half = run(run_id="half", **options | {"max_timesteps": 30})
+    run(run_id="half", **options)
+    rows, others = table(whole), table(half)
+    assert [row["step"] for row in rows] == [row["step"] for row in others] == ["30", "60"]
+    first, second = weights(whole), weights(half)
+    fresh = weights(run(run_id="fresh", **options | {"seed": 1}))
+    names = [name for name in first if first[name].ndim == 2]
+    for name in names:
+        distance, other = ((x[name] - first[name]).norm().item() for x in (second, fresh))
+        assert distance < 0.05 * other
+
+
+@pytest.mark.parametrize(
+    ("devices", "precision"), [(("cpu", DEVICE), "float32"), ((DEVICE, "cpu"), "bfloat16"), ((DEVICE, DEVICE), "tf32")]
+)
+def test_a_run_of_any_type_may_change_the_device(devices, precision, run, script):
+    options = {"precision": precision, "compile": False}
+    folder = run(device=devices[0], max_timesteps=10, **options)
+    rows = table(run(device=devices[1], **options))
+    assert [row["step"] for row in rows] == ["10", "20", "25"] and rows[-1]["eval_return"]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values() if value)
+    observations = np.random.default_rng(0).normal(size=(100, 3))
+    actions = [script.load_policy(folder / "policy.pt", device)(observations) for device in ("cpu", DEVICE)]
+    assert actions[0] == pytest.approx(actions[1], abs=1e-4) and actions[0].dtype == actions[1].dtype

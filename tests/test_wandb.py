@@ -1,0 +1,331 @@
+"""Weights & Biases: what a script tells it, and that no fault of account, network or server changes a run's folder or
+stops the run. First a recorder in its place, then the real client against a stand-in for its server on this machine."""
+
+import collections
+import contextlib
+import json
+import os
+import re
+import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wandb
+from conftest import ROOT, equal, once, table, weights
+
+# A recorder in the place of W&B
+
+
+def check_same(folder, expected):
+    assert table(folder) == table(expected) and equal(weights(folder), weights(expected))
+
+
+class Wandb:
+    """Records what a script tells W&B; fails where `broken` says so."""
+
+    Settings = dict
+
+    def __init__(self, step=0, broken=()):
+        self.calls, self.rows, self.starting_step, self.broken, self.id = [], [], step, broken, "id"
+
+    def __getattr__(self, name):
+        def call(*args, **options):
+            if name in self.broken and options.get("mode") != "disabled":
+                raise RuntimeError("no network\ntoday")
+            self.calls.append((name, options))
+            if name == "log":
+                self.rows.append((options["step"], args[0]))
+            return self if name == "init" else True
+
+        return call
+
+
+@pytest.fixture
+def recorder(script, monkeypatch):
+    def replace(**options):
+        monkeypatch.setattr(script, "wandb", recorder := Wandb(**options))
+        return recorder
+
+    monkeypatch.delenv("WANDB_MODE")
+    return replace
+
+
+def test_wandb_gets_names_configuration_and_metrics(recorder, script, tiny, run, monkeypatch):
+    wandb = recorder()
+    folder = run(log_interval=4, project="p", group="g")
+    options = dict(wandb.calls)["init"]
+    wanted = {"project": "p", "group": "g", "name": "run", "id": "run", "resume": "allow"}
+    assert wanted.items() <= options.items() and options["config"] == vars(tiny(log_interval=4, project="p", group="g"))
+    assert {"init_timeout", "finish_timeout"} <= options["settings"].keys()
+    steps = [step for step, _ in wandb.rows]
+    assert sorted({*steps}) == [4, 8, 10, 12, 16, 20, 24, 25] and steps == sorted(steps)
+    logged = {step: {} for step in steps}
+    for step, metrics in wandb.rows:
+        logged[step] |= metrics
+    for row in table(folder):
+        assert logged[int(row["step"])]["eval_return"] == float(row["eval_return"])
+    assert {name for metrics in logged.values() for name in metrics} == {
+        name for name, value in table(folder)[0].items() if value
+    } | {"updates_per_second"}
+    single = table(run(eval_freq=1, run_id="single"))
+    for end, start in ((8, 4), (16, 12)):
+        name = "average_target_q"
+        assert logged[end][name] == pytest.approx(np.mean([float(x[name]) for x in single[start:end]]))
+    assert wandb.calls[-1] == ("finish", {"exit_code": 0})
+
+
+@pytest.mark.parametrize("reason", ["login", "WANDB_MODE", "WANDB_SWEEP_ID", None])
+def test_wandb_runs_where_it_is_wanted(reason, recorder, run, monkeypatch):
+    wandb = recorder(broken=() if reason == "login" else ("login",))
+    if reason and reason != "login":
+        monkeypatch.setenv(reason, "offline")
+    run(max_timesteps=1)
+    modes = [options.get("mode") for name, options in wandb.calls if name == "init"]
+    assert modes == [None if reason else "disabled"]
+
+
+@pytest.mark.parametrize("broken", ["init", "login", "log", "finish"])
+def test_wandb_never_stops_a_run(broken, recorder, script, tiny, run, capsys):
+    expected = run(run_id="whole")
+    recorder(broken=(broken,))
+    capsys.readouterr()
+    script.train(tiny(log_interval=3))
+    check_same(expected.with_name("run"), expected)
+    assert capsys.readouterr().err.count("\n") <= 1  # a warning, in a line
+
+
+@pytest.mark.parametrize(
+    ("number", "requeued"), [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, False)]
+)
+def test_wandb_requeues_a_run_that_a_scheduler_ended(number, requeued, recorder, script, tiny):
+    wandb = recorder()
+    with pytest.raises(SystemExit):
+        script.train(tiny(), stop=[number])
+    names = [name for name, _ in wandb.calls]
+    assert names[-1] == "finish" and ("mark_preempting" in names) == requeued
+    assert wandb.calls[-1][1] == {"exit_code": 1}
+
+
+def test_resumed_run_tells_wandb_nothing_twice(recorder, run):
+    recorder()
+    run(max_timesteps=10, log_interval=4)
+    wandb = recorder(step=17)
+    run(log_interval=4)
+    assert [step for step, _ in wandb.rows] == [20, 24, 25]
+
+
+# The real client
+
+
+class Handler(BaseHTTPRequestHandler):
+    """HTTP 1.0, a connection a request: where the server is gone, the next request fails."""
+
+    def do_POST(self):
+        server, body = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        server.requests.append(self.path)
+        status, answer, name = 200, b"{}", None
+        if server.fault == "silent":
+            server.ended.wait()
+            return
+        if server.fault in ("error", "garbage"):
+            status, answer = (500, b"oops") if server.fault == "error" else (200, b"<html>Please log in.</html>")
+        elif self.path == "/graphql":
+            request = json.loads(body)
+            name = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])[1]
+            with server.lock:
+                data = getattr(server, name, lambda **_: None)(**request.get("variables", {}))
+            answer = json.dumps({"data": data}).encode()
+        elif self.path.endswith("/file_stream"):
+            with server.lock:
+                server.stream(self.path.split("/")[-2], json.loads(body))
+        with contextlib.suppress(ConnectionError):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+        if name == "UpsertBucket" and server.later:  # the run has started
+            server.fail(server.later)
+
+    do_PUT = do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """runs: what each run is called and configured as; history: its rows; exit_codes: how often and how it ended.
+
+    fault: "" or "refused", "silent" (accepts connections but never answers), "error" (HTTP 500), "garbage"; later: the
+    fault that comes once a run has started.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, fault="", later=""):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.fault, self.later = "", later
+        self.requests, self.runs = [], collections.defaultdict(dict)
+        self.history, self.exit_codes = collections.defaultdict(list), collections.defaultdict(list)
+        self.lock, self.ended = threading.Lock(), threading.Event()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self.fail(fault)
+
+    def fail(self, fault):
+        self.fault = fault
+        if fault == "refused":
+            self.shutdown()
+            self.socket.close()
+
+    def close(self):
+        self.ended.set()
+        self.fail("refused")
+
+    def stream(self, run, told):
+        """Rows of the history, by their place in it; at the end the exit code."""
+        if rows := told.get("files", {}).get("wandb-history.jsonl"):
+            self.history[run][rows["offset"] :] = map(json.loads, rows["content"])
+        if told.get("complete"):
+            self.exit_codes[run].append(told["exitcode"])
+
+    # Answers, by the name of the question
+
+    def Viewer(self):
+        return {"viewer": {"id": "1", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
+
+    def RunResumeStatus(self, name, **_):
+        bucket, rows = None, [json.dumps(row) for row in self.history[name]]
+        if name in self.runs:  # the client takes a run without "t" for one that never started
+            bucket = {"id": name, "name": name, "config": self.runs[name]["config"], "wandbConfig": '{"t": 1}'}
+            bucket |= {"historyTail": json.dumps(rows[-1:]), "historyLineCount": len(rows), "eventsTail": "[]"}
+            bucket |= {"summaryMetrics": "{}", "eventsLineCount": 0, "logLineCount": 0, "tags": []}
+        return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}, "bucket": bucket}}
+
+    def UpsertBucket(self, name, **told):
+        inserted = name not in self.runs
+        self.runs[name] |= {key: value for key, value in told.items() if value is not None}
+        project = {"id": "p", "name": told.get("project") or "p", "entity": {"id": "e", "name": "e"}}
+        bucket = {"id": name, "name": name, "displayName": told.get("displayName") or name, "project": project}
+        bucket |= {"config": "{}", "historyLineCount": len(self.history[name])}
+        return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+
+    def CreateRunFiles(self, run, files, **_):
+        files = [{"name": name, "uploadUrl": f"{self.address}/upload/{name}"} for name in files]
+        return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
+
+
+SECONDS = 2  # the limit of waiting in these tests
+
+
+@pytest.fixture
+def expected(run):
+    """The folder of the run without W&B."""
+    return run(run_id="expected")
+
+
+@pytest.fixture
+def alarm():
+    """A test that hangs fails after 100 s."""
+
+    def hangs(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.setitimer(signal.ITIMER_REAL, 100, 5)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def server(alarm, expected, tmp_path, monkeypatch):
+    """Starts a stand-in, which W&B uses from then on; in the end nothing of W&B is left in this process."""
+    servers = []
+
+    def start(**options):
+        servers.append(Server(**options))
+        monkeypatch.setenv("WANDB_BASE_URL", servers[-1].address)
+        return servers[-1]
+
+    wandb.teardown()  # else it stays disabled
+    monkeypatch.chdir(tmp_path)  # it writes to ./wandb
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    for name, value in {"HOME": tmp_path, "WANDB_API_KEY": 40 * "0", "PYTHONPATH": ROOT}.items():
+        monkeypatch.setenv(name, str(value))
+    yield start
+    for each in servers:
+        each.close()
+    os.environ.pop("WANDB_SERVICE", None)
+    wandb.teardown()  # waits for its service process
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    settings = wandb.Settings
+    monkeypatch.setattr(wandb, "Settings", lambda **limits: settings(**dict.fromkeys(limits, SECONDS)))
+
+
+def history(told, run="run"):
+    """Step and metrics of each row that arrived, without what W&B adds and the metric that two equal runs differ in."""
+    extra = {"_step", "_timestamp", "_runtime", "step", "updates_per_second"}
+    return [(row["_step"], {key: x for key, x in row.items() if key not in extra}) for row in told.history[run]]
+
+
+@once
+def test_arrives_as_it_stands_in_the_folder(server, run, expected, tiny, capfd):
+    told, options = server(), {"log_interval": 10, "project": "p", "group": "g"}
+    folder = run(**options)
+    check_same(folder, expected)
+    rows = [{key: float(x) for key, x in row.items() if x and key != "step"} for row in table(folder)]
+    assert [step for step, _ in history(told)] == [10, 20, 25]
+    assert history(told)[:2] == [(10, rows[0]), (20, rows[1])]
+    about = told.runs["run"]
+    assert [about[key] for key in ("project", "groupName", "displayName")] == ["p", "g", "run"]
+    config = {key: item["value"] for key, item in json.loads(about["config"]).items() if key != "_wandb"}
+    assert config == vars(tiny(**options))
+    assert told.exit_codes == {"run": [0]} and "warning" not in capfd.readouterr().err.lower()
+
+
+@once
+def test_no_account(server, run, expected, monkeypatch, capfd):
+    told = server()
+    monkeypatch.delenv("WANDB_API_KEY")
+    capfd.readouterr()
+    check_same(run(), expected)
+    assert not told.requests and not capfd.readouterr().err and not list(Path("wandb").glob("*run*"))
+
+
+@once
+def test_offline(server, run, expected, monkeypatch):
+    told = server()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", "logs")
+    Path("logs").mkdir()
+    check_same(run(), expected)
+    wandb.teardown()  # waits until all is written, as a program's end does
+    (log,) = Path("logs").glob("wandb/offline-run-*-run/run-run.wandb")
+    assert log.read_bytes().count(b"eval_return_std") >= len(table(expected)) and not told.requests
+
+
+@pytest.mark.parametrize("fault", ["refused", "silent", "garbage"])
+@once
+def test_server_fails_from_the_start(fault, server, run, expected, limited, capfd):
+    told = server(fault=fault)
+    capfd.readouterr()
+    check_same(run(), expected)
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("wandb: ")]
+    assert len(lines) == 1 and lines[0].startswith("warning: W&B is off") and not told.runs
+
+
+@pytest.mark.parametrize("fault", ["refused", "silent", "error"])
+@once
+def test_server_fails_in_mid_run(fault, server, run, expected, limited, capfd):
+    told = server(later=fault)
+    capfd.readouterr()
+    check_same(run(), expected)
+    assert all(line.startswith("wandb: ") for line in capfd.readouterr().err.splitlines())
+    assert told.runs and not any(told.history.values()) and not told.exit_codes
