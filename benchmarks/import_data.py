@@ -706,7 +706,7 @@ def check_arguments(args, error):
     unknown = [source for source in args.sources if source not in d4rl_files() and source not in files]
     near = ", ".join(difflib.get_close_matches(unknown[0], d4rl_files(), cutoff=0)) if unknown else ""
     rules = {
-        f"{unknown[:1]} is neither a file nor a D4RL name; the nearest are {near}": not unknown,
+        f"{unknown[0] if unknown else None} is neither a file nor a D4RL name; the nearest are {near}": not unknown,
         "name D4RL datasets or a file, or --all and a domain": bool(args.sources) != bool(args.all),
         "a file is imported alone": not files or len(args.sources) == 1,
         "--id and a file go together; D4RL's become d4rl/<name>": bool(files) == (args.id is not None),

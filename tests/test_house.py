@@ -19,7 +19,7 @@ FOLDER = ROOT / "algorithms"
 PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
 # Lines of a file, of its method (above the comment "# Common to all files") and of its common part, at most.
-BUDGETS = {"offline/cql.py": (1000, 460, 540), "discrete/cql_dqn.py": (980, 460, 540)}
+BUDGETS = {"offline/cql.py": (1180, 460, 720), "discrete/cql_dqn.py": (1150, 415, 740)}
 
 
 class Block(NamedTuple):

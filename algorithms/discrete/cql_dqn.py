@@ -485,8 +485,9 @@ def parse_arguments(config_class: type) -> Any:
         raise ConfigError(f"{message} (as --option=value); --help lists the options")
 
     kinds, content = {field.name: field.type for field in fields(config_class)}, {}
-    inspect.getsource = functools.cache(inspect.getsource)  # pyrallis would read the source anew for each option
+    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else read for each option
     parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
+    inspect.getsource = getsource
     parser.error, parser._postprocessing = fail, vars
     for action in parser._actions:
         if kind := kinds.get(action.dest):

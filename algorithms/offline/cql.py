@@ -4,15 +4,15 @@ CQL: https://arxiv.org/abs/2006.04779; SAC: https://arxiv.org/abs/1812.05905.
 
     python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander-continuous/medium.yaml
 
-returns 246.8 ± 12.0 after 5,000 updates (five seeds; 49 s each on 2 CPU cores) on data that return 46.5: docs/cql.md.
+returns 246.8 ± 12.0 after 5,000 updates (five seeds; 49 s each on 2 CPU cores) on data that return 46.5.
 
 Differs from the paper
 1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
 2. N uniform, N current and N next-state policy actions estimate log-integral exp Q, without the constant log(3N).
 3. The entropy coefficient is tuned, and all losses are taken at the same parameters, as in later public code.
 
-Known failures: scores depend on cql_alpha and the critics' depth; Adroit and large AntMaze are unreliable everywhere.
-docs/cql.md explains each option and metric.
+Known failures: scores depend on cql_alpha and the critics' depth; cloning may do better where noise averages out.
+docs/cql.md explains each option and metric, docs/results.md has the results.
 """
 
 import contextlib
@@ -531,8 +531,9 @@ def parse_arguments(config_class: type) -> Any:
         raise ConfigError(f"{message} (as --option=value); --help lists the options")
 
     kinds, content = {field.name: field.type for field in fields(config_class)}, {}
-    inspect.getsource = functools.cache(inspect.getsource)  # pyrallis would read the source anew for each option
+    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else read for each option
     parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
+    inspect.getsource = getsource
     parser.error, parser._postprocessing = fail, vars
     for action in parser._actions:
         if kind := kinds.get(action.dest):

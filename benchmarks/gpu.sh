@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# All that is measured on an NVIDIA GPU, in less than ten minutes; a step that fails or takes too long stops no other one.
+# From the root of the repository:
+#   bash benchmarks/gpu.sh ../CORL
+# The argument (default: $CORL) is a checkout of https://github.com/corl-team/CORL, the peer of speed.py; it may be absent.
+# Writes to benchmarks/results/gpu: steps.csv (exit status and seconds of each step, 124: timed out), tests.txt, speed.csv,
+# LunarLanderContinuous runs, alone (alone-seed0.csv) and four at once (four-seed<n>.csv), with memory.csv, the GPU's MB
+# and share of time in use at each second of these runs. What the steps print goes to runs/gpu.
+# DEVICE=cpu tries the steps themselves, with short settings; then everything goes to runs/gpu.
+set -uo pipefail
+peer=${1:-${CORL:-}}
+export DEVICE=${DEVICE:-cuda} logs=$PWD/runs/gpu WANDB_MODE=disabled
+if [[ $DEVICE == cpu ]]; then
+    out=$logs factor=5 job="--windows 1 --seconds 0.2 --batch 32" selected=any_type
+    export n_steps=2000 short="--max_timesteps 200 --eval_freq 100 --n_episodes 2"
+elif python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    out=benchmarks/results/gpu factor=1 job="--windows 5 --seconds 1" selected=
+    export n_steps=100000 short=
+else
+    echo "gpu.sh: torch finds no NVIDIA GPU here, so that nothing is measured"
+    exit 0
+fi
+rm -rf "$out" "$logs"
+mkdir -p "$out" "$logs"
+export MINARI_DATASETS_PATH=$logs/minari
+
+step() { # name, seconds at most, command
+    local name=$1 status=0 begin=$SECONDS
+    timeout --kill-after=5 $(($2 * factor)) "${@:3}" >"$logs/$name.log" 2>&1 || status=$?
+    echo "$name,$status,$((SECONDS - begin))" | tee -a "$out/steps.csv"
+}
+
+collect() {
+    python benchmarks/collect.py --env LunarLanderContinuous-v3 --policy heuristic --noise 0.9 --steps "$n_steps" \
+        --id lunarlander-continuous/medium-v0
+}
+
+train() { # seed
+    python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander-continuous/medium.yaml $short \
+        --device "$DEVICE" --seed "$1" --checkpoints_path "$logs" --run_id "seed$1"
+}
+export -f collect train
+
+echo "step,status,seconds" >"$out/steps.csv"
+step collect 60 bash -c collect
+step tests 170 python -m pytest -q tests/test_gpu.py -k "$selected"
+grep -E "passed|failed|^FAILED|^ERROR" "$logs/tests.log" >"$out/tests.txt"
+speed="python benchmarks/speed.py --device $DEVICE --output $out/speed.csv $job"
+[[ -n $peer ]] || echo "gpu.sh: no checkout of CORL, so that speed.py has no peer"
+step speed 150 $speed ${peer:+--peer "$peer"} --variants compile=False - precision=tf32 \
+    precision=bfloat16,cql_backprop_actions=2
+step speed-discrete 70 $speed --script discrete/cql_dqn --observation 8 --action 4 --layers 2 --variants compile=False - \
+    head=c51
+nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu --format=csv,nounits -l 1 >"$out/memory.csv" 2>/dev/null &
+watcher=$!
+step alone 60 bash -c 'train 0'
+step four 80 bash -c 'printf "%s\n" 1 2 3 4 | xargs -P 4 -I{} bash -c "train {}"'
+kill "$watcher" 2>/dev/null
+for seed in 0 1 2 3 4; do
+    cp "$logs/seed$seed/metrics.csv" "$out/$([[ $seed == 0 ]] && echo alone || echo four)-seed$seed.csv"
+done 2>/dev/null
+tail -qn 1 "$logs"/{tests,alone,four}.log
