@@ -14,7 +14,12 @@ sums over all parameters of the critics, in float32, at the checkpoint's paramet
 is the mean of g(b, k, r), and D(k) = D(1) / k but for chance. relative_error: of D(1) / V, by the spread of both
 sums' terms over minibatches.
 
-A row a checkpoint is added to benchmarks/results/gradient_noise.csv.
+A row a checkpoint is added to benchmarks/results/gradient_noise.csv. Those in the repository are of two runs (the data:
+docs/results.md), each continued under its --run_id with --max_timesteps 300, 1000, 3000 and 6000, its checkpoint.pt
+copied at each stop:
+
+    python algorithms/offline/cql.py --env local/hopper/medium-v0 --policy_lr 1e-4 --q_n_hidden_layers 2 \
+        --eval_env none --eval_freq 20000 --precision bfloat16 --compile True --run_id noise --max_timesteps 300
 """
 
 import argparse

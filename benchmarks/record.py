@@ -30,7 +30,6 @@ from minari.storage import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algorithms.offline.cql import DataError
-from benchmarks import collect
 from benchmarks.policies import DataErrors, load_policy
 
 
@@ -58,7 +57,6 @@ def make_task(args, policy):
     data |= {"observations": observation, "next_observations": observation}
     options = {"n_episodes": args.episodes, "eval_seed": args.seed, "device": "cpu"}
     options |= {"env": str(args.policy), "eval_env": None if is_dataset else args.env}
-    collect.register(args.env)
     try:
         task = script.Task(script.TrainConfig(**options), data)
     except DataErrors as error:

@@ -245,6 +245,12 @@ def test_loss_and_gradient_are_those_of_slow_loops(head, options):
     gradients, metrics = agent.gradients(batch)
     assert gradients.keys() == {"critic"} and close(flat(gradients["critic"]), expected)
     assert ("dr3_loss" in metrics) == ("dr3_coefficient" in options)
+    if head != "c51":
+        pairs = (
+            agent.td_target(batch).unsqueeze(1)
+            - cql.of_actions(agent.critic(batch.observations), batch.actions)[..., None]
+        )
+        assert close(metrics["td_linear_share"], (pairs.abs() > 1).double().mean())
     assert all(x.isfinite() and not x.requires_grad for x in metrics.values())
     assert torch.equal(flat(agent.parameters()), flat(before.parameters()))
     for factor in (0.5, 2.0):
@@ -425,7 +431,8 @@ def test_update_is_a_step_of_adam_then_of_the_target(rate, period):
 def test_bfloat16_is_near(head):
     torch.set_default_dtype(torch.float32)
     agents = [make_agent(head=head, precision=precision, hidden_dim=64) for precision in ("float32", "bfloat16")]
-    check_bfloat16(agents, make_batch(64))
+    batch = make_batch(64)
+    check_bfloat16(agents, batch, batch.observations)
 
 
 COMPILED = [{"head": "c51", "dr3_coefficient": 0.1}, {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0}]

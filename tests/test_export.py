@@ -18,13 +18,13 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LOW, HIGH = np.array([-2, 0, -0.7], np.float32), np.array([1, 0.5, 0.1], np.float32)  # the last overshoots unclamped
 
 
-def store_policy(path, observation_dim=4, low=LOW, high=HIGH):
+def store_policy(path):
     """A policy whose actions reach everywhere between the bounds, for observations far from mean 0 and std 1."""
     torch.manual_seed(0)
-    actor = cql.TanhGaussianActor(observation_dim, len(low), 16, 2)
+    actor = cql.TanhGaussianActor(4, 3, 16, 2)
     actor.head.weight.data *= 100
-    scaling = {"observation_mean": torch.linspace(-50, 50, observation_dim), "action_low": torch.tensor(low)}
-    scaling |= {"observation_std": torch.logspace(-2, 2, observation_dim), "action_high": torch.tensor(high)}
+    scaling = {"observation_mean": torch.linspace(-50, 50, 4), "action_low": torch.tensor(LOW)}
+    scaling |= {"observation_std": torch.logspace(-2, 2, 4), "action_high": torch.tensor(HIGH)}
     actor.load_state_dict(scaling, strict=False)
     cql.save(path, {"sizes": list(actor.sizes), "weights": actor.state_dict()})
     return path
