@@ -457,7 +457,7 @@ def find_episodes(recording, limit):
     """Which rows end an episode [n], and which have a known next observation [n]; notes what changes."""
     terminals, following, n = recording.terminals, recording.next_observations, len(recording.rewards)
     if following is not None:
-        differs = (following[:-1] != recording.observations[1:]).reshape(n - 1, -1).any(axis=1)
+        differs = (following[:-1] != recording.observations[1:]).any(axis=tuple(range(1, following.ndim)))
         flagged = terminals if recording.timeouts is None else terminals | recording.timeouts
         if splits := (differs & ~flagged[:-1]).sum() * (recording.timeouts is not None):
             recording.note(f"{splits:,} episodes were split, where the next observation is not the next row's.")

@@ -452,12 +452,13 @@ def check_config(config: Any) -> None:
             if value not in limits if words else value is not None and not limits[0] <= value <= limits[1]:
                 takes = ", ".join(limits) if words else f"a number from {limits[0]:g} to {limits[1]:g}"
                 raise ConfigError(f"--{name} takes {takes}, not {value}")
-    if config.run_id and Path(config.run_id).name != config.run_id:
+    if config.run_id and (Path(config.run_id).name != config.run_id or config.run_id == ".."):
         raise ConfigError(f"--run_id is the name of a folder, not {config.run_id}")
     if getattr(config, "cql_clip_diff_min", 0) > getattr(config, "cql_clip_diff_max", 0):
         raise ConfigError("--cql_clip_diff_min is above --cql_clip_diff_max")
     try:
-        torch.empty(0, device=config.device)
+        if torch.empty(0, device=config.device).device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {config.device} cannot be used here; try --device cpu") from error
 
@@ -495,7 +496,9 @@ def parse_arguments(config_class: type) -> Any:
     options = parser.parse_args()
     if path := options.pop("config_path", None):
         try:
-            content = dict(yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader))  # texts, as on the command line
+            content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # texts, as on the command line
+            if not isinstance(content, dict) or not content:
+                raise TypeError("it has no such lines")
         except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"--config_path {path} is no YAML of lines `option: value` ({error})") from error
         if unknown := content.keys() - kinds:
@@ -575,16 +578,20 @@ def load_dataset(name: str) -> dict[str, Any]:
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
-    """Raises DataError for data that cannot be trained on."""
+    """Makes its columns float32, and flags bool. Raises DataError for data that cannot be trained on."""
     n_transitions = len(data.get("rewards", ()))
     for key in COLUMNS:
-        column, n_axes = np.asarray(data.get(key, ())), 2 if key.endswith(("observations", "actions")) else 1
+        try:
+            column, n_axes = np.asarray(data.get(key, ()), np.float32), 1 + key.endswith(("observations", "actions"))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"--env {config.env}: {key} are no numbers ({error})") from error
         if column.ndim != n_axes or len(column) != n_transitions or not column.size:
             needed = f"[{n_transitions or 'transitions'}{', numbers' * (n_axes - 1)}]"
             raise DataError(f"--env {config.env}: {key} have shape {list(column.shape)}, not {needed}")
         if (bad := ~(np.abs(column) < 1e15)).any():
             row = bad.reshape(n_transitions, -1).any(axis=1).argmax()
             raise DataError(f"--env {config.env}: {key} hold NaN, infinity or huge numbers, first in transition {row}")
+        data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
     if data["observations"].shape != data["next_observations"].shape:
         raise DataError(f"--env {config.env}: observations and next_observations differ in size")
     if n_transitions > config.buffer_size:
@@ -625,7 +632,7 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     """
     actions = data["actions"]
     low, high = data.get("action_low", np.zeros(actions.shape[1])), data.get("action_high", actions.max(axis=0))
-    low, high = low.astype(np.int64), high.astype(np.int64)
+    low, high = np.asarray(low, np.int64), np.asarray(high, np.int64)
     if (wrong := (actions != np.rint(actions)) | (actions < low) | (actions > high)).any():
         raise DataError(f"--env {name}: an action is {actions[wrong][0]:g}, no whole number from {low} to {high}")
     sizes = high - low + 1
@@ -683,7 +690,7 @@ class Task:
         check_dataset(data, config)
         self.config, self.reference = config, data.get("reference_scores")
         arguments = {"id": config.eval_env} if config.eval_env else data.get("environment", {"id": "none"})
-        self.envs, start = make_environments(config, **arguments)
+        self.envs, start = make_environments(config, arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
         name = f"{config.env} {arguments['id']}".lower()
         if config.normalize_reward and any(task in name for task in ("halfcheetah", "hopper", "walker2d")):
@@ -774,16 +781,17 @@ class Task:
         return row
 
 
-def make_environments(config: Any, id: str, **arguments: Any) -> tuple[Optional[gym.vector.VectorEnv], Any]:
+def make_environments(config: Any, arguments: dict[str, Any]) -> tuple[Optional[gym.vector.VectorEnv], Any]:
     """The environments and first observations; None where none is wanted, or Gymnasium does not know the dataset's.
     Raises ConfigError or DataError."""
+    id, arguments = arguments["id"], {key: value for key, value in arguments.items() if key != "id"}
+    arguments.pop("render_mode", None)  # the recording may have had a window
     try:
         if id not in gym.registry and id != "none":
             with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
                 gym.register_envs(importlib.import_module("gymnasium_robotics"))
         if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
             return None, None
-        arguments.pop("render_mode", None)  # the recording may have had a window
         n_envs = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))
 
         def limit(env: gym.Env) -> gym.Env:  # where nothing does, a greedy policy may stand still for ever
@@ -929,7 +937,7 @@ def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) 
             agent.compute_gradients = compiled
             eager_until = agent.n_updates + 3 if on_gpu else math.inf  # they make what lasts, such as Adam's moments
         except Exception as error:  # no compiler, no Triton, a GPU that is too old
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error) or repr(error)).strip().splitlines()[0]
             print(f"warning: updates are not compiled, and slower ({reason}); --compile False says so", file=sys.stderr)
 
     def update(n: int) -> int:
@@ -948,9 +956,16 @@ def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) 
             yield update(1)
             continue
         if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                update(GRAPH_UPDATES)  # counts them, but runs nothing on the device
+            counts, graph = [mean.count for mean in means], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    update(GRAPH_UPDATES)  # counts them, but runs nothing on the device
+            except Exception as error:
+                print(f"warning: no CUDA graph, slower: {error!r}", file=sys.stderr)
+                agent.n_updates, eager_until = step, math.inf
+                for mean, count in zip(means, counts):
+                    mean.count = count
+                continue
         else:
             agent.n_updates += GRAPH_UPDATES
             for mean in means:
@@ -1010,7 +1025,7 @@ class Run:
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()}
         save(self.path / "policy.pt", policy)
-        if self.config.keep_policies and agent.n_updates == self.last_step:
+        if self.config.keep_policies and 0 < agent.n_updates == self.last_step:
             save(self.path / f"policy-{agent.n_updates}.pt", policy)
         if self.rows:
             writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
@@ -1022,10 +1037,7 @@ class Run:
     def begin(self, agent: Any, task: Task) -> None:
         """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
-        config, where = (
-            self.config,
-            "no evaluation (--eval_env)" if task.envs is None else f"evaluated in {task.envs.spec.id}",
-        )
+        config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         span = f"updates {agent.n_updates:,} to {config.max_timesteps:,}, a row every {config.eval_freq:,}"
         print(f"{self.path}: {span}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
