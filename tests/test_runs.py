@@ -836,3 +836,15 @@ def test_learns_to_balance_far_longer_than_the_controller_that_recorded_the_data
     behaviour = np.mean([len(episode.rewards) for episode in episodes])
     assert behaviour < 40 and row["eval_return"] > 80
     assert row["eval_predicted_value"] < row["eval_discounted_return"]  # conservative
+
+
+@pytest.mark.parametrize("message", ["no compiler found\nand more", ""])
+def test_run_goes_on_where_updates_cannot_be_compiled(message, run, monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError(message)
+
+    expected = table(run(run_id="eager", compile=False))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    assert table(run(run_id="fallback", compile=True)) == expected
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("warning: updates are not compiled") and "--compile False" in line

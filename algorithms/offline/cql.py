@@ -4,7 +4,7 @@ CQL: https://arxiv.org/abs/2006.04779; SAC: https://arxiv.org/abs/1812.05905.
 
     python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander-continuous/medium.yaml
 
-returns 246.8 ± 12.0 after 5,000 updates (five seeds; 80 s each on 2 CPU cores) on data that return 46.5.
+returns 246.8 ± 12.0 after 5,000 updates (five seeds; a run takes 80 s on 2 CPU cores) on data that return 46.5.
 
 Differs from the paper
 1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
