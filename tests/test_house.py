@@ -19,7 +19,7 @@ FOLDER = ROOT / "algorithms"
 PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
 # Lines of a file, of its method (above the comment "# Common to all files") and of its common part, at most.
-BUDGETS = {"offline/cql.py": (1190, 460, 735), "discrete/cql_dqn.py": (1160, 415, 750)}
+BUDGETS = {"offline/cql.py": (1110, 460, 655), "discrete/cql_dqn.py": (1085, 420, 670)}
 
 
 class Block(NamedTuple):

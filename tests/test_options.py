@@ -161,12 +161,12 @@ def test_bad_value_is_one_line_that_names_the_option(script, parse):
         if argument != "name=[a, b]":
             refused.append(refusal(parse, f"--{argument}"))
         for status, line in refused:
-            assert status == 2 and f"--{name} " in line, argument
+            assert status == 2 and (f"--{name} " in line or value[0] in "[{" and "options.yaml" in line), argument
 
 
 @pytest.mark.parametrize(
     ("script", "low", "high", "values"),
-    known([("cql_clip_diff_min", "cql_clip_diff_max", (2, 1)), ("v_min", "v_max", (2, 1)), ("v_min", "v_max", (1, 1))]),
+    known([("v_min", "v_max", (2, 1)), ("v_min", "v_max", (1, 1))]),
     indirect=["script"],
 )
 def test_limits_in_the_wrong_order_are_one_line(low, high, values, script, tiny):

@@ -23,13 +23,13 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -464,8 +464,18 @@ class ConfigError(DataError):
     status = 2  # and for options
 
 
+@contextlib.contextmanager
+def blame(cause: str, kind: type = DataError) -> Iterator[None]:
+    """Whatever fails inside is told in one line: the cause, and what was raised."""
+    try:
+        yield
+    except Exception as error:
+        detail, kind = str(error)[:200] or type(error).__name__, type(error) if isinstance(error, DataError) else kind
+        raise kind(f"{cause} ({detail})") from error
+
+
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-MAX_ENVS, MAX_STEPS = 16, 10_000  # evaluation episodes side by side; their steps where the environment has no limit
+MAX_ENVS, MAX_STEPS = 16, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
 GRAPH_UPDATES = 10  # in a CUDA graph
 # local: the network that acts, and that policy.pt holds
 Policy = TanhGaussianActor
@@ -494,30 +504,23 @@ def check_config(config: Any) -> None:
             if value not in limits if words else value is not None and not limits[0] <= value <= limits[1]:
                 takes = ", ".join(limits) if words else f"a number from {limits[0]:g} to {limits[1]:g}"
                 raise ConfigError(f"--{name} takes {takes}, not {value}")
-    if config.run_id and (Path(config.run_id).name != config.run_id or config.run_id == ".."):
-        raise ConfigError(f"--run_id is the name of a folder, not {config.run_id}")
-    if getattr(config, "cql_clip_diff_min", 0) > getattr(config, "cql_clip_diff_max", 0):
-        raise ConfigError("--cql_clip_diff_min is above --cql_clip_diff_max")
-    try:
-        if torch.empty(0, device=config.device).device.type not in ("cpu", "cuda"):
-            raise RuntimeError
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {config.device} cannot be used here; try --device cpu") from error
+    with blame(f"--device {config.device} cannot be used here; try --device cpu", ConfigError):
+        torch.empty(0, device=config.device)
 
 
-def convert(name: str, text: Any, kind: Any) -> Any:
+def convert(name: str, text: str, kind: Any) -> Any:
     """An option's value from its text on the command line or in YAML. Raises ConfigError where it is none."""
     kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
     if optional and text in ("None", "null", "~", ""):
         return None
-    with contextlib.suppress(AttributeError, KeyError, OverflowError, ValueError):  # YAML may have a list, too
+    with contextlib.suppress(AttributeError, KeyError, OverflowError, ValueError):  # argparse makes a list of --
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
         if kind(value) == value:
             return kind(value)
     takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
-    raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {str(text)[:100]!r}")
+    raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {text[:100]!r}")
 
 
 def parse_arguments(config_class: type) -> Any:
@@ -527,7 +530,7 @@ def parse_arguments(config_class: type) -> Any:
     def fail(message: str) -> None:
         raise ConfigError(f"{message} (as --option=value); --help lists the options")
 
-    kinds, content = {field.name: field.type for field in fields(config_class)}, {}
+    kinds = {field.name: field.type for field in fields(config_class)}
     getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else read for each option
     parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
     inspect.getsource = getsource
@@ -537,15 +540,10 @@ def parse_arguments(config_class: type) -> Any:
             action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
     options = parser.parse_args()
     if path := options.pop("config_path", None):
-        try:
+        with blame(f"--config_path {path} is no YAML of lines `option: value`", ConfigError):
             content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # texts, as on the command line
-            if not isinstance(content, dict) or not content:
-                raise TypeError("it has no such lines")
-        except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config_path {path} is no YAML of lines `option: value` ({error})") from error
-        if unknown := content.keys() - kinds:
-            raise ConfigError(f"{path} has unknown options: {', '.join(sorted(unknown))}; --help lists the known ones")
-    return config_class(**{name: convert(name, text, kinds[name]) for name, text in (content | options).items()})
+            options = parser.parse_args([f"--{name}=" + value for name, value in content.items()]) | options
+    return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
 
 def flatten(observations: Any, space: gym.Space) -> np.ndarray:
@@ -555,105 +553,78 @@ def flatten(observations: Any, space: gym.Space) -> np.ndarray:
         return np.concatenate([flatten(observations[key], part) for key, part in sorted(space.items())], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
         return (np.asarray(observations)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
-    if getattr(space.dtype, "kind", "") == "U":  # a text
+    if isinstance(space, gym.spaces.Text):
         return np.empty((len(observations), 0), dtype=np.float32)
     if not space.shape or len(space.shape) > 1 and math.prod(space.shape) > 1024:
         raise DataError(f"observations are {space}; this script takes vectors, small grids, and Dicts of them")
     return np.asarray(observations, dtype=np.float32).reshape(len(observations), -1)
 
 
-def open_dataset(name: str) -> minari.MinariDataset:
-    """A Minari dataset of the local root, else downloaded; a name of D4RL stands for d4rl/<name>. Raises DataError."""
-    try:
-        minari.dataset.minari_dataset.parse_dataset_id(name)  # Minari itself would join a path such as ../..
-    except (TypeError, ValueError) as error:
-        raise DataError(f"--env {name} is no Minari id, such as mujoco/hopper/medium-v0 or hopper-medium-v2") from error
+def load_dataset(name: str) -> dict[str, Any]:
+    """The transitions of a Minari dataset, local or else downloaded, in order; a name of D4RL stands for d4rl/<name>.
+    It is the one function to replace for other data. Raises DataError.
+
+    observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
+    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
+    action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes).
+    """
     path = minari.storage.get_dataset_path(name)
     if "/" not in name and not path.exists():
         name, path = f"d4rl/{name}", path.parent / "d4rl" / name
-    try:
+    with blame(f"--env {name} cannot be read from {path}; `minari list local` lists others"):
         if not path.exists() and name.startswith("d4rl/"):
-            raise ValueError(f"import it by: python benchmarks/import_data.py {name[5:]}")
+            raise FileNotFoundError(f"import it by: python benchmarks/import_data.py {name[5:]}")
         if not path.exists():
             hub = importlib.import_module("huggingface_hub")  # whose client would try to connect for 23 seconds
             hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
             minari.download_dataset(name)
         # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
         if not {"observation_space", "action_space"} <= json.loads((path / "data/metadata.json").read_text()).keys():
-            raise ValueError("its metadata lacks the spaces")
-        return minari.load_dataset(name)
-    except Exception as error:  # of the id, the file, the network, the hub's client
-        state = "is damaged; remove it to get it anew" if path.exists() else "is not there"
-        raise DataError(
-            f"--env {name}: {path} {state} ({str(error)[:200]}); `minari list local` lists others"
-        ) from error
-
-
-def load_dataset(name: str) -> dict[str, Any]:
-    """The transitions of a dataset, in order: the one function to replace for other data. Raises DataError.
-
-    observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
-    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
-    action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes).
-    """
-    dataset, columns = open_dataset(name), {key: [] for key in COLUMNS}
-    data = action_bounds(dataset.action_space, f"--env {name}")
-    try:
+            raise KeyError("its metadata lacks the spaces")
+        dataset, parts = minari.load_dataset(name), []
+        data = action_bounds(dataset.action_space, f"--env {name}")
         for episode in dataset.iterate_episodes():
             observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
-            actions = np.asarray(episode.actions, dtype=np.float32).reshape(len(episode.actions), -1)
-            terminals = np.asarray(episode.terminations, dtype=bool)
-            timeouts = (np.asarray(episode.truncations, dtype=bool) | (np.arange(n) == n - 1)) & ~terminals
             # The next observation is known at time-outs too, so that they bootstrap.
-            rows = (observations[:-1], actions, np.float32(episode.rewards), observations[1:], terminals, timeouts)
-            for key, column in zip(COLUMNS, rows):
-                columns[key].append(column)
-        data |= {key: np.concatenate(columns.pop(key)) for key in COLUMNS}
-    except Exception as error:  # a damaged HDF5 file raises nearly anything
-        raise DataError(f"--env {name} cannot be read: {error}") from error
+            timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
+            actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
+            parts.append((observations[:-1], actions, rewards, observations[1:], episode.terminations, timeouts))
+        data |= dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
     scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     if None not in scores:
         data["reference_scores"] = np.array(scores)
     if spec := dataset._eval_env_spec or dataset.env_spec:  # an entry point in it is ignored: it could be any code
-        data["environment"] = {**spec.kwargs, "id": spec.id, "max_episode_steps": spec.max_episode_steps}
+        spec.kwargs.pop("render_mode", None)  # the recording may have had a window
+        data["environment"] = {"id": spec.id, "max_episode_steps": spec.max_episode_steps, **spec.kwargs}
     return data
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
     """Makes its columns float32, and flags bool. Raises DataError for data that cannot be trained on."""
-    n_transitions = len(data.get("rewards", ()))
+    n = len(data.get("rewards", ()))
     for key in COLUMNS:
-        try:
-            column, n_axes = np.asarray(data.get(key, ()), np.float32), 1 + key.endswith(("observations", "actions"))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"--env {config.env}: {key} are no numbers ({error})") from error
-        if column.ndim != n_axes or len(column) != n_transitions or not column.size:
-            needed = f"[{n_transitions or 'transitions'}{', numbers' * (n_axes - 1)}]"
-            raise DataError(f"--env {config.env}: {key} have shape {list(column.shape)}, not {needed}")
+        column = np.asarray(data.get(key, ()), dtype=np.float32)
+        if column.ndim != 1 + key.endswith(("observations", "actions")) or len(column) != n or not column.size:
+            raise DataError(f"--env {config.env}: {key} have shape {list(column.shape)}, with {n} transitions")
         if (bad := ~(np.abs(column) < 1e15)).any():
-            row = bad.reshape(n_transitions, -1).any(axis=1).argmax()
-            raise DataError(f"--env {config.env}: {key} hold NaN, infinity or huge numbers, first in transition {row}")
+            fault = f"NaN, infinity or huge numbers, first in transition {np.argwhere(bad)[0, 0]}"
+            raise DataError(f"--env {config.env}: {key} hold {fault}")
         data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
-    if data["observations"].shape != data["next_observations"].shape:
-        raise DataError(f"--env {config.env}: observations and next_observations differ in size")
-    if n_transitions > config.buffer_size:
-        raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n_transitions} transitions")
+    if n > config.buffer_size:
+        raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n} transitions")
 
 
-def episodes(data: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Number of the episode of each transition, [T]; return of each episode, but for a last one that is cut short."""
-    numbers = np.append(0, np.cumsum(np.logical_or(data["terminals"], data["timeouts"]))[:-1])
-    returns, lengths = np.bincount(numbers, weights=data["rewards"]), np.bincount(numbers)
-    return numbers, returns[: len(returns) - (not data["terminals"][-1] and lengths[-1] < lengths.max())]
-
-
-def discounted_returns(data: dict[str, Any], discount: float) -> np.ndarray:
-    """Discounted sum of the rewards from each transition to its episode's end, [T]."""
-    following, returns, ends = 0.0, [], np.logical_or(data["terminals"], data["timeouts"])
+def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each transition the number of its episode and the discounted return from there, [T]; and the return of each
+    episode, but for a last one that is cut short."""
+    ends, to_go, following = data["terminals"] | data["timeouts"], [], 0.0
+    numbers = np.append(0, ends.cumsum()[:-1])
     for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1].tolist()):
         following = reward + discount * following * (not end)
-        returns.append(following)
-    return np.array(returns[::-1])
+        to_go.append(following)
+    returns, lengths = np.bincount(numbers, weights=data["rewards"]), np.bincount(numbers)
+    cut_short = not data["terminals"][-1] and lengths[-1] < lengths.max()
+    return numbers, np.array(to_go[::-1]), returns[: len(returns) - cut_short]
 
 
 # local: continuous actions
@@ -678,20 +649,12 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     return scaled.clip(-1, 1).astype(np.float32), low, high
 
 
-# local: continuous actions
-def environment_actions(config: TrainConfig, actions: np.ndarray, space: gym.Space, rng: Any) -> np.ndarray:
-    """As the environments take them."""
-    actions = np.rint(actions) if space.dtype.kind in "iu" else actions
-    return actions.reshape(len(actions), *space.shape).astype(space.dtype).clip(space.low, space.high)
-
-
 def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
     """Layers from size to size; the last starts near zero, so that first values and action means do."""
     layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
-    if orthogonal:
-        for layer in layers[:-1]:
-            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
-            nn.init.zeros_(layer.bias)
+    for layer in layers[:-1] if orthogonal else ():
+        nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+        nn.init.zeros_(layer.bias)
     init_last = nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_
     init_last(layers[-1].weight, gain=1e-2)
     nn.init.zeros_(layers[-1].bias)
@@ -702,18 +665,15 @@ class ReplayBuffer:
     """All transitions, on the device; memory of the CPU is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        columns = [torch.as_tensor(data[key]) for key in Batch._fields]
         kinds = {torch.int64: torch.int64}  # indices of discrete actions
+        columns = [torch.as_tensor(data[key]) for key in Batch._fields]
         self.columns = [column.to(device, kinds.get(column.dtype, torch.float32)) for column in columns]
-
-    def __len__(self) -> int:
-        return len(self.columns[0])
-
-    def sample(self, batch_size: int) -> Batch:
-        return self.rows(torch.randint(len(self), (batch_size,), device=self.columns[0].device))
 
     def rows(self, indices: Any) -> Batch:
         return Batch(*[column[indices] for column in self.columns])
+
+    def sample(self, batch_size: int) -> Batch:
+        return self.rows(torch.randint(len(self.columns[0]), (batch_size,), device=self.columns[0].device))
 
 
 class Task:
@@ -724,19 +684,18 @@ class Task:
         check_dataset(data, config)
         self.config, self.reference = config, data.get("reference_scores")
         arguments = {"id": config.eval_env} if config.eval_env else data.get("environment", {"id": "none"})
-        self.envs, start = make_environments(config, arguments)
+        self.envs = make_environments(config, **arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
         name = f"{config.env} {arguments['id']}".lower()
         if config.normalize_reward and any(task in name for task in ("halfcheetah", "hopper", "walker2d")):
-            _, returns = episodes(data)
-            if returns.min() == returns.max():
-                raise DataError(f"--normalize_reward: all episodes of {config.env} have the same return")
-            self.factor *= float(1000 / (returns.max() - returns.min()))
+            with blame(f"--normalize_reward: all episodes of {config.env} have the same return"):
+                self.factor *= 1000 / float(np.ptp(episodes(data)[2]))
         # A hundred times the largest possible return: conservative values may well be below any return.
         largest_reward = max(1.0, float(np.abs(self.training_rewards(data["rewards"])).max()))
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
         if self.envs:
             data |= action_bounds(self.envs.single_action_space, self.envs.spec.id)
+            start = flatten(self.envs.observation_space.sample(), self.envs.single_observation_space)
             own, sizes = [data[x].shape[1] for x in COLUMNS[:2]], [start.shape[1], data["action_low"].size]
             if own != sizes:
                 raise DataError(f"{config.env} has sizes {own} of observation and action, {self.envs.spec.id} {sizes}")
@@ -764,34 +723,30 @@ class Task:
     def rollout(self, policy: Callable, stop: Any = ()) -> dict[str, np.ndarray]:
         """One episode from each reset seed eval_seed + i, as many side by side as there are environments.
 
-        Returns arrays over the n_episodes: start observation, return, length, success (NaN where the environment
-        reports none) and discounted return of the training rewards; cut short once `stop` holds a signal.
+        Returns arrays over the n_episodes: start observation, return, length, discounted return of the training
+        rewards, and success where the environment reports it; cut short once `stop` holds a signal.
         """
-        envs, config, starts, rng = self.envs, self.config, [], np.random.default_rng(self.config.eval_seed)
-        result = {key: np.zeros(config.n_episodes) for key in ("return", "length", "discounted_return")}
-        result["success"] = np.full(config.n_episodes, np.nan)
-        for first in range(0, config.n_episodes, envs.num_envs):
-            numbers = np.arange(first, first + envs.num_envs)
-            running, seeds = numbers < config.n_episodes, (config.eval_seed + numbers).tolist()
-            observations = flatten(envs.reset(seed=seeds)[0], envs.single_observation_space)
-            starts.append(observations[running])
-            while running.any() and not stop:
-                actions = environment_actions(config, policy(observations), envs.single_action_space, rng)
+        envs, discount, starts = self.envs, self.config.discount, []
+        waves = np.arange(math.ceil(self.config.n_episodes / envs.num_envs) * envs.num_envs).reshape(-1, envs.num_envs)
+        result = {key: np.zeros(waves.shape) for key in ("return", "length", "discounted_return")}
+        for i, numbers in enumerate(waves):
+            observations, running = envs.reset(seed=(self.config.eval_seed + numbers).tolist())[0], True
+            starts.append(flatten(observations, envs.single_observation_space))
+            while np.any(running) and result["length"].max() < MAX_STEPS and not stop:
+                actions = policy(flatten(observations, envs.single_observation_space))
+                actions = np.reshape(actions, envs.action_space.shape).astype(envs.action_space.dtype)
                 observations, rewards, terminated, truncated, infos = envs.step(actions)
-                observations, now = flatten(observations, envs.single_observation_space), numbers[running]
-                trained_on = self.training_rewards(rewards[running])
-                result["discounted_return"][now] += config.discount ** result["length"][now] * trained_on
-                result["return"][now] += rewards[running]
-                result["length"][now] += 1
+                discounted = discount ** result["length"][i] * self.training_rewards(rewards)
+                for key, value in (("return", rewards), ("length", 1), ("discounted_return", discounted)):
+                    result[key][i] += np.where(running, value, 0)
                 for key in {"success", "is_success", "goal_achieved"} & infos.keys():
-                    reported = np.where(infos[f"_{key}"], infos[key], np.nan)[running].astype(float)
-                    result["success"][now] = np.fmax(result["success"][now], reported)
+                    successes = result.setdefault("success", np.zeros(waves.shape))
+                    successes[i] = np.maximum(successes[i], np.where(running, infos[key], 0))
                 running &= ~(terminated | truncated)  # what an environment plays after its episode does not count
         if not np.isfinite(result["return"]).all():
             raise ValueError("a reward is NaN or infinite")
-        if not np.isnan(result["success"]).all():  # some environments report nothing but a success
-            result["success"] = np.nan_to_num(result["success"])
-        return result | {"start": np.concatenate(starts)}
+        result = {key: value.reshape(-1) for key, value in result.items()} | {"start": np.concatenate(starts)}
+        return {key: value[: self.config.n_episodes] for key, value in result.items()}
 
     def evaluate(self, agent: Any, holdout: Any, stop: Any) -> dict[str, Any]:
         """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
@@ -799,44 +754,32 @@ class Task:
         row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
         row["data_discounted_return"] = self.data_return
         agent.eval()
-        try:
-            if self.envs:
-                result = self.rollout(agent.actor.act, stop)
-                result["predicted_value"] = agent.start_values(result.pop("start"))
-                row |= {f"eval_{name}": float(x.mean()) for name, x in result.items() if not np.isnan(x).all()}
-                row |= self.score(result["return"])
-        except Exception as error:
-            tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error!r}", file=sys.stderr)
-        if len(holdout.rewards):
-            with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
-                torch.manual_seed(self.config.eval_seed)
-                row |= agent.holdout_metrics(holdout)
+        with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
+            torch.manual_seed(self.config.eval_seed)
+            try:
+                if self.envs:
+                    result = self.rollout(agent.actor.act, stop)
+                    result["predicted_value"] = agent.start_values(result.pop("start"))
+                    row |= {f"eval_{name}": float(x.mean()) for name, x in result.items() if not np.isnan(x).any()}
+                    row |= self.score(result["return"])
+            except Exception as error:
+                tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error!r}", file=sys.stderr)
+            row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
         agent.train()
         return row
 
 
-def make_environments(config: Any, arguments: dict[str, Any]) -> tuple[Optional[gym.vector.VectorEnv], Any]:
-    """The environments and first observations; None where none is wanted, or Gymnasium does not know the dataset's.
-    Raises ConfigError or DataError."""
-    id, arguments = arguments["id"], {key: value for key, value in arguments.items() if key != "id"}
-    arguments.pop("render_mode", None)  # the recording may have had a window
-    try:
+def make_environments(config: Any, id: str, **arguments: Any) -> Optional[gym.vector.VectorEnv]:
+    """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
+    kind = ConfigError if config.eval_env else DataError
+    with blame(f"the environment {id} cannot be made; --eval_env takes another, or none", kind):
         if id not in gym.registry and id != "none":
             with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
                 gym.register_envs(importlib.import_module("gymnasium_robotics"))
         if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
-            return None, None
+            return None
         n_envs = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))
-
-        def limit(env: gym.Env) -> gym.Env:  # where nothing does, a greedy policy may stand still for ever
-            return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_STEPS)
-
-        with warnings.catch_warnings(action="ignore"):  # that there are later versions
-            envs = gym.make_vec(id, n_envs, "sync", wrappers=[limit], **arguments)
-        return envs, flatten(envs.reset(seed=config.eval_seed)[0], envs.single_observation_space)
-    except Exception as error:  # Gymnasium's own, a missing simulator or renderer, arguments that it does not take
-        message = f"the environment {id} cannot be made ({error}); --eval_env takes another, or none"
-        raise (ConfigError if config.eval_env else DataError)(message) from error
+        return gym.make_vec(id, n_envs, "sync", **arguments)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -852,16 +795,14 @@ def describe(row: dict[str, Any]) -> str:
 def prepare_data(config: Any, data: dict[str, Any], task: Task, start: Any) -> tuple[dict, dict, dict[str, Tensor]]:
     """Transitions to train on and held-out ones, as the networks see them, and the scaling of observations (that of the
     checkpoint `start`, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
-    numbers, returns = episodes(data)
+    numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
-    task.data_return, n_episodes = float(discounted_returns(data, config.discount).mean()), numbers[-1] + 1
+    task.data_return, n_episodes = float(episodes(data, config.discount)[1].mean()), numbers[-1] + 1
     sizes, behaviour = f"{len(numbers):,} transitions, {n_episodes:,} episodes", describe(task.score(returns))
     print(f"{config.env}: {sizes}, behaviour {behaviour}, mean discounted return {task.data_return:.4g}")
-    n_held_out = math.ceil(config.holdout_fraction * n_episodes)
+    n_held_out = min(math.ceil(config.holdout_fraction * n_episodes), n_episodes - 1)
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
-    if held_out.all():
-        raise ConfigError(f"--holdout_fraction {config.holdout_fraction} leaves none of {n_episodes} episodes")
     holdout = {key: data[key][held_out] for key in COLUMNS}
     data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
     mean, std = np.zeros_like(data["observations"][0]), np.ones_like(data["observations"][0])
@@ -872,10 +813,9 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, start: Any) -> t
         std = np.float32([column.std(dtype=np.float64) + 1e-3 for column in data["observations"].T])
     if mean.shape != data["observations"].shape[1:]:
         raise DataError(f"{config.env} has observations of another size than the checkpoint's {mean.size}")
-    for part in (data, holdout):
-        for key in ("observations", "next_observations"):
-            part[key] = part[key] - mean
-            part[key] /= std
+    for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
+        part[key] = part[key] - mean
+        part[key] /= std
     scaling = {"observation_mean": mean, "observation_std": std, "action_low": low, "action_high": high}
     return data, holdout, {name: torch.tensor(x, dtype=torch.float32) for name, x in scaling.items()}
 
@@ -885,17 +825,13 @@ def save(path: Path, content: str | dict[str, Any]) -> None:
     the disk is full. Raises DataError."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
-    try:
+    with blame(f"{path} cannot be written; what was saved before is intact"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise DataError(f"{path} cannot be written ({error.strerror}); what was saved before is intact") from error
 
 
 def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
@@ -903,54 +839,46 @@ def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         return content | {key: content[key] for key in keys}
-    except Exception as error:  # torch raises many kinds for a folder, a damaged or a foreign file
+    except Exception as error:  # torch's are pages of advice
         kind = "checkpoint.pt" if keys else "checkpoint.pt or policy.pt"
-        what = f"is no {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
-        raise DataError(f"{path} {what}") from error
+        fault = f"is no {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
+        raise DataError(f"{path} {fault}") from error
 
 
 def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
     """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
     [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
     state = load(path, device)
-    state = state.get("policy", state)
-    try:
+    with blame(f"{path} is no policy.pt or checkpoint.pt of this script"):
+        state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{path} is no policy.pt or checkpoint.pt of this script") from error
     return actor.eval().act
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
     """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises ValueError."""
-    try:
+    with blame(f"an observation is {len(like)} finite numbers"):
         array = np.asarray(observations, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"an observation is {len(like)} numbers: {error}") from error
-    if array.shape[-1:] != like.shape or not np.isfinite(array).all():
-        fault = "NaN or infinity" if array.shape[-1:] == like.shape else f"shape {array.shape}"
-        raise ValueError(f"an observation is {len(like)} finite numbers, not {fault}")
-    return torch.tensor(array, device=like.device)
+        if array.shape[-1:] != like.shape or not np.isfinite(array).all():
+            raise ValueError(f"it has NaN, infinity or shape {array.shape}")
+        return torch.tensor(array, device=like.device)
 
 
 class RunningMean:
     """Means of metrics, summed on the device so that no update waits for it."""
 
     def __init__(self):
-        self.names, self.total, self.count = [], None, 0
+        self.names, self.sums = [], None
 
     def add(self, names: list[str], values: Tensor) -> None:
-        self.names, self.count = names, self.count + 1
-        self.total = torch.zeros_like(values) if self.total is None else self.total
-        self.total += values  # in place, as a CUDA graph needs it
+        """values: [M + 1], with a 1 at the end, which counts."""
+        self.names, self.sums = names, torch.zeros_like(values) if self.sums is None else self.sums
+        self.sums += values  # in place, as a CUDA graph needs it
 
     def read(self) -> dict[str, float]:
-        return dict(zip(self.names, (self.total / self.count).tolist())) if self.count else {}
-
-    def reset(self) -> None:
-        self.total.zero_()
-        self.count = 0
+        *sums, n = [0] if self.sums is None else self.sums.tolist()
+        return {name: x / n for name, x in zip(self.names, sums)} if n else {}
 
 
 def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) -> Iterator[int]:
@@ -969,43 +897,38 @@ def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) 
                 for others in agent.variants():
                     compiled(buffer.sample(config.batch_size), *others)
             agent.compute_gradients = compiled
-            eager_until = agent.n_updates + 3 if on_gpu else math.inf  # they make what lasts, such as Adam's moments
+            if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
+                eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
         except Exception as error:  # no compiler, no Triton, a GPU that is too old
             reason = (str(error) or repr(error)).strip().splitlines()[0]
             print(f"warning: updates are not compiled, and slower ({reason}); --compile False says so", file=sys.stderr)
 
-    def update(n: int) -> int:
-        for _ in range(n):
-            metrics = agent.update(buffer.sample(config.batch_size))
-            values = torch.stack(list(metrics.values())).double()
-            for mean in means:
-                mean.add(list(metrics), values)
-        return n
+    def update() -> None:
+        metrics = agent.update(buffer.sample(config.batch_size))
+        values = F.pad(torch.stack(list(metrics.values())).double(), (0, 1), value=1.0)
+        for mean in means:
+            mean.add(list(metrics), values)
 
     yield 0
     while (step := agent.n_updates) < config.max_timesteps:
         left = min(config.max_timesteps - step, *(n - step % n for n in (config.eval_freq, config.log_interval)))
-        alike = len(agent.variants()) == 1 and config.target_update_period == 1
-        if step < eager_until or left < GRAPH_UPDATES or not alike:
-            yield update(1)
-            continue
-        if graph is None:
-            counts, graph = [mean.count for mean in means], torch.cuda.CUDAGraph()
+        graphed = step >= eager_until and left >= GRAPH_UPDATES
+        if graphed and not graph:
+            graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
-                    update(GRAPH_UPDATES)  # counts them, but runs nothing on the device
+                with torch.cuda.graph(graph):  # which runs nothing on the device
+                    for _ in range(GRAPH_UPDATES):
+                        update()
             except Exception as error:
                 print(f"warning: no CUDA graph, slower: {error!r}", file=sys.stderr)
-                agent.n_updates, eager_until = step, math.inf
-                for mean, count in zip(means, counts):
-                    mean.count = count
-                continue
+                graphed, eager_until = False, math.inf
+            agent.n_updates = step
+        if graphed:
+            graph.replay()
+            agent.n_updates = step + GRAPH_UPDATES
         else:
-            agent.n_updates += GRAPH_UPDATES
-            for mean in means:
-                mean.count += GRAPH_UPDATES
-        graph.replay()
-        yield GRAPH_UPDATES
+            update()
+        yield agent.n_updates - step
 
 
 class Run:
@@ -1017,7 +940,7 @@ class Run:
         """Reads what the run starts from, and writes nothing. Raises ConfigError or DataError."""
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
         self.config, self.path, self.rows, self.start = config, Path(config.checkpoints_path, name), [], None
-        self.resumed = os.path.exists(self.path / "checkpoint.pt")
+        self.resumed = (self.path / "checkpoint.pt").exists()
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
         self.rng = torch.cuda if "cuda" in config.device else torch
         if "cuda" in config.device:
@@ -1037,14 +960,10 @@ class Run:
 
     def restore(self, agent: Any, means: tuple[RunningMean, ...]) -> None:
         """Sets the agent to where the run starts, and of a resumed run all the rest. Raises DataError."""
-        if not self.start:
-            return
-        try:
+        with blame(f"{self.source} holds another network than this run's"):
             if self.start["policy"]["sizes"] != list(agent.actor.sizes):
                 raise ValueError(f"{self.start['policy']['sizes']} there, {list(agent.actor.sizes)} here")
             agent.load_state_dict(self.start["agent"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise DataError(f"{self.source} holds another network than this run's: {str(error)[:200]}") from error
         if not self.resumed:
             agent.n_updates = 0
             return
@@ -1134,9 +1053,12 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
     buffer, holdout = ReplayBuffer(data, config.device), ReplayBuffer(holdout, config.device)
     # The holdout metrics are over the same ten minibatches at each evaluation, or less.
-    holdout = holdout.rows(np.random.default_rng(config.seed).permutation(len(holdout))[: 10 * config.batch_size])
+    holdout = holdout.rows(
+        np.random.default_rng(config.seed).permutation(len(holdout.columns[0]))[: 10 * config.batch_size]
+    )
     means = total, recent = RunningMean(), RunningMean()  # since the last row, and since the last W&B record
-    run.restore(agent, means)
+    if run.start:
+        run.restore(agent, means)
     agent.actor.load_state_dict(scaling, strict=False)
     run.begin(agent, task)
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
@@ -1158,12 +1080,12 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                     progress.set_postfix_str(describe(run.rows[-1]))
                     progress.write(f"update {step:,}: {describe(run.rows[-1])}, {speed:.0f} updates/s")
                     for mean in means:
-                        mean.reset()
+                        mean.sums.zero_()
                     run.save(agent, means)
                     since = step, time.perf_counter()
             elif n and step % config.log_interval == 0 and not due:
                 run.log(task.check(recent.read(), agent), step)
-                recent.reset()
+                recent.sums.zero_()
             if progress.disable and step - n < begun[0] + 100 <= step:
                 rate = (step - begun[0]) / (time.perf_counter() - begun[1])
                 left = tqdm.format_interval((config.max_timesteps - step) / rate)
