@@ -17,6 +17,7 @@ products of a critic's hidden layer alone (forward and both gradients), in the s
 import argparse
 import contextlib
 import csv
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -96,12 +97,9 @@ def prepare_script(job, variant):
         agent = script.CQL(config, job.observation, job.action)
     buffer = script.ReplayBuffer(data, job.device)
     operations = count_operations(lambda: agent.update(buffer.sample(job.batch)))
-    updates, started = (
-        script.updates(config, agent, buffer, script.RunningMean(), script.RunningMean()),
-        time.perf_counter(),
-    )
-    next(updates)
-    return updates.__next__, operations, time.perf_counter() - started
+    started = time.perf_counter()
+    advance = script.updater(config, agent, buffer, script.RunningMean(), script.RunningMean())
+    return functools.partial(advance, script.GRAPH_UPDATES), operations, time.perf_counter() - started
 
 
 def prepare_peer(job, path):
@@ -133,7 +131,7 @@ def prepare_peer(job, path):
 
 def prepare_limit(job, dtype):
     """The products of a critic's hidden layer: forward, and the gradients of input and weights."""
-    next(cql.updates(cql.TrainConfig(compile=False), None, None))  # so that freed memory is kept, as in a run
+    cql.updater(cql.TrainConfig(compile=False), None, None)  # so that freed memory is kept, as in a run
     critics, actions = (1, 1) if job.script == "discrete/cql_dqn" else (2, 1 + 3 * job.actions)
     rows, width = job.batch * actions, 256
     x, y = (torch.randn(critics, rows, width, device=job.device).to(getattr(torch, dtype)) for _ in range(2))

@@ -146,7 +146,7 @@ def check_compiled(script, agent, make_batch, tolerance):
     """With the same random numbers, of which compiling itself uses none."""
     data = {key: getattr(make_batch(), key).numpy() for key in script.Batch._fields}
     state = torch.get_rng_state()
-    assert next(script.updates(agent.config, agent, script.ReplayBuffer(data, "cpu"))) == 0
+    script.updater(agent.config, agent, script.ReplayBuffer(data, "cpu"))
     assert torch.equal(state, torch.get_rng_state()) and agent.compute_gradients != agent.gradients
     results, batch, (others,) = [], make_batch(), agent.variants()
     for compute in (agent.compute_gradients, agent.gradients):

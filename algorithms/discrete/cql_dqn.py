@@ -635,12 +635,13 @@ class ReplayBuffer:
         kinds = {torch.int64: torch.int64}  # indices of discrete actions
         columns = [torch.as_tensor(data[key]) for key in Batch._fields]
         self.columns = [column.to(device, kinds.get(column.dtype, torch.float32)) for column in columns]
+        self.size = len(columns[0])
 
     def rows(self, indices: Any) -> Batch:
         return Batch(*[column[indices] for column in self.columns])
 
     def sample(self, batch_size: int) -> Batch:
-        return self.rows(torch.randint(len(self.columns[0]), (batch_size,), device=self.columns[0].device))
+        return self.rows(torch.randint(self.size, (batch_size,), device=self.columns[0].device))
 
 
 class Task:
@@ -650,10 +651,11 @@ class Task:
         """Takes the bounds of actions from the environment, where there is one. Raises ConfigError or DataError."""
         check_dataset(data, config)
         self.config, self.reference = config, data.get("reference_scores")
-        arguments = {"id": config.eval_env} if config.eval_env else data.get("environment", {"id": "none"})
-        self.envs = make_environments(config, **arguments)
+        self.arguments = {"id": config.eval_env} if config.eval_env else data.get("environment", {"id": "none"})
+        n_envs = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))
+        self.envs = make_environments(config, n_envs, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
-        name = f"{config.env} {arguments['id']}".lower()
+        name = f"{config.env} {self.arguments['id']}".lower()
         if config.normalize_reward and any(task in name for task in ("halfcheetah", "hopper", "walker2d")):
             with blame(f"--normalize_reward: all episodes of {config.env} have the same return"):
                 self.factor *= 1000 / float(np.ptp(episodes(data)[2]))
@@ -736,7 +738,7 @@ class Task:
         return row
 
 
-def make_environments(config: Any, id: str, **arguments: Any) -> Optional[gym.vector.VectorEnv]:
+def make_environments(config: Any, n: int, id: str, **arguments: Any) -> Optional[gym.vector.SyncVectorEnv]:
     """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
     kind = ConfigError if config.eval_env else DataError
     with blame(f"the environment {id} cannot be made; --eval_env takes another, or none", kind):
@@ -745,8 +747,7 @@ def make_environments(config: Any, id: str, **arguments: Any) -> Optional[gym.ve
                 gym.register_envs(importlib.import_module("gymnasium_robotics"))
         if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
             return None
-        n_envs = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))
-        return gym.make_vec(id, n_envs, "sync", **arguments)
+        return gym.make_vec(id, n, "sync", **arguments)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -843,14 +844,18 @@ class RunningMean:
         self.names, self.sums = names, torch.zeros_like(values) if self.sums is None else self.sums
         self.sums += values  # in place, as a CUDA graph needs it
 
+    def reset(self) -> None:
+        if self.sums is not None:
+            self.sums.zero_()
+
     def read(self) -> dict[str, float]:
         *sums, n = [0] if self.sums is None else self.sums.tolist()
         return {name: x / n for name, x in zip(self.names, sums)} if n else {}
 
 
-def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) -> Iterator[int]:
-    """Updates the agent up to max_timesteps. Yields 0 when ready, then how many updates were done: one, or on a GPU
-    GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels; none crosses a row or a W&B record."""
+def updater(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) -> Callable[[int], int]:
+    """Compiles the losses, and returns a function of the number of updates that are due: it does one, or on a GPU
+    GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels, and returns how many."""
     on_gpu, graph, eager_until = "cuda" in config.device, None, math.inf
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees, for the next one
@@ -876,9 +881,9 @@ def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) 
         for mean in means:
             mean.add(list(metrics), values)
 
-    yield 0
-    while (step := agent.n_updates) < config.max_timesteps:
-        left = min(config.max_timesteps - step, *(n - step % n for n in (config.eval_freq, config.log_interval)))
+    def advance(left: int) -> int:
+        nonlocal graph, eager_until
+        step = agent.n_updates
         graphed = step >= eager_until and left >= GRAPH_UPDATES
         if graphed and not graph:
             graph = torch.cuda.CUDAGraph()
@@ -893,9 +898,11 @@ def updates(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) 
         if graphed:
             graph.replay()
             agent.n_updates = step + GRAPH_UPDATES
-        else:
+        elif left:
             update()
-        yield agent.n_updates - step
+        return agent.n_updates - step
+
+    return advance
 
 
 class Run:
@@ -903,10 +910,11 @@ class Run:
 
     free = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, n_steps: int):
         """Reads what the run starts from, and writes nothing. Raises ConfigError or DataError."""
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
-        self.config, self.path, self.rows, self.start = config, Path(config.checkpoints_path, name), [], None
+        self.config, self.n_steps, self.rows, self.start = config, n_steps, [], None
+        self.path = Path(config.checkpoints_path, name)
         self.resumed = (self.path / "checkpoint.pt").exists()
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
         self.rng = torch.cuda if "cuda" in config.device else torch
@@ -916,8 +924,9 @@ class Run:
             self.start = load(self.source, config.device, "agent", "policy", "config", "rows")
         if self.resumed:
             self.rows, old, new = self.start["rows"], self.start["config"], vars(config)
-            free = self.free | {"max_timesteps"} if new["max_timesteps"] >= old["max_timesteps"] else self.free
-            changed = [f"{x} was {old[x]}, is {new[x]}" for x in old.keys() & new.keys() - free if old[x] != new[x]]
+            names = [x for x in old.keys() & new.keys() - self.free if old[x] != new[x]]
+            longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
+            changed = [f"{x} was {old[x]}, is {new[x]}" for x in names if x not in longer]
             if changed:
                 raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
 
@@ -939,16 +948,16 @@ class Run:
         if len(self.start["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
             self.rng.set_rng_state(self.start["random"].cpu())
 
-    def save(self, agent: Any, means: tuple[RunningMean, ...]) -> None:
+    def save(self, agent: Any, means: tuple[RunningMean, ...], **more: Any) -> None:
         """Raises DataError."""
         policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
-        state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()}
+        state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
         if self.config.keep_policies and 0 < agent.n_updates == self.last_step:
             save(self.path / f"policy-{agent.n_updates}.pt", policy)
         if self.rows:
-            writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
             save(self.path / "metrics.csv", text.getvalue())
@@ -958,7 +967,7 @@ class Run:
         """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
-        span = f"updates {agent.n_updates:,} to {config.max_timesteps:,}, a row every {config.eval_freq:,}"
+        span = f"updates {agent.n_updates:,} to {self.n_steps:,}, a row every {config.eval_freq:,}"
         print(f"{self.path}: {span}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
         options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
@@ -982,7 +991,7 @@ class Run:
         with contextlib.suppress(Exception):
             if stop and stop[0] != signal.SIGINT:
                 self.wandb.mark_preempting()  # W&B requeues the run
-            self.wandb.finish(exit_code=int(self.last_step < self.config.max_timesteps))
+            self.wandb.finish(exit_code=int(self.last_step < self.n_steps))
 
 
 def main(config_class: type, train: Callable) -> None:
@@ -1009,8 +1018,8 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
 
     Raises ConfigError and DataError, and SystemExit(128 + signal), with everything saved, once `stop` holds a signal.
     """
-    run = Run(config)
-    if run.last_step == config.max_timesteps:
+    run = Run(config, config.max_timesteps)
+    if run.last_step == run.n_steps:
         print(f"{run.path} is complete: {describe(run.rows[-1])}")
         return run.rows[-1]
     data = load_dataset(config.env) if data is None else dict(data)
@@ -1024,9 +1033,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
     data, holdout = td_columns(data, config), td_columns(holdout, config)
     buffer, holdout = ReplayBuffer(data, config.device), ReplayBuffer(holdout, config.device)
     # The holdout metrics are over the same ten minibatches at each evaluation, or less.
-    holdout = holdout.rows(
-        np.random.default_rng(config.seed).permutation(len(holdout.columns[0]))[: 10 * config.batch_size]
-    )
+    holdout = holdout.rows(np.random.default_rng(config.seed).permutation(holdout.size)[: 10 * config.batch_size])
     means = total, recent = RunningMean(), RunningMean()  # since the last row, and since the last W&B record
     sample = buffer.rows(slice(None, None, 1 + len(data["rewards"]) // 2048))  # for the features' metrics
     if run.start:
@@ -1034,14 +1041,14 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
     agent.actor.load_state_dict(scaling, strict=False)
     run.begin(agent, task)
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
-    progress = tqdm(total=config.max_timesteps, initial=agent.n_updates, unit="update", disable=None)
+    progress = tqdm(total=run.n_steps, initial=agent.n_updates, unit="update", disable=None)
     try:
-        for n in updates(config, agent, buffer, *means):
-            progress.update(n)
+        advance = updater(config, agent, buffer, *means)
+        n, begun = 0, (agent.n_updates, time.perf_counter())
+        since = begun
+        while run.last_step < run.n_steps:
             step = agent.n_updates
-            if n == 0:  # ready: compiled
-                begun = since = step, time.perf_counter()
-            due = step > run.last_step and (step % config.eval_freq == 0 or step == config.max_timesteps)
+            due = step > run.last_step and (step % config.eval_freq == 0 or step == run.n_steps)
             if due and not stop:
                 averages = task.check(total.read(), agent)  # waits for the device
                 speed = (step - since[0]) / (time.perf_counter() - since[1])
@@ -1053,28 +1060,31 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                     progress.set_postfix_str(describe(run.rows[-1]))
                     progress.write(f"update {step:,}: {describe(run.rows[-1])}, {speed:.0f} updates/s")
                     for mean in means:
-                        mean.sums.zero_()
+                        mean.reset()
                     run.save(agent, means)
                     since = step, time.perf_counter()
-            elif n and step % config.log_interval == 0 and not due:
+            elif step > begun[0] and step % config.log_interval == 0:
                 run.log(task.check(recent.read(), agent), step)
-                recent.sums.zero_()
+                recent.reset()
             if progress.disable and step - n < begun[0] + 100 <= step:
                 rate = (step - begun[0]) / (time.perf_counter() - begun[1])
-                left = tqdm.format_interval((config.max_timesteps - step) / rate)
+                left = tqdm.format_interval((run.n_steps - step) / rate)
                 print(f"update {step:,}: {rate:.0f} updates/s, the end in about {left}", flush=True)
             if stop:
                 task.check(total.read(), agent)  # no checkpoint of a run that diverged
                 run.save(agent, means)
                 progress.write(f"signal {stop[0]} at update {step:,}: saved in {run.path}")
                 raise SystemExit(128 + stop[0])
+            ends = (run.n_steps, *(step + n - step % n for n in (config.eval_freq, config.log_interval)))
+            n = advance(min(ends) - step)
+            progress.update(n)
     finally:
         torch.set_flush_denormal(False)
         progress.close()
         run.end(stop)
         if task.envs:
             task.envs.close()
-    print(f"{describe(run.rows[-1])} after {config.max_timesteps:,} updates, in {run.path}")
+    print(f"{describe(run.rows[-1])} after {run.n_steps:,} updates, in {run.path}")
     return run.rows[-1]
 
 

@@ -1,0 +1,1398 @@
+"""Conservative Q-Learning (CQL), offline and then online, for continuous actions: the critics of offline/cql.py are
+trained on a dataset, and go on with what the policy meets in the environment. With --calibrate True it is Cal-QL:
+values are pushed down no further than the returns in the data, so that going online does not unlearn the policy.
+CQL: https://arxiv.org/abs/2006.04779; Cal-QL: https://arxiv.org/abs/2303.05479.
+
+    python algorithms/finetune/cql.py --config_path configs/finetune/cal_ql/lunarlander-continuous/medium.yaml
+
+RESULT
+
+Differs from the papers
+1. As offline/cql.py does: the TD loss without 1/2, no constant log(3N), all losses at the same parameters.
+2. The return of an episode that was cut short goes on with the smallest reward for ever: no bound is too high.
+3. Calibration stays on online. Data are never overwritten; of the online transitions the oldest make way.
+
+Known failures: without mixing, a large dataset outnumbers what is met online, and learning is slow at first.
+docs/finetune_cql.md explains each option and metric, and has the results.
+"""
+
+import contextlib
+import copy
+import csv
+import ctypes
+import functools
+import importlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, get_args
+
+if "OMP_WAIT_POLICY" not in os.environ:  # else waiting threads spin so long that a busy neighbour costs most updates
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pyrallis
+import torch
+import torch.nn.functional as F
+import wandb
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class TrainConfig:
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a Minari id, or a name of D4RL; none: online alone
+    eval_env: Optional[str] = None  # Gymnasium id to act and be evaluated in; None: the dataset's own
+    seed: int = 0  # seed of networks, minibatches and sampled actions
+    eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
+    eval_freq: int = 5000  # steps between two evaluations: updates offline, of the environment online
+    n_episodes: int = 10  # episodes an evaluation
+    offline_iterations: int = 1_000_000  # updates on the dataset alone
+    online_iterations: int = 1_000_000  # steps in the environment after them
+    checkpoints_path: Optional[str] = "runs"  # folder that run folders go to
+    run_id: Optional[str] = None  # name of the run folder; the same name again resumes it (default: $WANDB_RUN_ID)
+    load_model: str = ""  # checkpoint.pt, also of offline/cql.py, whose networks to start from; "" starts afresh
+    keep_policies: bool = False  # keep the policy of each evaluation, as policy-<step>.pt
+    log_interval: int = 1000  # steps between two W&B records
+    compile: Optional[bool] = None  # torch.compile the losses, and replay CUDA graphs; None: on a GPU only
+    precision: str = "float32"  # float32, tf32 (NVIDIA GPUs), or bfloat16: of the critics' matrix products
+
+    n_online_envs: int = 1  # environments side by side online; each step of theirs is one of online_iterations
+    utd_ratio: int = 1  # updates a step in the environment
+    warmup_steps: int = 0  # first online steps without updates; with uniform actions where nothing was learned before
+    mixing_ratio: float = -1.0  # share of the dataset in an online minibatch; -1: uniform over all transitions
+
+    buffer_size: int = 2_000_000  # most transitions that are kept; memory follows the data and online_iterations
+    batch_size: int = 256  # transitions a minibatch
+    normalize: bool = True  # shift and scale observations by the data's mean and standard deviation
+    normalize_reward: bool = False  # change rewards: return range (locomotion only), then reward_scale and reward_bias
+    reward_scale: float = 1.0  # factor on rewards (only with normalize_reward)
+    reward_bias: float = 0.0  # added to scaled rewards (only with normalize_reward)
+    reward_clip: float = math.inf  # training rewards are clipped to [-reward_clip, reward_clip]
+    holdout_fraction: float = 0.0  # share of episodes kept from training, for the holdout metrics
+
+    hidden_dim: int = 256  # width of hidden layers
+    policy_n_hidden_layers: int = 3  # hidden layers of the actor
+    q_n_hidden_layers: int = 2  # hidden layers of each critic
+    orthogonal_init: bool = True  # orthogonal initialisation of all networks
+    policy_log_std_multiplier: float = 1.0  # initial factor on the actor's log standard deviation (learned)
+
+    discount: float = 0.99  # discount factor
+    policy_lr: float = 3e-5  # learning rate of the actor and the entropy coefficient
+    qf_lr: float = 3e-4  # learning rate of the critics and alpha_prime
+    soft_target_update_rate: float = 5e-3  # Polyak rate of the target critics
+    target_update_period: int = 1  # updates between two target updates
+    alpha_multiplier: float = 1.0  # factor on the entropy coefficient; the coefficient itself where it is not tuned
+    use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient for an entropy of -A
+    backup_entropy: bool = False  # subtract alpha log pi from the TD target's next value
+    bc_steps: int = 0  # first updates in which the policy clones the data's actions
+
+    calibrate: bool = False  # Cal-QL: the penalty bounds policy actions' values from below by the data's returns
+    failure_reward: Optional[float] = None  # of each step that follows a time-out; None: the smallest of the data, or 0
+    is_sparse_reward: bool = False  # an episode of failure_reward alone counts as going on like that for ever
+
+    cql_alpha: float = 10.0  # weight of the penalty; 0 is SAC
+    cql_alpha_online: float = 10.0  # the same, online
+    cql_n_actions: int = 10  # actions sampled from each of the three proposals
+    cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all, exactly
+    cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
+    cql_temp: float = 1.0  # temperature T of T logsumexp(Q / T - log p)
+    cql_max_target_backup: bool = False  # TD target: largest value of cql_n_actions next actions
+    cql_clip_diff_min: float = -math.inf  # lower clip of the gap of each state
+    cql_clip_diff_max: float = math.inf  # upper clip of the gap of each state
+    cql_lagrange: bool = False  # tune alpha_prime, a factor on cql_alpha, for a gap of cql_target_action_gap
+    cql_target_action_gap: float = -1.0  # gap that the Lagrange multiplier aims at
+
+    project: str = "CORL"  # W&B project
+    group: str = "CQL-D4RL"  # W&B group
+    name: str = "CQL"  # first part of the run's name
+
+    def __post_init__(self):
+        check_config(self)
+
+
+# Shapes: B batch, E critics, N sampled actions, O observation, A action. Actions of the networks lie in [-1, 1].
+
+
+class TanhGaussianActor(nn.Module):
+    """pi(a|s) = tanh of a Gaussian, with the scaling of observations and actions that acting needs."""
+
+    log_std_range = (-20.0, 2.0)
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
+        log_std_multiplier: float = 1.0, orthogonal_init: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.sizes = (observation_dim, action_dim, hidden_dim, n_hidden_layers)
+        layers = linear_layers([observation_dim] + [hidden_dim] * n_hidden_layers + [2 * action_dim], orthogonal_init)
+        self.hidden = nn.Sequential(*[module for layer in layers[:-1] for module in (layer, nn.ReLU())])
+        self.head = layers[-1]
+        self.log_std_multiplier = nn.Parameter(torch.tensor(float(log_std_multiplier)))
+        self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
+        self.register_buffer("observation_mean", torch.zeros(observation_dim))
+        self.register_buffer("observation_std", torch.ones(observation_dim))
+        self.register_buffer("action_low", -torch.ones(action_dim))
+        self.register_buffer("action_high", torch.ones(action_dim))
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation before the tanh: [B, O] -> [B, A], [B, A]."""
+        mean, log_std = self.head(self.hidden(observations)).chunk(2, dim=-1)
+        log_std = self.log_std_multiplier * log_std + self.log_std_offset
+        return mean, log_std.clamp(*self.log_std_range)
+
+    def actions(self, observations: Tensor) -> Tensor:
+        """Deterministic actions in the environment's units for raw observations: [..., O] -> [..., A]."""
+        mean, _ = self((observations - self.observation_mean) / self.observation_std)
+        actions = self.action_low + (mean.tanh() + 1) / 2 * (self.action_high - self.action_low)
+        return torch.clamp(actions, self.action_low, self.action_high)
+
+    @torch.no_grad()
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """The same for arrays. Raises ValueError."""
+        return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()
+
+
+class EnsembleCritic(nn.Module):
+    """Q(s, a) of E critics, a batched product a layer."""
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
+        orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
+    ):  # fmt: skip
+        """dtype: of the hidden layers' matrix products. The last layer's is the parameters': values need digits."""
+        super().__init__()
+        self.dtype = dtype
+        sizes = [observation_dim + action_dim] + [hidden_dim] * n_hidden_layers + [1]
+        members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
+        self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
+        self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """N actions for each state: [B, O] and [B, N, A], or [E, B, N, A] with a critic's own actions -> [E, B, N]."""
+        *leading, n_actions, _ = actions.shape
+        observations = observations.unsqueeze(-2).expand(*leading, n_actions, -1)
+        x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
+        x = x.to(self.dtype or x.dtype).expand(len(self.weights[0]), -1, -1)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype)).relu_()  # [E, B N, hidden]
+        q = torch.baddbmm(self.biases[-1], x.to(self.weights[-1].dtype), self.weights[-1])
+        return q.view(-1, leading[-1], n_actions)
+
+
+# local: the columns that the losses take
+class Batch(NamedTuple):
+    observations: Tensor  # [B, O]
+    actions: Tensor  # [B, A]
+    rewards: Tensor  # [B]
+    next_observations: Tensor  # [B, O]
+    terminals: Tensor  # [B], 1 where the episode ended in a terminal state, 0 elsewhere and at time-outs
+    returns: Tensor  # [B], discounted sum of the rewards to the episode's end: Cal-QL's bound
+
+
+def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of a = tanh(z), z = mean + std * noise, summed over actions: [..., A] -> [...].
+
+    The Jacobian is exact: log(1 - tanh(z)^2) = 2 (log 2 - z - softplus(-2 z)), finite for every z.
+    """
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_jacobian = 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
+    return (log_normal - log_jacobian).sum(dim=-1)
+
+
+def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """N actions for each state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
+    mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
+    noise = torch.randn(len(mean), n, mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    pre_tanh = mean + log_std.exp() * noise  # [B, N, A]
+    return pre_tanh.tanh(), tanh_gaussian_log_prob(pre_tanh, noise, log_std)
+
+
+# local: Cal-QL's bound, and a weight of the penalty for each phase
+class CQL(nn.Module):
+    """The agent: a loss a method, then `gradients` and `update`, the algorithm. Its state_dict is its checkpoint."""
+
+    max_density_action = 0.999  # data actions are clipped to this before a log-density, which is infinite at 1
+    max_log_alpha_prime = math.log(1e6)
+
+    def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
+        super().__init__()
+        self.config = config
+        sizes = (observation_dim, action_dim, config.hidden_dim)
+        self.actor = TanhGaussianActor(
+            *sizes, config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init
+        )
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+        self.critic = EnsembleCritic(*sizes, config.q_n_hidden_layers, config.orthogonal_init, dtype)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
+        self.target_entropy = -float(action_dim)
+        self.to(config.device)
+        self.learned = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
+        self.learned |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
+        rates = (config.policy_lr, config.qf_lr, config.policy_lr, config.qf_lr)
+        groups = [{"params": parameters, "lr": rate} for parameters, rate in zip(self.learned.values(), rates)]
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.log_alpha.is_cuda)  # for CUDA graphs
+        self.n_updates, self.online = 0, False
+        self.compute_gradients = self.gradients  # or compiled
+
+    @property
+    def alpha(self) -> Tensor:
+        """Entropy coefficient, a constant for every loss but its own."""
+        return self.config.alpha_multiplier * (self.log_alpha.detach() * self.config.use_automatic_entropy_tuning).exp()
+
+    @property
+    def cql_alpha(self) -> float:
+        return self.config.cql_alpha_online if self.online else self.config.cql_alpha
+
+    @property
+    def penalty_weight(self) -> Tensor:
+        """cql_alpha, times alpha' where it is tuned; a constant for every loss but the multiplier's own."""
+        return self.cql_alpha * (self.log_alpha_prime.detach() * self.config.cql_lagrange).exp()
+
+    def alpha_loss(self, log_prob: Tensor) -> Tensor:
+        """Raises alpha while the policy's entropy is below the target: [B] -> []."""
+        return -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
+
+    def policy_loss(self, batch: Batch, actions: Tensor, log_prob: Tensor) -> Tensor:
+        """E[alpha log pi(a|s) - min Q(s, a)], a ~ pi with gradient: [B, A], [B] -> []."""
+        q = self.critic(batch.observations, actions.unsqueeze(1)).squeeze(-1).min(dim=0).values  # [B]
+        return (self.alpha * log_prob - q).mean()
+
+    def data_log_prob(self, batch: Batch, mean: Tensor, log_std: Tensor) -> Tensor:
+        """log pi(a_data|s), the likelihood that cloning maximises: [B, A], [B, A] -> [B]."""
+        pre_tanh = batch.actions.clamp(-self.max_density_action, self.max_density_action).atanh()
+        return tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch, next_actions: Tensor, next_log_prob: Tensor) -> Tensor:
+        """r + gamma (1 - terminal) max_n min_e Q'(s', a'_n); N = 1 is the usual target: [B, N, A], [B, N] -> [B]."""
+        next_q = self.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [B, N]
+        next_q, best = next_q.max(dim=1)  # [B]
+        if self.config.backup_entropy:
+            next_q = next_q - self.alpha * next_log_prob.gather(1, best.unsqueeze(1)).squeeze(1)
+        return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
+
+    def critic_loss(
+        self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """TD loss plus alpha' cql_alpha (gap - target gap), where the gap is, for each state and clipped,
+        T logsumexp_a(Q(s, a) / T - log p(a|s)) - Q(s, a_data), and the target gap is 0 without Lagrange. To calibrate,
+        Q(s, a) of the policy's actions is at least the return.
+
+        td_target [B]; proposals [B, 3N, A] with their log-densities [B, 3N], in the order random, next, current
+        (all constants, and empty for offline SAC). Returns the loss, the mean gap of each critic [E], and metrics.
+        """
+        config = self.config
+        actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
+        draw = config.cql_backprop_actions > 0 and proposals.shape[1] > 0
+        with torch.no_grad() if draw else contextlib.nullcontext():
+            q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
+            floor = self.floor(batch, actions)  # [B, 1 + 3N]
+            bounded = q.maximum(floor)
+            # Importance sampling estimates the log-integral over all actions; without it the data's action joins.
+            temperature, skipped = config.cql_temp, int(config.cql_importance_sample)
+            scores = bounded[..., skipped:] / temperature
+            if config.cql_importance_sample:
+                scores = scores - proposal_log_prob
+            state_gap = temperature * scores.logsumexp(dim=-1) - q[..., 0]  # [E, B]
+        q_data = q[..., 0]
+        if draw:
+            q_data, state_gap = self.redraw_gap(batch, actions[:, skipped:], floor[:, skipped:], scores, state_gap)
+
+        td_loss = (q_data - td_target).square().mean(dim=1)  # [E]
+        metrics = per_critic("qf{}_loss", td_loss) | per_critic("average_qf{}", q_data.mean(dim=1))
+        metrics["average_target_q"] = td_target.mean()
+        if not proposals.shape[1]:
+            return td_loss.sum(), torch.zeros_like(td_loss), metrics
+        gap = state_gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(dim=1)  # [E]
+        target_gap = config.cql_target_action_gap if config.cql_lagrange else 0.0
+        penalty = self.penalty_weight * (gap - target_gap)  # [E]
+        metrics |= per_critic("cql_qf{}_diff", gap) | per_critic("cql_min_qf{}_loss", penalty)
+        if config.calibrate:
+            below = (q < floor)[..., 1:].float().chunk(3, dim=-1)
+            metrics |= per_critic("bound_rate_cql_q{}_next_actions", below[1].mean(dim=(1, 2)))
+            metrics |= per_critic("bound_rate_cql_q{}_current_actions", below[2].mean(dim=(1, 2)))
+        return (td_loss + penalty).sum(), gap.detach(), metrics | self.penalty_metrics(q, scores, state_gap)
+
+    def floor(self, batch: Batch, actions: Tensor) -> Tensor:
+        """What Q counts at least in the gap: the returns for the policy's actions, the last 2N: [B, 1 + 3N]."""
+        floor = batch.returns.new_full(actions.shape[:2], -math.inf)
+        if self.config.calibrate:
+            floor[:, 1 + actions.shape[1] // 3 :] = batch.returns.unsqueeze(1)
+        return floor
+
+    def redraw_gap(
+        self, batch: Batch, actions: Tensor, floor: Tensor, scores: Tensor, state_gap: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same gap with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
+        gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
+
+        actions [B, M, A], floor [B, M], scores [E, B, M], state_gap [E, B] -> Q of the data [E, B], gap [E, B].
+        """
+        n_critics, batch_size, n_actions = scores.shape
+        k = self.config.cql_backprop_actions
+        uniform = torch.rand(n_critics, batch_size, k, dtype=scores.dtype, device=scores.device)
+        cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_actions - 1)  # [E, B, k]
+        floor = floor.expand(n_critics, -1, -1).gather(2, drawn)  # [E, B, k]
+        drawn = drawn.unsqueeze(-1).expand(-1, -1, -1, actions.shape[-1])
+        actions = actions.expand(n_critics, -1, -1, -1).gather(2, drawn)  # [E, B, k, A]
+        data_actions = batch.actions.unsqueeze(1).expand(n_critics, -1, -1, -1)
+        q = self.critic(batch.observations, torch.cat([data_actions, actions], dim=2))  # [E, B, 1 + k]
+        q_data, q_drawn = q[..., 0], q[..., 1:].maximum(floor).mean(dim=-1)
+        estimate = q_drawn - q_data
+        return q_data, state_gap + (estimate - estimate.detach())
+
+    @torch.no_grad()
+    def penalty_metrics(self, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
+        """What the penalty acts on: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B]."""
+        config, n_proposals = self.config, q.shape[-1] - 1
+        # Without importance sampling the first score is the data's, so that the shares do not add up to 1.
+        shares = scores.softmax(dim=-1)[..., -n_proposals:].mean(dim=(0, 1)).chunk(3)
+        metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
+        for i, source in enumerate(("rand", "next_actions", "current_actions")):
+            metrics |= per_critic(f"cql_q{{}}_{source}", q[..., 1:].chunk(3, dim=-1)[i].mean(dim=(1, 2)))
+            metrics[f"cql_weight_{source}"] = shares[i].sum()
+        log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
+        constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
+        clipped = (state_gap < config.cql_clip_diff_min) | (state_gap > config.cql_clip_diff_max)
+        metrics["cql_net_gap"], metrics["cql_clipped_share"] = state_gap.mean() - constant_q_gap, clipped.float().mean()
+        return metrics | {"cql_effective_weight": self.penalty_weight}
+
+    def alpha_prime_loss(self, gap: Tensor) -> Tensor:
+        """Raises alpha' while the gap is above cql_target_action_gap: [E] (a constant) -> []."""
+        excess = gap.mean() - self.config.cql_target_action_gap
+        return -self.log_alpha_prime.exp() * self.cql_alpha * excess
+
+    @torch.no_grad()
+    def propose(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples actions; returns the TD target [B], and proposals [B, 3N, A] with their log-densities [B, 3N].
+
+        mean and log_std [2B, A] are the actor's at the observations and at the next observations. The next actions
+        serve twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors'
+        code).
+        """
+        config, (batch_size, action_dim) = self.config, batch.actions.shape
+        n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
+        actions, log_prob = sample_actions(mean, log_std, n)
+        current_actions, next_actions = actions.split(batch_size)
+        current_log_prob, next_log_prob = log_prob.split(batch_size)
+        n_backup = None if config.cql_max_target_backup else 1
+        td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
+        if self.cql_alpha == 0:
+            return td_target, actions.new_empty(batch_size, 0, action_dim), log_prob.new_empty(batch_size, 0)
+        random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
+        random_log_prob = torch.full_like(current_log_prob, -action_dim * math.log(2))
+        proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
+        return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
+
+    def losses(self, batch: Batch, cloning: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss of each group of parameters, all at the same parameters, and metrics."""
+        config, batch_size = self.config, len(batch.rewards)
+        mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
+        proposed = self.propose(batch, mean, log_std)
+        mean, log_std = mean[:batch_size], log_std[:batch_size]  # [B, A], at the observations
+        actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
+        critic_loss, gap, metrics = self.critic_loss(batch, *proposed)
+        if cloning:
+            policy_loss = (self.alpha * log_prob - self.data_log_prob(batch, mean, log_std)).mean()
+        else:
+            policy_loss = self.policy_loss(batch, actions, log_prob)
+        metrics |= {"policy_loss": policy_loss, "log_pi": log_prob.mean(), "alpha": self.alpha}
+        losses = {"actor": policy_loss, "critic": critic_loss}
+        if config.use_automatic_entropy_tuning:
+            metrics["alpha_loss"] = losses["alpha"] = self.alpha_loss(log_prob)
+        if config.cql_lagrange:
+            metrics["alpha_prime"] = self.log_alpha_prime.exp()
+            metrics["alpha_prime_loss"] = losses["alpha_prime"] = self.alpha_prime_loss(gap)
+        return losses, metrics
+
+    def gradients(self, batch: Batch, cloning: bool) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
+        """Gradients of each group's loss in its own parameters alone, and metrics. It changes nothing."""
+        losses, metrics = self.losses(batch, cloning)
+        gradients = {name: torch.autograd.grad(loss, self.learned[name]) for name, loss in losses.items()}
+        for name, metric in (("actor", "policy_grad_norm"), ("critic", "critic_grad_norm")):
+            metrics[metric] = nn.utils.get_total_norm(gradients[name])
+        return gradients, {name: value.detach() for name, value in metrics.items()}
+
+    def variants(self) -> set[tuple]:
+        """What else `gradients` will be called with, beside a batch."""
+        return {(self.n_updates < self.config.bc_steps,), (False,)}
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """A step of the policy, the critics, alpha and alpha', then of the target critics."""
+        gradients, metrics = self.compute_gradients(batch, self.n_updates < self.config.bc_steps)
+        for name, values in gradients.items():
+            for parameter, gradient in zip(self.learned[name], values):
+                parameter.grad = gradient
+        self.optimizer.step()
+        self.log_alpha_prime.data.clamp_(max=self.max_log_alpha_prime)
+        self.n_updates += 1
+        if self.n_updates % self.config.target_update_period == 0:
+            with torch.no_grad():
+                targets, sources = list(self.target_critic.parameters()), list(self.critic.parameters())
+                torch._foreach_lerp_(targets, sources, self.config.soft_target_update_rate)
+        return metrics
+
+    @torch.no_grad()
+    def explore(self, observations: np.ndarray, uniform: bool) -> np.ndarray:
+        """A sample of the policy, or uniform actions, in [-1, 1]: raw observations [B, O] -> [B, A]."""
+        observations = as_observations(observations, self.actor.observation_mean)
+        mean, log_std = self.actor((observations - self.actor.observation_mean) / self.actor.observation_std)
+        actions, _ = sample_actions(mean, log_std, 1)
+        return (torch.rand_like(mean) * 2 - 1 if uniform else actions.squeeze(1)).cpu().numpy()
+
+    @torch.no_grad()
+    def start_values(self, observations: np.ndarray) -> np.ndarray:
+        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw observations [B, O]."""
+        observations = as_observations(observations, self.actor.observation_mean)
+        observations = (observations - self.actor.observation_mean) / self.actor.observation_std
+        values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
+        return values.squeeze(1).cpu().numpy()
+
+    @torch.no_grad()
+    def holdout_metrics(self, batch: Batch) -> dict[str, float]:
+        """Likelihood, TD error, gap and data Q on transitions that are not trained on."""
+        mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
+        log_prob = self.data_log_prob(batch, *(x[: len(batch.rewards)] for x in (mean, log_std)))
+        _, gap, metrics = self.critic_loss(batch, *self.propose(batch, mean, log_std))
+        result = {"holdout_td_error": (metrics["qf1_loss"] + metrics["qf2_loss"]) / 2, "holdout_gap": gap.mean()}
+        result["holdout_q"] = (metrics["average_qf1"] + metrics["average_qf2"]) / 2
+        result["holdout_log_prob"] = log_prob.mean()
+        return {name: value.item() for name, value in result.items()}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()["state"], "n_updates": self.n_updates}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.n_updates = state["n_updates"]
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
+
+
+def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
+    return {name.format(i + 1): value for i, value in enumerate(values)}
+
+
+# Common to all files from here on: configuration, data, evaluation, run folder.
+
+
+class DataError(ValueError):
+    status = 1  # exit status of the program for data and files that cannot be used
+
+
+class ConfigError(DataError):
+    status = 2  # and for options
+
+
+@contextlib.contextmanager
+def blame(cause: str, kind: type = DataError) -> Iterator[None]:
+    """Whatever fails inside is told in one line: the cause, and what was raised."""
+    try:
+        yield
+    except Exception as error:
+        detail, kind = str(error)[:200] or type(error).__name__, type(error) if isinstance(error, DataError) else kind
+        raise kind(f"{cause} ({detail})") from error
+
+
+COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+MAX_ENVS, MAX_STEPS = 16, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
+GRAPH_UPDATES = 10  # in a CUDA graph
+# local: the network that acts, and that policy.pt holds
+Policy = TanhGaussianActor
+# local: limits of the options, both ends included, or the words that one takes
+LIMITS = {
+    "seed eval_seed bc_steps cql_backprop_actions policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
+    "offline_iterations online_iterations warmup_steps cql_alpha_online": (0, 1e12),
+    "eval_freq n_episodes batch_size buffer_size log_interval n_online_envs utd_ratio": (1, 1e12),
+    "mixing_ratio": (-1, 1),
+    "target_update_period cql_n_actions hidden_dim policy_n_hidden_layers q_n_hidden_layers": (1, 1e6),
+    "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap failure_reward": (-1e12, 1e12),
+    "discount soft_target_update_rate": (0, 1),
+    "holdout_fraction": (0, 0.9),
+    "reward_clip cql_temp": (1e-6, math.inf),
+    "cql_clip_diff_min": (-math.inf, 1e12),
+    "cql_clip_diff_max": (-1e12, math.inf),
+    "precision": ("float32", "tf32", "bfloat16"),
+}
+
+
+def check_config(config: Any) -> None:
+    """Fills in what depends on the machine. Raises ConfigError for a value out of its limits."""
+    config.checkpoints_path = config.checkpoints_path or "runs"
+    config.run_id = config.run_id or os.environ.get("WANDB_RUN_ID") or None
+    for names, limits in LIMITS.items():
+        for name in names.split():
+            value, words = getattr(config, name), isinstance(limits[0], str)
+            if value not in limits if words else value is not None and not limits[0] <= value <= limits[1]:
+                takes = ", ".join(limits) if words else f"a number from {limits[0]:g} to {limits[1]:g}"
+                raise ConfigError(f"--{name} takes {takes}, not {value}")
+    with blame(f"--device {config.device} cannot be used here; try --device cpu", ConfigError):
+        torch.empty(0, device=config.device)
+
+
+def convert(name: str, text: str, kind: Any) -> Any:
+    """An option's value from its text on the command line or in YAML. Raises ConfigError where it is none."""
+    kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
+    if optional and text in ("None", "null", "~", ""):
+        return None
+    with contextlib.suppress(AttributeError, KeyError, OverflowError, ValueError):  # argparse makes a list of --
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
+        if kind(value) == value:
+            return kind(value)
+    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {text[:100]!r}")
+
+
+def parse_arguments(config_class: type) -> Any:
+    """The configuration of the command line, and of the YAML file that --config_path names: pyrallis without its silent
+    conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed). Raises ConfigError."""
+
+    def fail(message: str) -> None:
+        raise ConfigError(f"{message} (as --option=value); --help lists the options")
+
+    kinds = {field.name: field.type for field in fields(config_class)}
+    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else read for each option
+    parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
+    inspect.getsource = getsource
+    parser.error, parser._postprocessing = fail, vars
+    for action in parser._actions:
+        if kind := kinds.get(action.dest):
+            action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
+    options = parser.parse_args()
+    if path := options.pop("config_path", None):
+        with blame(f"--config_path {path} is no YAML of lines `option: value`", ConfigError):
+            content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # texts, as on the command line
+            options = parser.parse_args([f"--{name}=" + value for name, value in content.items()]) | options
+    return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
+
+
+def flatten(observations: Any, space: gym.Space) -> np.ndarray:
+    """A float32 vector an observation, [N, ...] -> [N, O]: parts of Dict ones (goal environments) in sorted order of
+    keys and without texts, Discrete ones one-hot. Raises DataError for other kinds, and for images."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flatten(observations[key], part) for key, part in sorted(space.items())], axis=-1)
+    if isinstance(space, gym.spaces.Discrete):
+        return (np.asarray(observations)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
+    if isinstance(space, gym.spaces.Text):
+        return np.empty((len(observations), 0), dtype=np.float32)
+    if not space.shape or len(space.shape) > 1 and math.prod(space.shape) > 1024:
+        raise DataError(f"observations are {space}; this script takes vectors, small grids, and Dicts of them")
+    return np.asarray(observations, dtype=np.float32).reshape(len(observations), -1)
+
+
+def load_dataset(name: str) -> dict[str, Any]:
+    """The transitions of a Minari dataset, local or else downloaded, in order; a name of D4RL stands for d4rl/<name>.
+    It is the one function to replace for other data. Raises DataError.
+
+    observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
+    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
+    action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes).
+    """
+    path = minari.storage.get_dataset_path(name)
+    if "/" not in name and not path.exists():
+        name, path = f"d4rl/{name}", path.parent / "d4rl" / name
+    with blame(f"--env {name} cannot be read from {path}; `minari list local` lists others"):
+        if not path.exists() and name.startswith("d4rl/"):
+            raise FileNotFoundError(f"import it by: python benchmarks/import_data.py {name[5:]}")
+        if not path.exists():
+            hub = importlib.import_module("huggingface_hub")  # whose client would try to connect for 23 seconds
+            hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
+            minari.download_dataset(name)
+        # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
+        if not {"observation_space", "action_space"} <= json.loads((path / "data/metadata.json").read_text()).keys():
+            raise KeyError("its metadata lacks the spaces")
+        dataset, parts = minari.load_dataset(name), []
+        data = action_bounds(dataset.action_space, f"--env {name}")
+        for episode in dataset.iterate_episodes():
+            observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
+            # The next observation is known at time-outs too, so that they bootstrap.
+            timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
+            actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
+            parts.append((observations[:-1], actions, rewards, observations[1:], episode.terminations, timeouts))
+        data |= dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
+    scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
+    if None not in scores:
+        data["reference_scores"] = np.array(scores)
+    if spec := dataset._eval_env_spec or dataset.env_spec:  # an entry point in it is ignored: it could be any code
+        spec.kwargs.pop("render_mode", None)  # the recording may have had a window
+        data["environment"] = {"id": spec.id, "max_episode_steps": spec.max_episode_steps, **spec.kwargs}
+    return data
+
+
+def check_dataset(data: dict[str, Any], config: Any) -> None:
+    """Makes its columns float32, and flags bool. Raises DataError for data that cannot be trained on."""
+    n = len(data.get("rewards", ()))
+    for key in COLUMNS:
+        column = np.asarray(data.get(key, ()), dtype=np.float32)
+        if column.ndim != 1 + key.endswith(("observations", "actions")) or len(column) != n or not column.size:
+            raise DataError(f"--env {config.env}: {key} have shape {list(column.shape)}, with {n} transitions")
+        if (bad := ~(np.abs(column) < 1e15)).any():
+            fault = f"NaN, infinity or huge numbers, first in transition {np.argwhere(bad)[0, 0]}"
+            raise DataError(f"--env {config.env}: {key} hold {fault}")
+        data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
+    if n > config.buffer_size:
+        raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n} transitions")
+
+
+def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each transition the number of its episode and the discounted return from there, [T]; and the return of each
+    episode, but for a last one that is cut short."""
+    ends, to_go, following = data["terminals"] | data["timeouts"], [], 0.0
+    numbers = np.append(0, ends.cumsum()[:-1])
+    for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1].tolist()):
+        following = reward + discount * following * (not end)
+        to_go.append(following)
+    returns, lengths = np.bincount(numbers, weights=data["rewards"]), np.bincount(numbers)
+    cut_short = not data["terminals"][-1] and lengths[-1] < lengths.max()
+    return numbers, np.array(to_go[::-1]), returns[: len(returns) - cut_short]
+
+
+# local: continuous actions
+def action_bounds(space: gym.Space, name: str) -> dict[str, Any]:
+    """Lowest and highest action. Raises DataError."""
+    if not isinstance(space, gym.spaces.Box):
+        raise DataError(f"{name} has actions {space}, this script takes Box ones; see algorithms/discrete/cql_dqn.py")
+    return {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
+
+
+# local: continuous actions
+def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From the box of action_low and action_high (-1 and 1 where not known) to [-1, 1]; and the box, [A]. Raises
+    DataError for actions outside by more than 1e-3 of the range; others are clipped."""
+    actions, size = data["actions"], data["actions"].shape[1:]
+    low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
+    if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
+        raise DataError(f"--env {name}: actions need finite bounds, not {low} to {high}")
+    scaled = (actions.astype(np.float64) - low) * (2 / (high.astype(np.float64) - low)) - 1
+    if np.abs(scaled).max() > 1 + 2e-3:
+        raise DataError(f"--env {name}: actions from {actions.min()} to {actions.max()} are outside {low} to {high}")
+    return scaled.clip(-1, 1).astype(np.float32), low, high
+
+
+def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
+    """Layers from size to size; the last starts near zero, so that first values and action means do."""
+    layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
+    for layer in layers[:-1] if orthogonal else ():
+        nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    init_last = nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_
+    init_last(layers[-1].weight, gain=1e-2)
+    nn.init.zeros_(layers[-1].bias)
+    return layers
+
+
+# local: room for online transitions, and minibatches of both kinds
+class ReplayBuffer:
+    """All transitions of the data, on the device, and after them the latest `room` ones of the online phase."""
+
+    def __init__(self, data: dict[str, np.ndarray], device: str, room: int = 0, mixing_ratio: float = -1.0):
+        columns = [torch.as_tensor(data[key], dtype=torch.float32) for key in Batch._fields]
+        columns = [torch.cat([x, x.new_zeros(room, *x.shape[1:])]) if room else x for x in columns]
+        self.columns, self.size = [column.to(device) for column in columns], len(data["rewards"])
+        self.room, self.n_added, self.mixing_ratio = room, 0, mixing_ratio
+        # On the device, so that a CUDA graph sees them grow: transitions of the data, and online ones.
+        self.counts = torch.tensor([self.size, 0], dtype=torch.float64, device=device)
+
+    def add(self, data: dict[str, np.ndarray]) -> None:
+        """The oldest online transitions make way; data never do."""
+        places = self.size + (self.n_added + np.arange(len(data["rewards"]))) % self.room
+        for column, key in zip(self.columns, Batch._fields):
+            column[places] = torch.as_tensor(data[key], dtype=torch.float32, device=column.device)
+        self.n_added += len(places)
+        self.counts[1] = min(self.n_added, self.room)
+
+    def rows(self, indices: Any) -> Batch:
+        return Batch(*[column[indices] for column in self.columns])
+
+    def sample(self, batch_size: int) -> Batch:
+        if not self.room:
+            return self.rows(torch.randint(self.size, (batch_size,), device=self.counts.device))
+        uniform, (n_data, n_online) = (
+            torch.rand(batch_size, dtype=torch.float64, device=self.counts.device),
+            self.counts,
+        )
+        indices = uniform * (n_data + n_online)
+        if self.mixing_ratio >= 0 and self.size:
+            from_data = torch.arange(batch_size, device=uniform.device) < round(self.mixing_ratio * batch_size)
+            from_data |= n_online == 0
+            indices = torch.where(from_data, uniform * n_data, n_data + uniform * n_online)
+        return self.rows(indices.long())
+
+
+class Task:
+    """The rewards to train on, and the environments to evaluate in (None without a simulator)."""
+
+    def __init__(self, config: Any, data: dict[str, Any]):
+        """Takes the bounds of actions from the environment, where there is one. Raises ConfigError or DataError."""
+        check_dataset(data, config)
+        self.config, self.reference = config, data.get("reference_scores")
+        self.arguments = {"id": config.eval_env} if config.eval_env else data.get("environment", {"id": "none"})
+        n_envs = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))
+        self.envs = make_environments(config, n_envs, **self.arguments)
+        self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
+        name = f"{config.env} {self.arguments['id']}".lower()
+        if config.normalize_reward and any(task in name for task in ("halfcheetah", "hopper", "walker2d")):
+            with blame(f"--normalize_reward: all episodes of {config.env} have the same return"):
+                self.factor *= 1000 / float(np.ptp(episodes(data)[2]))
+        # A hundred times the largest possible return: conservative values may well be below any return.
+        largest_reward = max(1.0, float(np.abs(self.training_rewards(data["rewards"])).max()))
+        self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
+        if self.envs:
+            data |= action_bounds(self.envs.single_action_space, self.envs.spec.id)
+            start = flatten(self.envs.observation_space.sample(), self.envs.single_observation_space)
+            own, sizes = [data[x].shape[1] for x in COLUMNS[:2]], [start.shape[1], data["action_low"].size]
+            if own != sizes:
+                raise DataError(f"{config.env} has sizes {own} of observation and action, {self.envs.spec.id} {sizes}")
+
+    def training_rewards(self, rewards: np.ndarray) -> np.ndarray:
+        return np.clip(rewards * self.factor + self.offset, -self.config.reward_clip, self.config.reward_clip)
+
+    def score(self, returns: np.ndarray) -> dict[str, Optional[float]]:
+        """Of episodes; the score is 0 and 100 at the reference returns, where those are known."""
+        mean, std, score = float(returns.mean()), float(returns.std()), None
+        if self.reference is not None:
+            score = float(100 * (mean - self.reference[0]) / (self.reference[1] - self.reference[0]))
+        return {"eval_return": mean, "eval_return_std": std, "d4rl_normalized_score": score}
+
+    def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
+        """The metrics. Raises DataError for what is no finite number, and for mean values beyond any possible one."""
+        norm = nn.utils.get_total_norm(agent.parameters()).item()
+        for name, value in (metrics | {"the norm of all weights": norm}).items():
+            limit = self.value_limit if name.startswith(("average_", "eval_predicted")) else sys.float_info.max
+            if value is not None and not abs(value) <= limit:
+                place = f"{name} is {value:.4g} at update {agent.n_updates:,}; what was saved before is intact"
+                raise DataError(f"training diverged: {place}; try smaller learning rates or a larger cql_alpha")
+        return metrics
+
+    def rollout(self, policy: Callable, stop: Any = ()) -> dict[str, np.ndarray]:
+        """One episode from each reset seed eval_seed + i, as many side by side as there are environments.
+
+        Returns arrays over the n_episodes: start observation, return, length, discounted return of the training
+        rewards, and success where the environment reports it; cut short once `stop` holds a signal.
+        """
+        envs, discount, starts = self.envs, self.config.discount, []
+        waves = np.arange(math.ceil(self.config.n_episodes / envs.num_envs) * envs.num_envs).reshape(-1, envs.num_envs)
+        result = {key: np.zeros(waves.shape) for key in ("return", "length", "discounted_return")}
+        for i, numbers in enumerate(waves):
+            observations, running = envs.reset(seed=(self.config.eval_seed + numbers).tolist())[0], True
+            starts.append(flatten(observations, envs.single_observation_space))
+            while np.any(running) and result["length"].max() < MAX_STEPS and not stop:
+                actions = policy(flatten(observations, envs.single_observation_space))
+                actions = np.reshape(actions, envs.action_space.shape).astype(envs.action_space.dtype)
+                observations, rewards, terminated, truncated, infos = envs.step(actions)
+                discounted = discount ** result["length"][i] * self.training_rewards(rewards)
+                for key, value in (("return", rewards), ("length", 1), ("discounted_return", discounted)):
+                    result[key][i] += np.where(running, value, 0)
+                for key in {"success", "is_success", "goal_achieved"} & infos.keys():
+                    successes = result.setdefault("success", np.zeros(waves.shape))
+                    successes[i] = np.maximum(successes[i], np.where(running, infos[key], 0))
+                running &= ~(terminated | truncated)  # what an environment plays after its episode does not count
+        if not np.isfinite(result["return"]).all():
+            raise ValueError("a reward is NaN or infinite")
+        result = {key: value.reshape(-1) for key, value in result.items()} | {"start": np.concatenate(starts)}
+        return {key: value[: self.config.n_episodes] for key, value in result.items()}
+
+    def evaluate(self, agent: Any, holdout: Any, stop: Any) -> dict[str, Any]:
+        """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
+        row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
+        row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
+        row["data_discounted_return"] = self.data_return
+        agent.eval()
+        with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
+            torch.manual_seed(self.config.eval_seed)
+            try:
+                if self.envs:
+                    result = self.rollout(agent.actor.act, stop)
+                    result["predicted_value"] = agent.start_values(result.pop("start"))
+                    row |= {f"eval_{name}": float(x.mean()) for name, x in result.items() if not np.isnan(x).any()}
+                    row |= self.score(result["return"])
+            except Exception as error:
+                tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error!r}", file=sys.stderr)
+            row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
+        agent.train()
+        return row
+
+
+def make_environments(config: Any, n: int, id: str, **arguments: Any) -> Optional[gym.vector.SyncVectorEnv]:
+    """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
+    kind = ConfigError if config.eval_env else DataError
+    with blame(f"the environment {id} cannot be made; --eval_env takes another, or none", kind):
+        if id not in gym.registry and id != "none":
+            with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+                gym.register_envs(importlib.import_module("gymnasium_robotics"))
+        if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
+            return None
+        return gym.make_vec(id, n, "sync", **arguments)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """The score, else held-out metrics, else those of training."""
+    if row["eval_return"] is not None:
+        text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
+        return text if score is None else f"score {score:.1f} ({text})"
+    shown = [name for name in row if name.startswith("holdout_")]
+    shown = shown or ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf", "policy_loss"]
+    return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+
+
+def prepare_data(config: Any, data: dict[str, Any], task: Task, start: Any) -> tuple[dict, dict, dict[str, Tensor]]:
+    """Transitions to train on and held-out ones, as the networks see them, and the scaling of observations (that of the
+    checkpoint `start`, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
+    numbers, _, returns = episodes(data)
+    data["actions"], low, high = encode_actions(data, config.env)
+    data["rewards"] = task.training_rewards(data["rewards"])
+    task.data_return, n_episodes = float(episodes(data, config.discount)[1].mean()), numbers[-1] + 1
+    sizes, behaviour = f"{len(numbers):,} transitions, {n_episodes:,} episodes", describe(task.score(returns))
+    print(f"{config.env}: {sizes}, behaviour {behaviour}, mean discounted return {task.data_return:.4g}")
+    n_held_out = min(math.ceil(config.holdout_fraction * n_episodes), n_episodes - 1)
+    held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
+    holdout = {key: data[key][held_out] for key in COLUMNS}
+    data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
+    mean, std = np.zeros_like(data["observations"][0]), np.ones_like(data["observations"][0])
+    if start:
+        mean, std = (start["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std"))
+    elif config.normalize:
+        mean = data["observations"].mean(0, dtype=np.float64).astype(np.float32)
+        std = np.float32([column.std(dtype=np.float64) + 1e-3 for column in data["observations"].T])
+    if mean.shape != data["observations"].shape[1:]:
+        raise DataError(f"{config.env} has observations of another size than the checkpoint's {mean.size}")
+    for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
+        part[key] = part[key] - mean
+        part[key] /= std
+    scaling = {"observation_mean": mean, "observation_std": std, "action_low": low, "action_high": high}
+    return data, holdout, {name: torch.tensor(x, dtype=torch.float32) for name, x in scaling.items()}
+
+
+def save(path: Path, content: str | dict[str, Any]) -> None:
+    """Text, or tensors and plain values. The file holds the old content or the new, whenever the process is killed or
+    the disk is full. Raises DataError."""
+    buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
+    with blame(f"{path} cannot be written; what was saved before is intact"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
+    """A file of a run that holds these keys: tensors and plain values, nothing that could run. Raises DataError."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        return content | {key: content[key] for key in keys}
+    except Exception as error:  # torch's are pages of advice
+        kind = "checkpoint.pt" if keys else "checkpoint.pt or policy.pt"
+        fault = f"is no {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
+        raise DataError(f"{path} {fault}") from error
+
+
+def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
+    [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
+    state = load(path, device)
+    with blame(f"{path} is no policy.pt or checkpoint.pt of this script"):
+        state = state.get("policy", state)
+        actor = Policy(*state["sizes"]).to(device)
+        actor.load_state_dict(state["weights"])
+    return actor.eval().act
+
+
+def as_observations(observations: Any, like: Tensor) -> Tensor:
+    """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises ValueError."""
+    with blame(f"an observation is {len(like)} finite numbers"):
+        array = np.asarray(observations, dtype=np.float32)
+        if array.shape[-1:] != like.shape or not np.isfinite(array).all():
+            raise ValueError(f"it has NaN, infinity or shape {array.shape}")
+        return torch.tensor(array, device=like.device)
+
+
+def calibration_returns(data: dict[str, Any], numbers: np.ndarray, failure_reward: float, config: Any) -> np.ndarray:
+    """Cal-QL's bounds: the discounted sum of the training rewards from each transition to the end of its episode, [T].
+    An episode that was cut short goes on with failure_reward for ever. numbers: of the episodes, [T]."""
+    forever, returns, following, number = failure_reward / max(1 - config.discount, 1e-6), [], 0.0, None
+    for reward, terminal, own in zip(*(x[::-1].tolist() for x in (data["rewards"], data["terminals"], numbers))):
+        if own != number:
+            following, number = 0.0 if terminal else forever, own
+        following = reward + config.discount * following
+        returns.append(following)
+    returns = np.array(returns[::-1], dtype=np.float32)
+    if config.is_sparse_reward:
+        best = np.full(numbers.max() + 1, -np.inf)
+        np.maximum.at(best, numbers, data["rewards"])
+        returns[best[numbers] <= failure_reward + 1e-6] = forever
+    return returns
+
+
+class RunningMean:
+    """Means of metrics, summed on the device so that no update waits for it."""
+
+    def __init__(self):
+        self.names, self.sums = [], None
+
+    def add(self, names: list[str], values: Tensor) -> None:
+        """values: [M + 1], with a 1 at the end, which counts."""
+        self.names, self.sums = names, torch.zeros_like(values) if self.sums is None else self.sums
+        self.sums += values  # in place, as a CUDA graph needs it
+
+    def reset(self) -> None:
+        if self.sums is not None:
+            self.sums.zero_()
+
+    def read(self) -> dict[str, float]:
+        *sums, n = [0] if self.sums is None else self.sums.tolist()
+        return {name: x / n for name, x in zip(self.names, sums)} if n else {}
+
+
+def updater(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) -> Callable[[int], int]:
+    """Compiles the losses, and returns a function of the number of updates that are due: it does one, or on a GPU
+    GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels, and returns how many."""
+    on_gpu, graph, eager_until = "cuda" in config.device, None, math.inf
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees, for the next one
+        for parameter, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
+            ctypes.CDLL(None).mallopt(parameter, value)
+    if config.compile or (config.compile is None and on_gpu):
+        torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
+        compiled = torch.compile(agent.gradients, fullgraph=True, options={"fallback_random": True})  # eager's numbers
+        try:
+            with torch.random.fork_rng([config.device] if on_gpu else []):
+                for others in agent.variants():
+                    compiled(buffer.sample(config.batch_size), *others)
+            agent.compute_gradients = compiled
+            if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
+                eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
+        except Exception as error:  # no compiler, no Triton, a GPU that is too old
+            reason = (str(error) or repr(error)).strip().splitlines()[0]
+            print(f"warning: updates are not compiled, and slower ({reason}); --compile False says so", file=sys.stderr)
+
+    def update() -> None:
+        metrics = agent.update(buffer.sample(config.batch_size))
+        values = F.pad(torch.stack(list(metrics.values())).double(), (0, 1), value=1.0)
+        for mean in means:
+            mean.add(list(metrics), values)
+
+    def advance(left: int) -> int:
+        nonlocal graph, eager_until
+        step = agent.n_updates
+        graphed = step >= eager_until and left >= GRAPH_UPDATES
+        if graphed and not graph:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):  # which runs nothing on the device
+                    for _ in range(GRAPH_UPDATES):
+                        update()
+            except Exception as error:
+                print(f"warning: no CUDA graph, slower: {error!r}", file=sys.stderr)
+                graphed, eager_until = False, math.inf
+            agent.n_updates = step
+        if graphed:
+            graph.replay()
+            agent.n_updates = step + GRAPH_UPDATES
+        elif left:
+            update()
+        return agent.n_updates - step
+
+    return advance
+
+
+class Run:
+    """A run's folder and W&B record. checkpoint.pt is all that a resume reads; the other files are for people."""
+
+    free = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
+
+    def __init__(self, config: Any, n_steps: int):
+        """Reads what the run starts from, and writes nothing. Raises ConfigError or DataError."""
+        name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
+        self.config, self.n_steps, self.rows, self.start = config, n_steps, [], None
+        self.path = Path(config.checkpoints_path, name)
+        self.resumed = (self.path / "checkpoint.pt").exists()
+        self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
+        self.rng = torch.cuda if "cuda" in config.device else torch
+        if "cuda" in config.device:
+            torch.cuda.set_device(torch.device(config.device).index or 0)
+        if self.source:
+            self.start = load(self.source, config.device, "agent", "policy", "config", "rows")
+        if self.resumed:
+            self.rows, old, new = self.start["rows"], self.start["config"], vars(config)
+            names = [x for x in old.keys() & new.keys() - self.free if old[x] != new[x]]
+            longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
+            changed = [f"{x} was {old[x]}, is {new[x]}" for x in names if x not in longer]
+            if changed:
+                raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
+
+    @property
+    def last_step(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
+
+    def restore(self, agent: Any, means: tuple[RunningMean, ...]) -> None:
+        """Sets the agent to where the run starts, and of a resumed run all the rest. Raises DataError."""
+        with blame(f"{self.source} holds another network than this run's"):
+            if self.start["policy"]["sizes"] != list(agent.actor.sizes):
+                raise ValueError(f"{self.start['policy']['sizes']} there, {list(agent.actor.sizes)} here")
+            agent.load_state_dict(self.start["agent"])
+        if not self.resumed:
+            agent.n_updates = 0
+            return
+        for mean, state in zip(means, self.start["means"]):
+            vars(mean).update(state)
+        if len(self.start["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
+            self.rng.set_rng_state(self.start["random"].cpu())
+
+    def save(self, agent: Any, means: tuple[RunningMean, ...], **more: Any) -> None:
+        """Raises DataError."""
+        policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
+        state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
+        state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()} | more
+        save(self.path / "policy.pt", policy)
+        if self.config.keep_policies and 0 < agent.n_updates == self.last_step:
+            save(self.path / f"policy-{agent.n_updates}.pt", policy)
+        if self.rows:
+            writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            save(self.path / "metrics.csv", text.getvalue())
+        save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
+
+    def begin(self, agent: Any, task: Task) -> None:
+        """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
+        WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
+        config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
+        span = f"updates {agent.n_updates:,} to {self.n_steps:,}, a row every {config.eval_freq:,}"
+        print(f"{self.path}: {span}, {where}")
+        save(self.path / "config.yaml", pyrallis.dump(config))
+        options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
+        limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
+        # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
+        os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
+        try:
+            asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
+            mode = None if asked or wandb.login(prompt=False, verify=False) else "disabled"
+            self.wandb = wandb.init(**options, config=vars(config), resume="allow", settings=limits, mode=mode)
+        except Exception as error:  # no account, no network, no disk
+            print(f"warning: W&B is off for this run: {' '.join(str(error).split())}", file=sys.stderr)
+            self.wandb = wandb.init(mode="disabled")
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        with contextlib.suppress(Exception):  # W&B's failures are not the run's
+            if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
+                self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+    def end(self, stop: Any) -> None:
+        with contextlib.suppress(Exception):
+            if stop and stop[0] != signal.SIGINT:
+                self.wandb.mark_preempting()  # W&B requeues the run
+            self.wandb.finish(exit_code=int(self.last_step < self.n_steps))
+
+
+class Collector:
+    """Plays episodes with the learning policy, in environments of its own, and hands their transitions to the buffer.
+
+    Each one is a row of float32 numbers in the file online.bin of the run folder: observation, action in the
+    environment's units, next observation, reward, terminal, time-out, number of the episode. Environment i of n plays
+    the episodes i, i + n, i + 2 n, ..., each from a seed of its own: a resumed run plays the rows of unfinished ones
+    again, and goes on in the same state.
+    """
+
+    def __init__(self, config: Any, task: Task, agent: Any, buffer: ReplayBuffer, run: Run, failure_reward: float):
+        """Raises DataError."""
+        self.config, self.task, self.agent, self.buffer, self.failure = config, task, agent, buffer, failure_reward
+        names = ("observation_mean", "observation_std", "action_low", "action_high")
+        self.mean, self.std, self.low, self.high = (getattr(agent.actor, name).cpu().numpy() for name in names)
+        self.places = np.cumsum([len(self.mean), len(self.low), len(self.mean)])  # where the parts of a row end
+        self.pending, width, n = (
+            np.empty((0, self.places[-1] + 4), np.float32),
+            self.places[-1] + 4,
+            config.n_online_envs,
+        )
+        self.envs = make_environments(config, n, **task.arguments)
+        self.numbers, self.played = list(range(n)), np.zeros((n, 3))  # episodes, and their return, length and success
+        self.observations = np.zeros((n, len(self.mean)), np.float32)
+        self.one = gym.vector.utils.create_empty_array(self.envs.single_observation_space, 1)
+        self.state = {"n_rows": 0, "n_finished": 0, "regret": 0.0, "finished": []}  # finished since the last row
+        self.state |= run.start["online"] if run.resumed else {}
+        self.path, self.seconds = run.path / "online.bin", 0.0
+        with blame(f"{self.path} cannot be read or written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "r+b" if self.state["n_rows"] else "w+b")  # noqa: SIM115, open for the whole run
+            rows = np.frombuffer(self.file.read(self.state["n_rows"] * width * 4), np.float32).reshape(-1, width)
+            self.file.truncate()  # what a killed run wrote after its checkpoint
+            if len(rows) != self.state["n_rows"]:
+                raise ValueError(f"{len(rows)} transitions of {self.state['n_rows']}")
+        for i in range(n):
+            own = rows[rows[:, -1] % n == i]
+            self.replay(i, own[own[:, -1] == own[-1:, -1]])
+        self.absorb(rows)
+
+    def reset(self, i: int) -> None:
+        seed = np.random.SeedSequence([self.config.seed, self.numbers[i]]).generate_state(1)[0] // 2
+        self.observations[i], self.played[i] = self.flat(self.envs.envs[i].reset(seed=int(seed))[0]), (0, 0, np.nan)
+
+    def flat(self, observation: Any) -> np.ndarray:
+        batch = gym.vector.utils.concatenate(self.envs.single_observation_space, [observation], self.one)
+        return flatten(batch, self.envs.single_observation_space)[0]
+
+    def play(self, i: int, action: np.ndarray) -> np.ndarray:
+        """A step of environment i with an action [A] in its units: the row."""
+        observation, space = self.observations[i].copy(), self.envs.single_action_space
+        with blame(f"the environment {self.envs.spec.id} failed"):
+            step = self.envs.envs[i].step(action.reshape(space.shape).astype(space.dtype))
+        next_observation, reward, terminal, timeout, info = step
+        success = np.fmax.reduce([float(info.get(x, np.nan)) for x in ("success", "is_success", "goal_achieved")])
+        self.played[i] = self.played[i, 0] + reward, self.played[i, 1] + 1, np.fmax(self.played[i, 2], success)
+        self.observations[i] = self.flat(next_observation)
+        end = (reward, terminal, timeout and not terminal, self.numbers[i])
+        return np.concatenate([observation, action, self.observations[i], end]).astype(np.float32)
+
+    def replay(self, i: int, rows: np.ndarray) -> None:
+        """Brings environment i to where it stood: into the episode of these rows, or to the start of the next one."""
+        if len(rows):
+            self.numbers[i] = int(rows[-1, -1]) + len(self.numbers) * bool(rows[-1, -3:-1].any())
+        self.reset(i)
+        for row in rows[rows[:, -1] == self.numbers[i]]:
+            if not np.array_equal(self.play(i, row[self.places[0] : self.places[1]]), row):
+                print(f"warning: an episode in {self.path} plays otherwise now, and is dropped", file=sys.stderr)
+                self.numbers[i] += len(self.numbers)
+                return self.reset(i)
+
+    def step(self) -> int:
+        """A step of every environment. Returns how many updates are due."""
+        config, started, rows = self.config, time.perf_counter(), []
+        warming_up = self.state["n_rows"] < config.warmup_steps
+        uniform = warming_up and config.offline_iterations == 0 and not config.load_model
+        actions = self.low + (self.agent.explore(self.observations, uniform) + 1) / 2 * (self.high - self.low)
+        for i, action in enumerate(actions[: config.online_iterations - self.state["n_rows"]]):
+            rows.append(self.play(i, action.clip(self.low, self.high)))
+            if rows[-1][-3:-1].any():
+                self.state["n_finished"] += 1
+                self.state["finished"].append(self.played[i].tolist())
+                score = self.task.score(self.played[i, :1])["d4rl_normalized_score"]
+                self.state["regret"] += float(1 - (self.played[i, 2] if score is None else score / 100))
+                self.numbers[i] += len(self.numbers)
+                self.reset(i)
+        with blame(f"{self.path} cannot be written"):
+            self.file.write(np.stack(rows).tobytes())
+        self.state["n_rows"] += len(rows)
+        self.absorb(np.stack(rows))
+        self.seconds += time.perf_counter() - started
+        return 0 if warming_up or not self.buffer.counts.any() else len(rows) * config.utd_ratio
+
+    def absorb(self, rows: np.ndarray) -> None:
+        """Rows [n, width] in the order of time go to the buffer; to calibrate, once their episode is over."""
+        if self.config.calibrate:
+            over, rows = rows[:, -3:-1].any(), np.concatenate([self.pending, rows])
+            if not over:
+                self.pending = rows
+                return
+            ends = {row[-1]: i for i, row in enumerate(rows) if row[-3:-1].any()}  # number of an episode -> its end
+            order = np.array([ends.get(number, len(rows)) for number in rows[:, -1]])
+            self.pending = rows[(order == len(rows)) & np.isin(rows[:, -1], self.numbers)]
+            rows = rows[np.argsort(order, kind="stable")][: np.count_nonzero(order < len(rows))]
+        observations, actions, next_observations, rest = np.split(rows, self.places, axis=1)
+        data = {"rewards": self.task.training_rewards(rest[:, 0]), "terminals": rest[:, 1] > 0}
+        data["returns"] = np.zeros(len(rows))
+        if self.config.calibrate:
+            data["returns"] = calibration_returns(data, rest[:, 3].astype(int), self.failure, self.config)
+        data["observations"] = (observations - self.mean) / self.std
+        data["next_observations"] = (next_observations - self.mean) / self.std
+        data["actions"] = ((actions - self.low) * 2 / (self.high - self.low) - 1).clip(-1, 1)
+        self.buffer.add(data)
+
+    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of the episodes since the last row, and regrets: of all online episodes, and of the online ones of `rows`."""
+        finished = np.array(self.state["finished"]).reshape(-1, 3)
+        means = finished.mean(axis=0) if len(finished) else 3 * [np.nan]
+        result = dict(zip(("online_return", "online_length", "online_success"), means))
+        result["train_regret"] = self.state["regret"] / self.state["n_finished"] if self.state["n_finished"] else np.nan
+        rows = [row for row in rows if row["step"] >= self.config.offline_iterations]
+        scores = [
+            x["eval_success"] if x["d4rl_normalized_score"] is None else x["d4rl_normalized_score"] / 100 for x in rows
+        ]
+        result["eval_regret"] = np.mean([1 - x for x in scores if x is not None] or np.nan)
+        return {name: None if np.isnan(x) else float(x) for name, x in result.items()}
+
+    def sync(self) -> dict[str, Any]:
+        """Puts the file on the disk. Returns what a checkpoint holds."""
+        with blame(f"{self.path} cannot be written"):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return self.state
+
+
+def main(config_class: type, train: Callable) -> None:
+    """The program: an error is a line and an exit status; signals are handed to `train`, which saves and ends."""
+    signals = []
+
+    def receive(number: int, _: Any) -> None:
+        if signals:
+            raise SystemExit(128 + number)  # the second one does not wait
+        signals.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, receive)
+    try:
+        train(parse_arguments(config_class), stop=signals)
+    except (DataError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join((str(error) or repr(error)).split())}", file=sys.stderr)
+        sys.exit(getattr(error, "status", 1))
+
+
+def no_data(config: TrainConfig) -> dict[str, np.ndarray]:
+    """For --env none: a transition of zeros that has the sizes of eval_env. Raises ConfigError."""
+    if config.eval_env in (None, "none") or config.normalize or config.offline_iterations or config.normalize_reward:
+        needed = "--eval_env <id> --offline_iterations 0 --normalize False --normalize_reward False"
+        raise ConfigError(f"--env none learns online alone, and needs {needed}")
+    envs = make_environments(config, 1, config.eval_env)
+    observation = flatten(envs.observation_space.sample(), envs.single_observation_space)
+    action = action_bounds(envs.single_action_space, config.eval_env)["action_low"]
+    zeros = dict.fromkeys(COLUMNS, np.zeros(1)) | {"actions": np.zeros((1, action.size))}
+    return zeros | dict.fromkeys(("observations", "next_observations"), np.zeros_like(observation))
+
+
+def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any = ()) -> dict[str, Any]:
+    """Trains on `data` (what load_dataset returns; by default that of config.env), then online, evaluates, and returns
+    the last row of metrics.csv. A run folder that holds part of the run is continued.
+
+    Raises ConfigError and DataError, and SystemExit(128 + signal), with everything saved, once `stop` holds a signal.
+    """
+    run = Run(config, config.offline_iterations + config.online_iterations)
+    if run.rows and run.last_step >= run.n_steps:
+        print(f"{run.path} is complete: {describe(run.rows[-1])}")
+        return run.rows[-1]
+    if config.env == "none":
+        data = no_data(config)
+    data = load_dataset(config.env) if data is None else dict(data)
+    task = Task(config, data)
+    if config.online_iterations and not task.envs:
+        raise ConfigError(f"--online_iterations {config.online_iterations} needs an environment; --eval_env takes one")
+    if (config.mixing_ratio >= 0 or config.is_sparse_reward) and not config.calibrate:
+        print("mixing_ratio and is_sparse_reward are options of Cal-QL; this run is CQL without --calibrate True")
+    data, holdout, scaling = prepare_data(config, data, task, run.start)
+    failure_reward = min(0.0, data["rewards"].min()) if config.failure_reward is None else config.failure_reward
+    if config.env == "none":
+        data = {key: column[:0] for key, column in data.items()}
+    room = min(config.online_iterations, config.buffer_size - len(data["rewards"]))
+    if config.online_iterations and room < 1:
+        raise ConfigError(
+            f"--buffer_size {config.buffer_size} leaves no room beside {len(data['rewards'])} transitions"
+        )
+    for part in (data, holdout):
+        part["returns"] = np.zeros_like(part["rewards"])
+        if config.calibrate and len(part["rewards"]):
+            part["returns"] = calibration_returns(part, episodes(part)[0], failure_reward, config)
+    torch.manual_seed(config.seed)
+    agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
+    buffer = ReplayBuffer(data, config.device, room, config.mixing_ratio)
+    holdout = ReplayBuffer(holdout, config.device)
+    # The holdout metrics are over the same ten minibatches at each evaluation, or less.
+    holdout = holdout.rows(np.random.default_rng(config.seed).permutation(holdout.size)[: 10 * config.batch_size])
+    means = total, recent = RunningMean(), RunningMean()  # since the last row, and since the last W&B record
+    if run.start:
+        run.restore(agent, means)
+    agent.actor.load_state_dict(scaling, strict=False)
+    collector = Collector(config, task, agent, buffer, run, failure_reward)
+    run.begin(agent, task)
+    learn(run, task, agent, buffer, holdout, collector, means, stop)
+    print(f"{describe(run.rows[-1])} after {run.n_steps:,} steps, in {run.path}")
+    return run.rows[-1]
+
+
+def learn(
+    run: Run, task: Task, agent: CQL, buffer: ReplayBuffer, holdout: Batch, collector: Collector,
+    means: tuple[RunningMean, ...], stop: Any,
+) -> None:  # fmt: skip
+    """The two phases: an offline step is an update, an online one a transition and utd_ratio updates."""
+    config, (total, recent), last = run.config, means, run.n_steps
+    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
+    progress = tqdm(total=last, unit="step", disable=None)
+    try:
+        agent.online = agent.n_updates >= config.offline_iterations
+        advance = updater(config, agent, buffer, *means)
+        begun = logged = None
+        while True:
+            online = agent.n_updates >= config.offline_iterations
+            step = config.offline_iterations + collector.state["n_rows"] if online else agent.n_updates
+            if begun is None:
+                begun = since = step, agent.n_updates, time.perf_counter()
+                logged = step
+            progress.update(step - progress.n)
+            before = run.rows[-1]["step"] if run.rows else -1
+            due = step // config.eval_freq > max(before, 0) // config.eval_freq
+            due |= step in (config.offline_iterations, last)
+            if due and step > before and not stop:
+                averages = task.check(total.read(), agent)  # waits for the device
+                seconds = time.perf_counter() - since[2] - collector.seconds
+                row = {"step": step} | task.evaluate(agent, holdout, stop)
+                row |= {"updates_per_second": (agent.n_updates - since[1]) / seconds}
+                row |= collector.metrics([*run.rows, row])
+                row["env_steps_per_second"] = (step - since[0]) / collector.seconds if collector.seconds else None
+                if not stop:  # else the evaluation was cut short, and is made when the run goes on
+                    run.rows.append(task.check(row, agent) | averages)
+                    run.log(row | recent.read(), step)
+                    progress.set_postfix_str(describe(run.rows[-1]))
+                    progress.write(
+                        f"step {step:,}: {describe(run.rows[-1])}, {row['updates_per_second']:.0f} updates/s"
+                    )
+                    for mean in means:
+                        mean.reset()
+                    collector.seconds, collector.state["finished"] = 0.0, []
+                    run.save(agent, means, online=collector.sync())
+                    since, logged = (step, agent.n_updates, time.perf_counter()), step
+            elif step // config.log_interval > logged // config.log_interval:
+                run.log(task.check(recent.read(), agent), step)
+                recent.reset()
+                logged = step
+            if progress.disable and begun and step >= begun[0] + 100:
+                rate = (step - begun[0]) / (time.perf_counter() - begun[2])
+                left = tqdm.format_interval((last - step) / rate)
+                print(f"step {step:,}: {rate:.0f} steps/s, the end in about {left}", flush=True)
+                begun = ()
+            if stop:
+                task.check(total.read(), agent)  # no checkpoint of a run that diverged
+                run.save(agent, means, online=collector.sync())
+                progress.write(f"signal {stop[0]} at step {step:,}: saved in {run.path}")
+                raise SystemExit(128 + stop[0])
+            if step >= last:
+                return
+            if online and not agent.online:
+                agent.online = True
+                advance = updater(config, agent, buffer, *means)  # with what changes online
+            if online:
+                left = collector.step()
+                while left:
+                    left -= advance(left)
+            else:
+                ends = (
+                    config.offline_iterations,
+                    *(step + n - step % n for n in (config.eval_freq, config.log_interval)),
+                )
+                advance(min(ends) - step)
+    finally:
+        torch.set_flush_denormal(False)
+        progress.close()
+        run.end(stop)
+        for envs in (task.envs, collector.envs):
+            if envs:
+                envs.close()
+
+
+if __name__ == "__main__":
+    main(TrainConfig, train)
