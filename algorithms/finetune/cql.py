@@ -1,19 +1,14 @@
-"""Conservative Q-Learning (CQL), offline and then online, for continuous actions: the critics of offline/cql.py are
-trained on a dataset, and go on with what the policy meets in the environment. With --calibrate True it is Cal-QL:
-values are pushed down no further than the returns in the data, so that going online does not unlearn the policy.
-CQL: https://arxiv.org/abs/2006.04779; Cal-QL: https://arxiv.org/abs/2303.05479.
+"""Conservative Q-Learning (CQL), offline and then online, for continuous actions: offline/cql.py, whose critics go on
+with what the policy meets in the environment. With --calibrate True it is Cal-QL: values are pushed down no further
+than returns, so that going online does not unlearn the policy. Cal-QL: https://arxiv.org/abs/2303.05479.
 
     python algorithms/finetune/cql.py --config_path configs/finetune/cal_ql/lunarlander-continuous/medium.yaml
 
-RESULT
+Differs from the papers as offline/cql.py does, and
+1. the return of an episode that was cut short goes on with the smallest reward for ever, so that no bound is too high;
+2. calibration stays on online, data are never overwritten, and of the online transitions the oldest make way.
 
-Differs from the papers
-1. As offline/cql.py does: the TD loss without 1/2, no constant log(3N), all losses at the same parameters.
-2. The return of an episode that was cut short goes on with the smallest reward for ever: no bound is too high.
-3. Calibration stays on online. Data are never overwritten; of the online transitions the oldest make way.
-
-Known failures: without mixing, a large dataset outnumbers what is met online, and learning is slow at first.
-docs/finetune_cql.md explains each option and metric, and has the results.
+Known failures: without mixing, a large dataset outnumbers what is met online. docs/finetune_cql.md has the rest.
 """
 
 import contextlib
@@ -69,12 +64,10 @@ class TrainConfig:
     log_interval: int = 1000  # steps between two W&B records
     compile: Optional[bool] = None  # torch.compile the losses, and replay CUDA graphs; None: on a GPU only
     precision: str = "float32"  # float32, tf32 (NVIDIA GPUs), or bfloat16: of the critics' matrix products
-
     n_online_envs: int = 1  # environments side by side online; each step of theirs is one of online_iterations
     utd_ratio: int = 1  # updates a step in the environment
     warmup_steps: int = 0  # first online steps without updates; with uniform actions where nothing was learned before
     mixing_ratio: float = -1.0  # share of the dataset in an online minibatch; -1: uniform over all transitions
-
     buffer_size: int = 2_000_000  # most transitions that are kept; memory follows the data and online_iterations
     batch_size: int = 256  # transitions a minibatch
     normalize: bool = True  # shift and scale observations by the data's mean and standard deviation
@@ -83,13 +76,11 @@ class TrainConfig:
     reward_bias: float = 0.0  # added to scaled rewards (only with normalize_reward)
     reward_clip: float = math.inf  # training rewards are clipped to [-reward_clip, reward_clip]
     holdout_fraction: float = 0.0  # share of episodes kept from training, for the holdout metrics
-
     hidden_dim: int = 256  # width of hidden layers
     policy_n_hidden_layers: int = 3  # hidden layers of the actor
     q_n_hidden_layers: int = 2  # hidden layers of each critic
     orthogonal_init: bool = True  # orthogonal initialisation of all networks
     policy_log_std_multiplier: float = 1.0  # initial factor on the actor's log standard deviation (learned)
-
     discount: float = 0.99  # discount factor
     policy_lr: float = 3e-5  # learning rate of the actor and the entropy coefficient
     qf_lr: float = 3e-4  # learning rate of the critics and alpha_prime
@@ -103,7 +94,6 @@ class TrainConfig:
     calibrate: bool = False  # Cal-QL: the penalty bounds policy actions' values from below by the data's returns
     failure_reward: Optional[float] = None  # of each step that follows a time-out; None: the smallest of the data, or 0
     is_sparse_reward: bool = False  # an episode of failure_reward alone counts as going on like that for ever
-
     cql_alpha: float = 10.0  # weight of the penalty; 0 is SAC
     cql_alpha_online: float = 10.0  # the same, online
     cql_n_actions: int = 10  # actions sampled from each of the three proposals
@@ -115,7 +105,6 @@ class TrainConfig:
     cql_clip_diff_max: float = math.inf  # upper clip of the gap of each state
     cql_lagrange: bool = False  # tune alpha_prime, a factor on cql_alpha, for a gap of cql_target_action_gap
     cql_target_action_gap: float = -1.0  # gap that the Lagrange multiplier aims at
-
     project: str = "CORL"  # W&B project
     group: str = "CQL-D4RL"  # W&B group
     name: str = "CQL"  # first part of the run's name
@@ -488,6 +477,202 @@ def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
     return {name.format(i + 1): value for i, value in enumerate(values)}
 
 
+# local: room for online transitions, and minibatches of both kinds
+class ReplayBuffer:
+    """All transitions of the data, on the device, and after them the latest `room` ones of the online phase."""
+
+    def __init__(self, data: dict[str, np.ndarray], device: str, room: int = 0, mixing_ratio: float = -1.0):
+        columns = [torch.as_tensor(data[key], dtype=torch.float32) for key in Batch._fields]
+        columns = [torch.cat([x, x.new_zeros(room, *x.shape[1:])]) if room else x for x in columns]
+        self.columns, self.size = [column.to(device) for column in columns], len(data["rewards"])
+        self.room, self.n_added, self.mixing_ratio = room, 0, mixing_ratio
+        # On the device, so that a CUDA graph sees them grow: transitions of the data, and online ones.
+        self.counts = torch.tensor([self.size, 0], dtype=torch.float64, device=device)
+
+    def add(self, data: dict[str, np.ndarray]) -> None:
+        """The oldest online transitions make way; data never do."""
+        places = self.size + (self.n_added + np.arange(len(data["rewards"]))) % self.room
+        for column, key in zip(self.columns, Batch._fields):
+            column[places] = torch.as_tensor(data[key], dtype=torch.float32, device=column.device)
+        self.n_added += len(places)
+        self.counts[1] = min(self.n_added, self.room)
+
+    def rows(self, indices: Any) -> Batch:
+        return Batch(*[column[indices] for column in self.columns])
+
+    def sample(self, batch_size: int) -> Batch:
+        if not self.room:
+            return self.rows(torch.randint(self.size, (batch_size,), device=self.counts.device))
+        uniform, (n_data, n_online) = (
+            torch.rand(batch_size, dtype=torch.float64, device=self.counts.device),
+            self.counts,
+        )
+        indices = uniform * (n_data + n_online)
+        if self.mixing_ratio >= 0 and self.size:
+            from_data = torch.arange(batch_size, device=uniform.device) < round(self.mixing_ratio * batch_size)
+            from_data |= n_online == 0
+            indices = torch.where(from_data, uniform * n_data, n_data + uniform * n_online)
+        return self.rows(indices.long())
+
+
+def calibration_returns(data: dict[str, Any], numbers: np.ndarray, failure_reward: float, config: Any) -> np.ndarray:
+    """Cal-QL's bounds: the discounted sum of the training rewards from each transition to the end of its episode, [T].
+    An episode that was cut short goes on with failure_reward for ever. numbers: of the episodes, [T]."""
+    forever, returns, following, number = failure_reward / max(1 - config.discount, 1e-6), [], 0.0, None
+    for reward, terminal, own in zip(*(x[::-1].tolist() for x in (data["rewards"], data["terminals"], numbers))):
+        if own != number:
+            following, number = 0.0 if terminal else forever, own
+        following = reward + config.discount * following
+        returns.append(following)
+    returns = np.array(returns[::-1], dtype=np.float32)
+    if config.is_sparse_reward:
+        best = np.full(numbers.max() + 1, -np.inf)
+        np.maximum.at(best, numbers, data["rewards"])
+        returns[best[numbers] <= failure_reward + 1e-6] = forever
+    return returns
+
+
+class Collector:
+    """Plays episodes with the learning policy, in environments of its own, and hands their transitions to the buffer.
+
+    Each one is a row of float32 numbers in the file online.bin of the run folder: observation, action in the
+    environment's units, next observation, reward, terminal, time-out, number of the episode. Environment i of n plays
+    the episodes i, i + n, i + 2 n, ..., each from a seed of its own: a resumed run plays the rows of unfinished ones
+    again, and goes on in the same state.
+    """
+
+    def __init__(self, config: Any, task: Any, agent: CQL, buffer: ReplayBuffer, run: Any, failure_reward: float):
+        """Raises DataError."""
+        self.config, self.task, self.agent, self.buffer, self.failure = config, task, agent, buffer, failure_reward
+        names = ("observation_mean", "observation_std", "action_low", "action_high")
+        self.mean, self.std, self.low, self.high = (getattr(agent.actor, name).cpu().numpy() for name in names)
+        self.places = np.cumsum([len(self.mean), len(self.low), len(self.mean)])  # where the parts of a row end
+        self.pending, width, n = (
+            np.empty((0, self.places[-1] + 4), np.float32),
+            self.places[-1] + 4,
+            config.n_online_envs,
+        )
+        self.envs = make_environments(config, n, **task.arguments)
+        self.numbers, self.played = list(range(n)), np.zeros((n, 3))  # episodes, and their return, length and success
+        self.observations = np.zeros((n, len(self.mean)), np.float32)
+        self.one = gym.vector.utils.create_empty_array(self.envs.single_observation_space, 1)
+        self.state = {"n_rows": 0, "n_finished": 0, "regret": 0.0, "finished": []}  # finished since the last row
+        self.state |= run.start["online"] if run.resumed else {}
+        self.path, self.seconds = run.path / "online.bin", 0.0  # of playing, since the last row
+        with blame(f"{self.path} cannot be read or written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "r+b" if self.state["n_rows"] else "w+b")  # noqa: SIM115, open for the whole run
+            rows = np.frombuffer(self.file.read(self.state["n_rows"] * width * 4), np.float32).reshape(-1, width)
+            self.file.truncate()  # what a killed run wrote after its checkpoint
+            if len(rows) != self.state["n_rows"]:
+                raise ValueError(f"{len(rows)} transitions of {self.state['n_rows']}")
+        for i in range(n):
+            own = rows[rows[:, -1] % n == i]
+            self.replay(i, own[own[:, -1] == own[-1:, -1]])
+        self.absorb(rows)
+
+    @property
+    def position(self) -> int:
+        """Steps of the run: updates offline, then transitions."""
+        offline = self.config.offline_iterations
+        return offline + self.state["n_rows"] if self.agent.n_updates >= offline else self.agent.n_updates
+
+    def reset(self, i: int) -> None:
+        seed = np.random.SeedSequence([self.config.seed, self.numbers[i]]).generate_state(1)[0] // 2
+        self.observations[i], self.played[i] = self.flat(self.envs.envs[i].reset(seed=int(seed))[0]), (0, 0, np.nan)
+
+    def flat(self, observation: Any) -> np.ndarray:
+        batch = gym.vector.utils.concatenate(self.envs.single_observation_space, [observation], self.one)
+        return flatten(batch, self.envs.single_observation_space)[0]
+
+    def play(self, i: int, action: np.ndarray) -> np.ndarray:
+        """A step of environment i with an action [A] in its units: the row."""
+        observation, space = self.observations[i].copy(), self.envs.single_action_space
+        with blame(f"the environment {self.envs.spec.id} failed"):
+            step = self.envs.envs[i].step(action.reshape(space.shape).astype(space.dtype))
+        next_observation, reward, terminal, timeout, info = step
+        success = np.fmax.reduce([float(info.get(x, np.nan)) for x in ("success", "is_success", "goal_achieved")])
+        self.played[i] = self.played[i, 0] + reward, self.played[i, 1] + 1, np.fmax(self.played[i, 2], success)
+        self.observations[i] = self.flat(next_observation)
+        end = (reward, terminal, timeout and not terminal, self.numbers[i])
+        return np.concatenate([observation, action, self.observations[i], end]).astype(np.float32)
+
+    def replay(self, i: int, rows: np.ndarray) -> None:
+        """Brings environment i to where it stood: into the episode of these rows, or to the start of the next one."""
+        if len(rows):
+            self.numbers[i] = int(rows[-1, -1]) + len(self.numbers) * bool(rows[-1, -3:-1].any())
+        self.reset(i)
+        for row in rows[rows[:, -1] == self.numbers[i]]:
+            if not np.array_equal(self.play(i, row[self.places[0] : self.places[1]]), row):
+                print(f"warning: an episode in {self.path} plays otherwise now, and is dropped", file=sys.stderr)
+                self.numbers[i] += len(self.numbers)
+                return self.reset(i)
+
+    def step(self) -> int:
+        """A step of every environment. Returns how many updates are due."""
+        config, started, rows = self.config, time.perf_counter(), []
+        warming_up = self.state["n_rows"] < config.warmup_steps
+        uniform = warming_up and config.offline_iterations == 0 and not config.load_model
+        actions = self.low + (self.agent.explore(self.observations, uniform) + 1) / 2 * (self.high - self.low)
+        for i, action in enumerate(actions[: config.online_iterations - self.state["n_rows"]]):
+            rows.append(self.play(i, action.clip(self.low, self.high)))
+            if rows[-1][-3:-1].any():
+                self.state["n_finished"] += 1
+                self.state["finished"].append(self.played[i].tolist())
+                score = self.task.score(self.played[i, :1])["d4rl_normalized_score"]
+                self.state["regret"] += float(1 - (self.played[i, 2] if score is None else score / 100))
+                self.numbers[i] += len(self.numbers)
+                self.reset(i)
+        with blame(f"{self.path} cannot be written"):
+            self.file.write(np.stack(rows).tobytes())
+        self.state["n_rows"] += len(rows)
+        self.absorb(np.stack(rows))
+        self.seconds += time.perf_counter() - started
+        return 0 if warming_up or not self.buffer.counts.any() else len(rows) * config.utd_ratio
+
+    def absorb(self, rows: np.ndarray) -> None:
+        """Rows [n, width] in the order of time go to the buffer; to calibrate, once their episode is over."""
+        if self.config.calibrate:
+            over, rows = rows[:, -3:-1].any(), np.concatenate([self.pending, rows])
+            if not over:
+                self.pending = rows
+                return
+            ends = {row[-1]: i for i, row in enumerate(rows) if row[-3:-1].any()}  # number of an episode -> its end
+            order = np.array([ends.get(number, len(rows)) for number in rows[:, -1]])
+            self.pending = rows[(order == len(rows)) & np.isin(rows[:, -1], self.numbers)]
+            rows = rows[np.argsort(order, kind="stable")][: np.count_nonzero(order < len(rows))]
+        observations, actions, next_observations, rest = np.split(rows, self.places, axis=1)
+        data = {"rewards": self.task.training_rewards(rest[:, 0]), "terminals": rest[:, 1] > 0}
+        data["returns"] = np.zeros(len(rows))
+        if self.config.calibrate:
+            data["returns"] = calibration_returns(data, rest[:, 3].astype(int), self.failure, self.config)
+        data["observations"] = (observations - self.mean) / self.std
+        data["next_observations"] = (next_observations - self.mean) / self.std
+        data["actions"] = ((actions - self.low) * 2 / (self.high - self.low) - 1).clip(-1, 1)
+        self.buffer.add(data)
+
+    def metrics(self, rows: list[dict[str, Any]], n_steps: int) -> dict[str, Any]:
+        """Of the episodes since the last row, and regrets: of all online episodes, and of the online ones of `rows`."""
+        finished = np.array(self.state["finished"]).reshape(-1, 3)
+        means = finished.mean(axis=0) if len(finished) else 3 * [np.nan]
+        result = dict(zip(("online_return", "online_length", "online_success"), means))
+        result["train_regret"] = self.state["regret"] / self.state["n_finished"] if self.state["n_finished"] else np.nan
+        rows = [row for row in rows if row["step"] >= self.config.offline_iterations]
+        scores = [
+            x["eval_success"] if x["d4rl_normalized_score"] is None else x["d4rl_normalized_score"] / 100 for x in rows
+        ]
+        result["eval_regret"] = np.mean([1 - x for x in scores if x is not None] or np.nan)
+        result["env_steps_per_second"] = n_steps / self.seconds if self.seconds else np.nan
+        return {name: None if np.isnan(x) else float(x) for name, x in result.items()}
+
+    def sync(self) -> dict[str, Any]:
+        """Puts the file on the disk. Returns what a checkpoint holds."""
+        with blame(f"{self.path} cannot be written"):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return self.state
+
+
 # Common to all files from here on: configuration, data, evaluation, run folder.
 
 
@@ -698,44 +883,6 @@ def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
     return layers
 
 
-# local: room for online transitions, and minibatches of both kinds
-class ReplayBuffer:
-    """All transitions of the data, on the device, and after them the latest `room` ones of the online phase."""
-
-    def __init__(self, data: dict[str, np.ndarray], device: str, room: int = 0, mixing_ratio: float = -1.0):
-        columns = [torch.as_tensor(data[key], dtype=torch.float32) for key in Batch._fields]
-        columns = [torch.cat([x, x.new_zeros(room, *x.shape[1:])]) if room else x for x in columns]
-        self.columns, self.size = [column.to(device) for column in columns], len(data["rewards"])
-        self.room, self.n_added, self.mixing_ratio = room, 0, mixing_ratio
-        # On the device, so that a CUDA graph sees them grow: transitions of the data, and online ones.
-        self.counts = torch.tensor([self.size, 0], dtype=torch.float64, device=device)
-
-    def add(self, data: dict[str, np.ndarray]) -> None:
-        """The oldest online transitions make way; data never do."""
-        places = self.size + (self.n_added + np.arange(len(data["rewards"]))) % self.room
-        for column, key in zip(self.columns, Batch._fields):
-            column[places] = torch.as_tensor(data[key], dtype=torch.float32, device=column.device)
-        self.n_added += len(places)
-        self.counts[1] = min(self.n_added, self.room)
-
-    def rows(self, indices: Any) -> Batch:
-        return Batch(*[column[indices] for column in self.columns])
-
-    def sample(self, batch_size: int) -> Batch:
-        if not self.room:
-            return self.rows(torch.randint(self.size, (batch_size,), device=self.counts.device))
-        uniform, (n_data, n_online) = (
-            torch.rand(batch_size, dtype=torch.float64, device=self.counts.device),
-            self.counts,
-        )
-        indices = uniform * (n_data + n_online)
-        if self.mixing_ratio >= 0 and self.size:
-            from_data = torch.arange(batch_size, device=uniform.device) < round(self.mixing_ratio * batch_size)
-            from_data |= n_online == 0
-            indices = torch.where(from_data, uniform * n_data, n_data + uniform * n_online)
-        return self.rows(indices.long())
-
-
 class Task:
     """The rewards to train on, and the environments to evaluate in (None without a simulator)."""
 
@@ -925,23 +1072,6 @@ def as_observations(observations: Any, like: Tensor) -> Tensor:
         return torch.tensor(array, device=like.device)
 
 
-def calibration_returns(data: dict[str, Any], numbers: np.ndarray, failure_reward: float, config: Any) -> np.ndarray:
-    """Cal-QL's bounds: the discounted sum of the training rewards from each transition to the end of its episode, [T].
-    An episode that was cut short goes on with failure_reward for ever. numbers: of the episodes, [T]."""
-    forever, returns, following, number = failure_reward / max(1 - config.discount, 1e-6), [], 0.0, None
-    for reward, terminal, own in zip(*(x[::-1].tolist() for x in (data["rewards"], data["terminals"], numbers))):
-        if own != number:
-            following, number = 0.0 if terminal else forever, own
-        following = reward + config.discount * following
-        returns.append(following)
-    returns = np.array(returns[::-1], dtype=np.float32)
-    if config.is_sparse_reward:
-        best = np.full(numbers.max() + 1, -np.inf)
-        np.maximum.at(best, numbers, data["rewards"])
-        returns[best[numbers] <= failure_reward + 1e-6] = forever
-    return returns
-
-
 class RunningMean:
     """Means of metrics, summed on the device so that no update waits for it."""
 
@@ -1063,8 +1193,9 @@ class Run:
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
-        if self.config.keep_policies and 0 < agent.n_updates == self.last_step:
-            save(self.path / f"policy-{agent.n_updates}.pt", policy)
+        kept = self.path / f"policy-{self.last_step}.pt"
+        if self.config.keep_policies and self.rows and not kept.exists():
+            save(kept, policy)
         if self.rows:
             writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
             writer.writeheader()
@@ -1103,140 +1234,6 @@ class Run:
             self.wandb.finish(exit_code=int(self.last_step < self.n_steps))
 
 
-class Collector:
-    """Plays episodes with the learning policy, in environments of its own, and hands their transitions to the buffer.
-
-    Each one is a row of float32 numbers in the file online.bin of the run folder: observation, action in the
-    environment's units, next observation, reward, terminal, time-out, number of the episode. Environment i of n plays
-    the episodes i, i + n, i + 2 n, ..., each from a seed of its own: a resumed run plays the rows of unfinished ones
-    again, and goes on in the same state.
-    """
-
-    def __init__(self, config: Any, task: Task, agent: Any, buffer: ReplayBuffer, run: Run, failure_reward: float):
-        """Raises DataError."""
-        self.config, self.task, self.agent, self.buffer, self.failure = config, task, agent, buffer, failure_reward
-        names = ("observation_mean", "observation_std", "action_low", "action_high")
-        self.mean, self.std, self.low, self.high = (getattr(agent.actor, name).cpu().numpy() for name in names)
-        self.places = np.cumsum([len(self.mean), len(self.low), len(self.mean)])  # where the parts of a row end
-        self.pending, width, n = (
-            np.empty((0, self.places[-1] + 4), np.float32),
-            self.places[-1] + 4,
-            config.n_online_envs,
-        )
-        self.envs = make_environments(config, n, **task.arguments)
-        self.numbers, self.played = list(range(n)), np.zeros((n, 3))  # episodes, and their return, length and success
-        self.observations = np.zeros((n, len(self.mean)), np.float32)
-        self.one = gym.vector.utils.create_empty_array(self.envs.single_observation_space, 1)
-        self.state = {"n_rows": 0, "n_finished": 0, "regret": 0.0, "finished": []}  # finished since the last row
-        self.state |= run.start["online"] if run.resumed else {}
-        self.path, self.seconds = run.path / "online.bin", 0.0
-        with blame(f"{self.path} cannot be read or written"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "r+b" if self.state["n_rows"] else "w+b")  # noqa: SIM115, open for the whole run
-            rows = np.frombuffer(self.file.read(self.state["n_rows"] * width * 4), np.float32).reshape(-1, width)
-            self.file.truncate()  # what a killed run wrote after its checkpoint
-            if len(rows) != self.state["n_rows"]:
-                raise ValueError(f"{len(rows)} transitions of {self.state['n_rows']}")
-        for i in range(n):
-            own = rows[rows[:, -1] % n == i]
-            self.replay(i, own[own[:, -1] == own[-1:, -1]])
-        self.absorb(rows)
-
-    def reset(self, i: int) -> None:
-        seed = np.random.SeedSequence([self.config.seed, self.numbers[i]]).generate_state(1)[0] // 2
-        self.observations[i], self.played[i] = self.flat(self.envs.envs[i].reset(seed=int(seed))[0]), (0, 0, np.nan)
-
-    def flat(self, observation: Any) -> np.ndarray:
-        batch = gym.vector.utils.concatenate(self.envs.single_observation_space, [observation], self.one)
-        return flatten(batch, self.envs.single_observation_space)[0]
-
-    def play(self, i: int, action: np.ndarray) -> np.ndarray:
-        """A step of environment i with an action [A] in its units: the row."""
-        observation, space = self.observations[i].copy(), self.envs.single_action_space
-        with blame(f"the environment {self.envs.spec.id} failed"):
-            step = self.envs.envs[i].step(action.reshape(space.shape).astype(space.dtype))
-        next_observation, reward, terminal, timeout, info = step
-        success = np.fmax.reduce([float(info.get(x, np.nan)) for x in ("success", "is_success", "goal_achieved")])
-        self.played[i] = self.played[i, 0] + reward, self.played[i, 1] + 1, np.fmax(self.played[i, 2], success)
-        self.observations[i] = self.flat(next_observation)
-        end = (reward, terminal, timeout and not terminal, self.numbers[i])
-        return np.concatenate([observation, action, self.observations[i], end]).astype(np.float32)
-
-    def replay(self, i: int, rows: np.ndarray) -> None:
-        """Brings environment i to where it stood: into the episode of these rows, or to the start of the next one."""
-        if len(rows):
-            self.numbers[i] = int(rows[-1, -1]) + len(self.numbers) * bool(rows[-1, -3:-1].any())
-        self.reset(i)
-        for row in rows[rows[:, -1] == self.numbers[i]]:
-            if not np.array_equal(self.play(i, row[self.places[0] : self.places[1]]), row):
-                print(f"warning: an episode in {self.path} plays otherwise now, and is dropped", file=sys.stderr)
-                self.numbers[i] += len(self.numbers)
-                return self.reset(i)
-
-    def step(self) -> int:
-        """A step of every environment. Returns how many updates are due."""
-        config, started, rows = self.config, time.perf_counter(), []
-        warming_up = self.state["n_rows"] < config.warmup_steps
-        uniform = warming_up and config.offline_iterations == 0 and not config.load_model
-        actions = self.low + (self.agent.explore(self.observations, uniform) + 1) / 2 * (self.high - self.low)
-        for i, action in enumerate(actions[: config.online_iterations - self.state["n_rows"]]):
-            rows.append(self.play(i, action.clip(self.low, self.high)))
-            if rows[-1][-3:-1].any():
-                self.state["n_finished"] += 1
-                self.state["finished"].append(self.played[i].tolist())
-                score = self.task.score(self.played[i, :1])["d4rl_normalized_score"]
-                self.state["regret"] += float(1 - (self.played[i, 2] if score is None else score / 100))
-                self.numbers[i] += len(self.numbers)
-                self.reset(i)
-        with blame(f"{self.path} cannot be written"):
-            self.file.write(np.stack(rows).tobytes())
-        self.state["n_rows"] += len(rows)
-        self.absorb(np.stack(rows))
-        self.seconds += time.perf_counter() - started
-        return 0 if warming_up or not self.buffer.counts.any() else len(rows) * config.utd_ratio
-
-    def absorb(self, rows: np.ndarray) -> None:
-        """Rows [n, width] in the order of time go to the buffer; to calibrate, once their episode is over."""
-        if self.config.calibrate:
-            over, rows = rows[:, -3:-1].any(), np.concatenate([self.pending, rows])
-            if not over:
-                self.pending = rows
-                return
-            ends = {row[-1]: i for i, row in enumerate(rows) if row[-3:-1].any()}  # number of an episode -> its end
-            order = np.array([ends.get(number, len(rows)) for number in rows[:, -1]])
-            self.pending = rows[(order == len(rows)) & np.isin(rows[:, -1], self.numbers)]
-            rows = rows[np.argsort(order, kind="stable")][: np.count_nonzero(order < len(rows))]
-        observations, actions, next_observations, rest = np.split(rows, self.places, axis=1)
-        data = {"rewards": self.task.training_rewards(rest[:, 0]), "terminals": rest[:, 1] > 0}
-        data["returns"] = np.zeros(len(rows))
-        if self.config.calibrate:
-            data["returns"] = calibration_returns(data, rest[:, 3].astype(int), self.failure, self.config)
-        data["observations"] = (observations - self.mean) / self.std
-        data["next_observations"] = (next_observations - self.mean) / self.std
-        data["actions"] = ((actions - self.low) * 2 / (self.high - self.low) - 1).clip(-1, 1)
-        self.buffer.add(data)
-
-    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Of the episodes since the last row, and regrets: of all online episodes, and of the online ones of `rows`."""
-        finished = np.array(self.state["finished"]).reshape(-1, 3)
-        means = finished.mean(axis=0) if len(finished) else 3 * [np.nan]
-        result = dict(zip(("online_return", "online_length", "online_success"), means))
-        result["train_regret"] = self.state["regret"] / self.state["n_finished"] if self.state["n_finished"] else np.nan
-        rows = [row for row in rows if row["step"] >= self.config.offline_iterations]
-        scores = [
-            x["eval_success"] if x["d4rl_normalized_score"] is None else x["d4rl_normalized_score"] / 100 for x in rows
-        ]
-        result["eval_regret"] = np.mean([1 - x for x in scores if x is not None] or np.nan)
-        return {name: None if np.isnan(x) else float(x) for name, x in result.items()}
-
-    def sync(self) -> dict[str, Any]:
-        """Puts the file on the disk. Returns what a checkpoint holds."""
-        with blame(f"{self.path} cannot be written"):
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        return self.state
-
-
 def main(config_class: type, train: Callable) -> None:
     """The program: an error is a line and an exit status; signals are handed to `train`, which saves and ends."""
     signals = []
@@ -1255,40 +1252,32 @@ def main(config_class: type, train: Callable) -> None:
         sys.exit(getattr(error, "status", 1))
 
 
-def no_data(config: TrainConfig) -> dict[str, np.ndarray]:
-    """For --env none: a transition of zeros that has the sizes of eval_env. Raises ConfigError."""
-    if config.eval_env in (None, "none") or config.normalize or config.offline_iterations or config.normalize_reward:
-        needed = "--eval_env <id> --offline_iterations 0 --normalize False --normalize_reward False"
+def prepare(config: TrainConfig, data: Any, run: Run) -> tuple[Task, CQL, ReplayBuffer, Batch, dict, float]:
+    """What a run works with: also the held-out rows, the scaling, and what follows a time-out in Cal-QL's returns.
+    Raises ConfigError and DataError."""
+    alone = config.env == "none"
+    if alone and (config.eval_env in (None, "none") or config.normalize or config.offline_iterations):
+        needed = "--eval_env <id> --offline_iterations 0 --normalize False"
         raise ConfigError(f"--env none learns online alone, and needs {needed}")
-    envs = make_environments(config, 1, config.eval_env)
-    observation = flatten(envs.observation_space.sample(), envs.single_observation_space)
-    action = action_bounds(envs.single_action_space, config.eval_env)["action_low"]
-    zeros = dict.fromkeys(COLUMNS, np.zeros(1)) | {"actions": np.zeros((1, action.size))}
-    return zeros | dict.fromkeys(("observations", "next_observations"), np.zeros_like(observation))
-
-
-def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any = ()) -> dict[str, Any]:
-    """Trains on `data` (what load_dataset returns; by default that of config.env), then online, evaluates, and returns
-    the last row of metrics.csv. A run folder that holds part of the run is continued.
-
-    Raises ConfigError and DataError, and SystemExit(128 + signal), with everything saved, once `stop` holds a signal.
-    """
-    run = Run(config, config.offline_iterations + config.online_iterations)
-    if run.rows and run.last_step >= run.n_steps:
-        print(f"{run.path} is complete: {describe(run.rows[-1])}")
-        return run.rows[-1]
-    if config.env == "none":
-        data = no_data(config)
+    if alone:  # a transition of zeros stands for the data, for the sizes
+        envs = make_environments(config, 1, config.eval_env)
+        zeros = np.zeros_like(flatten(envs.observation_space.sample(), envs.single_observation_space))
+        actions = np.zeros((1, action_bounds(envs.single_action_space, config.eval_env)["action_low"].size))
+        data = dict.fromkeys(COLUMNS, np.zeros(1)) | {
+            "observations": zeros,
+            "next_observations": zeros,
+            "actions": actions,
+        }
     data = load_dataset(config.env) if data is None else dict(data)
     task = Task(config, data)
     if config.online_iterations and not task.envs:
         raise ConfigError(f"--online_iterations {config.online_iterations} needs an environment; --eval_env takes one")
     if (config.mixing_ratio >= 0 or config.is_sparse_reward) and not config.calibrate:
         print("mixing_ratio and is_sparse_reward are options of Cal-QL; this run is CQL without --calibrate True")
-    data, holdout, scaling = prepare_data(config, data, task, run.start)
+    with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
+        data, holdout, scaling = prepare_data(config, data, task, run.start)
     failure_reward = min(0.0, data["rewards"].min()) if config.failure_reward is None else config.failure_reward
-    if config.env == "none":
-        data = {key: column[:0] for key, column in data.items()}
+    data = {key: column[:0] if alone else column for key, column in data.items()}
     room = min(config.online_iterations, config.buffer_size - len(data["rewards"]))
     if config.online_iterations and room < 1:
         raise ConfigError(
@@ -1304,53 +1293,47 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
     holdout = ReplayBuffer(holdout, config.device)
     # The holdout metrics are over the same ten minibatches at each evaluation, or less.
     holdout = holdout.rows(np.random.default_rng(config.seed).permutation(holdout.size)[: 10 * config.batch_size])
+    return task, agent, buffer, holdout, scaling, failure_reward
+
+
+def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any = ()) -> dict[str, Any]:
+    """Trains on `data` (what load_dataset returns; by default that of config.env), then online, evaluates, and returns
+    the last row of metrics.csv. A run folder that holds part of the run is continued. An offline step is an update, an
+    online one a transition, with utd_ratio updates.
+
+    Raises ConfigError and DataError, and SystemExit(128 + signal), with everything saved, once `stop` holds a signal.
+    """
+    run = Run(config, config.offline_iterations + config.online_iterations)
+    if run.rows and run.last_step >= run.n_steps:
+        print(f"{run.path} is complete: {describe(run.rows[-1])}")
+        return run.rows[-1]
+    task, agent, buffer, holdout, scaling, failure_reward = prepare(config, data, run)
     means = total, recent = RunningMean(), RunningMean()  # since the last row, and since the last W&B record
     if run.start:
         run.restore(agent, means)
     agent.actor.load_state_dict(scaling, strict=False)
     collector = Collector(config, task, agent, buffer, run, failure_reward)
     run.begin(agent, task)
-    learn(run, task, agent, buffer, holdout, collector, means, stop)
-    print(f"{describe(run.rows[-1])} after {run.n_steps:,} steps, in {run.path}")
-    return run.rows[-1]
-
-
-def learn(
-    run: Run, task: Task, agent: CQL, buffer: ReplayBuffer, holdout: Batch, collector: Collector,
-    means: tuple[RunningMean, ...], stop: Any,
-) -> None:  # fmt: skip
-    """The two phases: an offline step is an update, an online one a transition and utd_ratio updates."""
-    config, (total, recent), last = run.config, means, run.n_steps
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
-    progress = tqdm(total=last, unit="step", disable=None)
+    progress = tqdm(total=run.n_steps, unit="step", disable=None)
     try:
         agent.online = agent.n_updates >= config.offline_iterations
-        advance = updater(config, agent, buffer, *means)
-        begun = logged = None
+        advance, logged = updater(config, agent, buffer, *means), collector.position
+        begun = since = logged, agent.n_updates, time.perf_counter()
         while True:
-            online = agent.n_updates >= config.offline_iterations
-            step = config.offline_iterations + collector.state["n_rows"] if online else agent.n_updates
-            if begun is None:
-                begun = since = step, agent.n_updates, time.perf_counter()
-                logged = step
+            step = collector.position
             progress.update(step - progress.n)
-            before = run.rows[-1]["step"] if run.rows else -1
-            due = step // config.eval_freq > max(before, 0) // config.eval_freq
-            due |= step in (config.offline_iterations, last)
-            if due and step > before and not stop:
+            due = step in (config.offline_iterations, run.n_steps) and not (run.rows and step == run.last_step)
+            if (due or step // config.eval_freq > run.last_step // config.eval_freq) and not stop:
                 averages = task.check(total.read(), agent)  # waits for the device
-                seconds = time.perf_counter() - since[2] - collector.seconds
-                row = {"step": step} | task.evaluate(agent, holdout, stop)
-                row |= {"updates_per_second": (agent.n_updates - since[1]) / seconds}
-                row |= collector.metrics([*run.rows, row])
-                row["env_steps_per_second"] = (step - since[0]) / collector.seconds if collector.seconds else None
+                speed = (agent.n_updates - since[1]) / (time.perf_counter() - since[2] - collector.seconds)
+                row = {"step": step} | task.evaluate(agent, holdout, stop) | {"updates_per_second": speed}
+                row |= collector.metrics([*run.rows, row], step - since[0])
                 if not stop:  # else the evaluation was cut short, and is made when the run goes on
                     run.rows.append(task.check(row, agent) | averages)
                     run.log(row | recent.read(), step)
                     progress.set_postfix_str(describe(run.rows[-1]))
-                    progress.write(
-                        f"step {step:,}: {describe(run.rows[-1])}, {row['updates_per_second']:.0f} updates/s"
-                    )
+                    progress.write(f"step {step:,}: {describe(run.rows[-1])}, {speed:.0f} updates/s")
                     for mean in means:
                         mean.reset()
                     collector.seconds, collector.state["finished"] = 0.0, []
@@ -1360,38 +1343,37 @@ def learn(
                 run.log(task.check(recent.read(), agent), step)
                 recent.reset()
                 logged = step
-            if progress.disable and begun and step >= begun[0] + 100:
+            if progress.disable and begun[0] + 100 <= step:
                 rate = (step - begun[0]) / (time.perf_counter() - begun[2])
-                left = tqdm.format_interval((last - step) / rate)
+                left = tqdm.format_interval((run.n_steps - step) / rate)
                 print(f"step {step:,}: {rate:.0f} steps/s, the end in about {left}", flush=True)
-                begun = ()
+                begun = (math.inf, 0, 0)  # said once
             if stop:
                 task.check(total.read(), agent)  # no checkpoint of a run that diverged
                 run.save(agent, means, online=collector.sync())
                 progress.write(f"signal {stop[0]} at step {step:,}: saved in {run.path}")
                 raise SystemExit(128 + stop[0])
-            if step >= last:
-                return
-            if online and not agent.online:
+            if step >= run.n_steps:
+                break
+            if step < config.offline_iterations:
+                ends = (step + n - step % n for n in (config.eval_freq, config.log_interval))
+                advance(min(config.offline_iterations, *ends) - step)
+                continue
+            if not agent.online:
                 agent.online = True
-                advance = updater(config, agent, buffer, *means)  # with what changes online
-            if online:
-                left = collector.step()
-                while left:
-                    left -= advance(left)
-            else:
-                ends = (
-                    config.offline_iterations,
-                    *(step + n - step % n for n in (config.eval_freq, config.log_interval)),
-                )
-                advance(min(ends) - step)
+                advance = updater(config, agent, buffer, *means)  # with the losses of the online phase
+                since = step, agent.n_updates, time.perf_counter()
+            left = collector.step()
+            while left:
+                left -= advance(left)
     finally:
         torch.set_flush_denormal(False)
         progress.close()
         run.end(stop)
-        for envs in (task.envs, collector.envs):
-            if envs:
-                envs.close()
+        for envs in filter(None, (task.envs, collector.envs)):
+            envs.close()
+    print(f"{describe(run.rows[-1])} after {run.n_steps:,} steps, in {run.path}")
+    return run.rows[-1]
 
 
 if __name__ == "__main__":

@@ -987,8 +987,9 @@ class Run:
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
-        if self.config.keep_policies and 0 < agent.n_updates == self.last_step:
-            save(self.path / f"policy-{agent.n_updates}.pt", policy)
+        kept = self.path / f"policy-{self.last_step}.pt"
+        if self.config.keep_policies and self.rows and not kept.exists():
+            save(kept, policy)
         if self.rows:
             writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
             writer.writeheader()
