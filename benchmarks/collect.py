@@ -1,7 +1,9 @@
-"""Record a Minari dataset with random actions, Gymnasium's own LunarLander controller, or the policy.pt of a run.
+"""Record a Minari dataset with random actions, Gymnasium's own LunarLander controller, or the policy.pt of a run; or
+make one of what a run of finetune/cql.py met online, from its first random actions on (D4RL's "replay" sets).
 
     python benchmarks/collect.py --env LunarLanderContinuous-v3 --policy heuristic --noise 0.9 --steps 100000 \
         --id lunarlander-continuous/medium-v0
+    python benchmarks/collect.py --replay runs/sac --steps 50000 --id lunarlander-continuous/replay-v0
 
 It goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets), lossless and with exactly --steps steps: the last episode
 is cut there and marked truncated. Exit status: 0 stored, 1 cannot be done, 2 a bad value on the command line; an error
@@ -206,12 +208,64 @@ def store(dataset_id, buffers, root, added=None, **metadata):
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def replayed_environment(folder):
+    """The Gymnasium id that a run of finetune/cql.py was given. Exits where it was the dataset's own."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from algorithms.finetune import cql
+
+    try:
+        env_id = cql.load(Path(folder, "checkpoint.pt"), "cpu", "config", "online")["config"]["eval_env"]
+    except cql.DataError as error:
+        fail(1, f"--replay takes a run folder of finetune/cql.py: {error}")
+    return env_id or fail(2, f"--replay {folder} acted in its dataset's environment: give it as --env")
+
+
+def read_replay(folder, n_steps, env):
+    """What a run of finetune/cql.py met in its first n_steps online steps (see its Collector), as EpisodeBuffers in the
+    order of their starts, and the returns of those that are complete."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from algorithms.finetune import cql
+
+    state, space = cql.load(Path(folder, "checkpoint.pt"), "cpu", "config", "online", "policy"), env.observation_space
+    size, action_size = state["policy"]["sizes"][:2]
+    if not isinstance(space, gym.spaces.Box) or math.prod(space.shape) != size:
+        raise ValueError(f"{folder} has observations of {size} numbers, {env.spec.id} {space}")
+    if math.prod(env.action_space.shape) != action_size:
+        raise ValueError(f"{folder} has actions of {action_size} numbers, {env.spec.id} {env.action_space}")
+    rows = np.fromfile(Path(folder, "online.bin"), np.float32).reshape(-1, 2 * size + action_size + 4)
+    if n_steps > state["online"]["n_rows"]:
+        raise ValueError(f"{folder} has {state['online']['n_rows']} online steps, not --steps {n_steps}")
+    rows, buffers, returns = rows[:n_steps], [], []
+    for number in np.unique(rows[:, -1]):
+        own = rows[rows[:, -1] == number]
+        observations = np.concatenate([own[:, :size], own[-1:, size + action_size : -4]])
+        terminations, truncations = own[:, -3] > 0, own[:, -2] > 0
+        if terminations[-1] or truncations[-1]:
+            returns.append(own[:, -4].sum(dtype=np.float64))
+        truncations[-1] = not terminations[-1]  # the end of the recording, too
+        buffers.append(
+            EpisodeBuffer(
+                observations=observations.reshape(-1, *space.shape).astype(space.dtype),
+                actions=own[:, size : size + action_size].reshape(-1, *env.action_space.shape),
+                rewards=own[:, -4].astype(np.float64),
+                terminations=terminations,
+                truncations=truncations,
+            )
+        )
+    return buffers, returns
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="collect.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail(2, message)
     add = parser.add_argument
-    add("--env", required=True, metavar="GYM_ID", help="Gymnasium id; MODULE:ID imports the module that registers it")
-    add("--policy", required=True, help="random, heuristic (LunarLander's controller), or the path of a policy.pt")
+    add("--env", metavar="GYM_ID", help="Gymnasium id; MODULE:ID imports the module that registers it")
+    add("--policy", help="random, heuristic (LunarLander's controller), or the path of a policy.pt")
+    add(
+        "--replay",
+        metavar="RUN_FOLDER",
+        help="of finetune/cql.py, in place of --policy: its first --steps online steps",
+    )
     add("--id", required=True, metavar="DATASET_ID", help="Minari id of the new dataset: namespace/name-v0")
     add("--steps", type=int, default=100_000, help="size of the dataset (default %(default)s)")
     add("--noise", type=float, default=0.0, metavar="STD", help="Gaussian, where the action range is [-1, 1]; clipped")
@@ -223,7 +277,11 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     known, low, high = args.policy in ("random", "heuristic"), args.ref_min_score, args.ref_max_score
     rules = {
-        "--policy must be random, heuristic or a file": known or Path(args.policy).is_file(),
+        "--env and --policy are needed, or --replay": args.replay or args.env and args.policy,
+        "--policy, --noise and --epsilon do not go with --replay": not (
+            args.replay and (args.policy or args.noise or args.epsilon)
+        ),
+        "--policy must be random, heuristic or a file": args.replay or known or Path(args.policy or "").is_file(),
         "--steps must be at least 1": args.steps >= 1,
         "--noise must be a finite number of at least 0": 0 <= args.noise < math.inf,
         "--epsilon must be a probability, from 0 to 1": 0 <= args.epsilon <= 1,
@@ -244,6 +302,8 @@ def parse_arguments(argv):
 def collect(args):
     root = free_place(args.id, args.force)
     gym.logger.min_level = gym.logger.ERROR  # an error is one line, without warnings above it
+    if args.replay and not args.env:
+        args.env = replayed_environment(args.replay)
     register(args.env)
     try:
         envs = [gym.make(args.env, disable_env_checker=True) for _ in range(N_ENVS)]
@@ -256,20 +316,26 @@ def collect(args):
             fail(1, f"--env {env_id} has a space that cannot be stored as arrays: {kind}")
     if args.noise and not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
         fail(2, f"--noise {args.noise:g} needs a bounded range of real actions, which {env_id} lacks: use --epsilon")
-    policy = make_policy(args.policy, envs[0])
+    policy = None if args.replay else make_policy(args.policy, envs[0])
     if args.ref_min_score is None:
         args.ref_min_score, args.ref_max_score = REFERENCE_SCORES.get(env_id.rsplit("-v", 1)[0], (None, None))
     scores = {"ref_min_score": args.ref_min_score, "ref_max_score": args.ref_max_score}
     options = {name: value for name, value in vars(args).items() if value is not None and name != "force"}
     extras = [f"{name} {options[name]:g}" for name in ("noise", "epsilon") if options[name]]
-    buffers, returns = record(envs, policy, args.steps, args.seed, args.noise, args.epsilon)
+    if args.replay:
+        try:
+            buffers, returns = read_replay(args.replay, args.steps, envs[0])
+        except (OSError, ValueError) as error:
+            fail(1, f"--replay {args.replay} cannot be used: {error}")
+    else:
+        buffers, returns = record(envs, policy, args.steps, args.seed, args.noise, args.epsilon)
     store(
         args.id,
         buffers,
         root,
         added=scores if args.ref_min_score is not None else None,
         env=gym.spec(env_id),
-        algorithm_name=", ".join([args.policy, *extras]),
+        algorithm_name=", ".join([args.policy or f"replay of {Path(args.replay).name}", *extras]),
         description=shlex.join(["collect.py", *(f"--{name}={value}" for name, value in options.items())]),
     )
     for env in envs:

@@ -491,10 +491,11 @@ class ReplayBuffer:
 
     def add(self, data: dict[str, np.ndarray]) -> None:
         """The oldest online transitions make way; data never do."""
-        places = self.size + (self.n_added + np.arange(len(data["rewards"]))) % self.room
+        numbers = self.n_added + np.arange(len(data["rewards"]))[-self.room :]
         for column, key in zip(self.columns, Batch._fields):
-            column[places] = torch.as_tensor(data[key], dtype=torch.float32, device=column.device)
-        self.n_added += len(places)
+            values = torch.as_tensor(data[key][-self.room :], dtype=torch.float32, device=column.device)
+            column[self.size + numbers % self.room] = values
+        self.n_added += len(data["rewards"])
         self.counts[1] = min(self.n_added, self.room)
 
     def rows(self, indices: Any) -> Batch:
@@ -503,10 +504,8 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         if not self.room:
             return self.rows(torch.randint(self.size, (batch_size,), device=self.counts.device))
-        uniform, (n_data, n_online) = (
-            torch.rand(batch_size, dtype=torch.float64, device=self.counts.device),
-            self.counts,
-        )
+        uniform = torch.rand(batch_size, dtype=torch.float64, device=self.counts.device)
+        n_data, n_online = self.counts
         indices = uniform * (n_data + n_online)
         if self.mixing_ratio >= 0 and self.size:
             from_data = torch.arange(batch_size, device=uniform.device) < round(self.mixing_ratio * batch_size)
@@ -547,18 +546,16 @@ class Collector:
         names = ("observation_mean", "observation_std", "action_low", "action_high")
         self.mean, self.std, self.low, self.high = (getattr(agent.actor, name).cpu().numpy() for name in names)
         self.places = np.cumsum([len(self.mean), len(self.low), len(self.mean)])  # where the parts of a row end
-        self.pending, width, n = (
-            np.empty((0, self.places[-1] + 4), np.float32),
-            self.places[-1] + 4,
-            config.n_online_envs,
-        )
-        self.envs = make_environments(config, n, **task.arguments)
-        self.numbers, self.played = list(range(n)), np.zeros((n, 3))  # episodes, and their return, length and success
-        self.observations = np.zeros((n, len(self.mean)), np.float32)
-        self.one = gym.vector.utils.create_empty_array(self.envs.single_observation_space, 1)
         self.state = {"n_rows": 0, "n_finished": 0, "regret": 0.0, "finished": []}  # finished since the last row
         self.state |= run.start["online"] if run.resumed else {}
-        self.path, self.seconds = run.path / "online.bin", 0.0  # of playing, since the last row
+        self.path, self.seconds, self.envs = run.path / "online.bin", 0.0, None  # seconds of playing since the last row
+        if not config.online_iterations:
+            return
+        n, width = config.n_online_envs, self.places[-1] + 4
+        self.envs = make_environments(config, n, **task.arguments)
+        self.one = gym.vector.utils.create_empty_array(self.envs.single_observation_space, 1)
+        self.numbers, self.played = list(range(n)), np.zeros((n, 3))  # episodes, and their return, length and success
+        self.observations, self.pending = np.zeros((n, len(self.mean)), np.float32), np.empty((0, width), np.float32)
         with blame(f"{self.path} cannot be read or written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "r+b" if self.state["n_rows"] else "w+b")  # noqa: SIM115, open for the whole run
@@ -643,7 +640,8 @@ class Collector:
             rows = rows[np.argsort(order, kind="stable")][: np.count_nonzero(order < len(rows))]
         observations, actions, next_observations, rest = np.split(rows, self.places, axis=1)
         data = {"rewards": self.task.training_rewards(rest[:, 0]), "terminals": rest[:, 1] > 0}
-        data["returns"] = np.zeros(len(rows))
+        largest = float(np.abs(data["rewards"]).max(initial=0)) / max(1 - self.config.discount, 1e-4)
+        self.task.value_limit, data["returns"] = max(self.task.value_limit, 100 * largest), np.zeros(len(rows))
         if self.config.calibrate:
             data["returns"] = calibration_returns(data, rest[:, 3].astype(int), self.failure, self.config)
         data["observations"] = (observations - self.mean) / self.std
@@ -668,8 +666,9 @@ class Collector:
     def sync(self) -> dict[str, Any]:
         """Puts the file on the disk. Returns what a checkpoint holds."""
         with blame(f"{self.path} cannot be written"):
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            if self.envs:
+                self.file.flush()
+                os.fsync(self.file.fileno())
         return self.state
 
 
@@ -1203,12 +1202,11 @@ class Run:
             save(self.path / "metrics.csv", text.getvalue())
         save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
 
-    def begin(self, agent: Any, task: Task) -> None:
+    def begin(self, task: Task, span: str) -> None:
         """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
-        span = f"updates {agent.n_updates:,} to {self.n_steps:,}, a row every {config.eval_freq:,}"
-        print(f"{self.path}: {span}, {where}")
+        print(f"{self.path}: {span} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
         options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
         limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
@@ -1313,7 +1311,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
         run.restore(agent, means)
     agent.actor.load_state_dict(scaling, strict=False)
     collector = Collector(config, task, agent, buffer, run, failure_reward)
-    run.begin(agent, task)
+    run.begin(task, f"steps {collector.position:,}")
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     progress = tqdm(total=run.n_steps, unit="step", disable=None)
     try:

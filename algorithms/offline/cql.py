@@ -997,12 +997,11 @@ class Run:
             save(self.path / "metrics.csv", text.getvalue())
         save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
 
-    def begin(self, agent: Any, task: Task) -> None:
+    def begin(self, task: Task, span: str) -> None:
         """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
-        span = f"updates {agent.n_updates:,} to {self.n_steps:,}, a row every {config.eval_freq:,}"
-        print(f"{self.path}: {span}, {where}")
+        print(f"{self.path}: {span} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
         options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
         limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
@@ -1068,7 +1067,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
     if run.start:
         run.restore(agent, means)
     agent.actor.load_state_dict(scaling, strict=False)
-    run.begin(agent, task)
+    run.begin(task, f"updates {agent.n_updates:,}")
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     progress = tqdm(total=run.n_steps, initial=agent.n_updates, unit="update", disable=None)
     try:
