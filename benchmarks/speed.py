@@ -2,12 +2,14 @@
 
     python benchmarks/speed.py --layers 3 --variants compile=False precision=bfloat16,compile=True --peer ../CORL
     python benchmarks/speed.py --script discrete/cql_dqn --observation 8 --action 4 --batch 64 --layers 2
+    python benchmarks/speed.py --script finetune/cql --env Hopper-v5 --layers 2 --variants - n_online_envs=4
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
 
 A variant is options of the script and, in capitals, environment variables (`-`: none). Each runs in a process of its
 own; windows alternate between them, and the median counts. `--peer` is a checkout of CORL
 (https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads that
-the scripts set. `--beside` says how many busy processes run meanwhile; several numbers are measured in turn. Rows are
+the scripts set. `--env` times the online steps of finetune/cql too: acting, environment, file and buffer, no updates.
+`--beside` says how many busy processes run meanwhile; several numbers are measured in turn. Rows are
 added to benchmarks/results/speed.csv.
 
 utilisation: updates per second times the operations of an update, over the rate that this machine reaches for the
@@ -26,10 +28,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,14 +42,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algorithms.discrete import cql_dqn
+from algorithms.finetune import cql as finetune_cql
 from algorithms.offline import cql
 
-SCRIPTS = {"offline/cql": cql, "discrete/cql_dqn": cql_dqn}
+SCRIPTS = {"offline/cql": cql, "discrete/cql_dqn": cql_dqn, "finetune/cql": finetune_cql}
 N_ROWS = 100_000
 COLUMNS = (
     "script", "variant", "beside", "device", "threads", "observation", "action", "batch", "layers", "actions",
     "updates_per_second", "slowest_window", "fastest_window", "ratio", "gflop_per_update", "matmul_gflop_per_second",
     "utilisation", "peak_memory_mb", "compile_seconds", "launches_per_update", "torch", "machine",
+    "env", "env_steps_per_second",
 )  # fmt: skip
 
 
@@ -59,7 +64,7 @@ def random_data(job):
     data["actions"] = rng.uniform(-1, 1, (N_ROWS, job.action)).astype(np.float32)
     if job.script == "discrete/cql_dqn":
         data["actions"] = rng.integers(job.action, size=N_ROWS)
-    data["rewards"] = rng.standard_normal(N_ROWS, dtype=np.float32)
+    data["rewards"] = data["returns"] = rng.standard_normal(N_ROWS, dtype=np.float32)
     return data | {key: np.arange(N_ROWS) % 1000 == 999 for key in ("terminals", "timeouts")}
 
 
@@ -80,8 +85,8 @@ def make_config(job, variant):
     options = {name: script.convert(name, value, kinds[name]) for name, value in options.items()}
     never = dict.fromkeys(("eval_freq", "log_interval", "max_timesteps"), 10**9)
     sizes = {"batch_size": job.batch, "cql_n_actions": job.actions, "q_n_hidden_layers": job.layers}
-    sizes = {name: size for name, size in sizes.items() if name in kinds}
-    return script.TrainConfig(device=job.device, **never | sizes | options), variables
+    defaults = {name: value for name, value in (never | sizes).items() if name in kinds}
+    return script.TrainConfig(device=job.device, **defaults | options), variables
 
 
 def prepare_script(job, variant):
@@ -100,6 +105,26 @@ def prepare_script(job, variant):
     started = time.perf_counter()
     advance = script.updater(config, agent, buffer, script.RunningMean(), script.RunningMean())
     return functools.partial(advance, script.GRAPH_UPDATES), operations, time.perf_counter() - started
+
+
+def prepare_online(job, variant):
+    """Online steps of finetune/cql: (runs one of each environment, operations, compile seconds)."""
+    (config, _), folder = make_config(job, variant), Path(tempfile.mkdtemp())
+    options = {"env": "none", "eval_env": job.env, "offline_iterations": 0, "online_iterations": 10**9}
+    config = replace(config, normalize=False, buffer_size=10**5, **options)
+    run = types.SimpleNamespace(path=folder, resumed=False, start=None)
+    with contextlib.redirect_stdout(None):
+        task, agent, buffer, _, scaling, failure_reward = finetune_cql.prepare(config, None, run)
+    agent.actor.load_state_dict(scaling, strict=False)
+    collector = finetune_cql.Collector(config, task, agent, buffer, run, failure_reward)
+    collector.path.unlink()  # the open file stays until the process ends
+    folder.rmdir()
+
+    def step():
+        collector.step()
+        return config.n_online_envs
+
+    return step, 1, 0.0
 
 
 def prepare_peer(job, path):
@@ -173,8 +198,8 @@ def work(connection, job, kind, variant):
     """A process: prepares, then runs a window for each number of seconds that it receives."""
     warnings.simplefilter("ignore")
     before = peak_memory(job.device)
-    prepare = {"script": prepare_script, "peer": prepare_peer, "limit": prepare_limit}[kind]
-    function, operations, seconds = prepare(job, variant)
+    kinds = {"script": prepare_script, "online": prepare_online, "peer": prepare_peer, "limit": prepare_limit}
+    function, operations, seconds = kinds[kind](job, variant)
     for _ in range(5):  # on a GPU updates are recorded in the fourth call
         function()
     launches = count_launches(function, job.device)
@@ -205,7 +230,7 @@ def start(job, kind, variant):
     """A process that is ready: its connection, and what it found out so far."""
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe()
-    variables = make_config(job, variant)[1] if kind == "script" else {}
+    variables = make_config(job, variant)[1] if kind in ("script", "online") else {}
     with patch.dict(os.environ, variables):
         context.Process(target=work, args=(theirs, job, kind, variant), daemon=True).start()
     theirs.close()  # so that a process that fails is no wait without an end
@@ -216,7 +241,8 @@ def compare(job):
     """A row a variant, and one for the peer, for each number of busy processes."""
     specs = [("limit", "float32"), ("limit", "bfloat16")] + [("script", variant) for variant in job.variants]
     specs += [("peer", job.peer)] if job.peer else []
-    workers, rows = [start(job, *spec) for spec in specs], []  # one after the other: compiling uses all cores
+    online = [("online", variant) for variant in job.variants if job.env]
+    workers, rows = [start(job, *spec) for spec in specs + online], []  # one after the other: compiling uses all cores
     for n_beside in job.beside:
         rates = [[] for _ in workers]
         with beside(n_beside):
@@ -225,11 +251,14 @@ def compare(job):
                     connection.send(job.seconds)
                     found.append(connection.recv())
         limits = dict(zip(("float32", "bfloat16"), map(statistics.median, rates)))
-        base = statistics.median(rates[-1 if job.peer else 2])
+        base = statistics.median(rates[len(specs) - 1 if job.peer else 2])
+        steps = {variant: statistics.median(found) for (_, variant), found in zip(online, rates[len(specs) :])}
         for (kind, variant), (_, prepared), found in list(zip(specs, workers, rates))[2:]:
             limit = limits["bfloat16" if "bfloat16" in variant else "float32"]
             name = "CORL" if kind == "peer" else variant
             rows.append(make_row(job, name, n_beside, prepared, found, base, limit))
+            if name in steps:
+                rows[-1] |= {"env": job.env, "env_steps_per_second": round(steps[name], 1)}
     for connection, _ in workers:
         connection.send(None)
     return rows
@@ -255,6 +284,7 @@ def main():
     parser.add_argument("--variants", nargs="+", default=["-"], help="options of the script, as name=value,name=value")
     parser.add_argument("--script", choices=SCRIPTS, default="offline/cql", help="below algorithms/")
     parser.add_argument("--peer", help="checkout of CORL, for offline/cql")
+    parser.add_argument("--env", metavar="GYM_ID", help="environment of finetune/cql's online steps")
     for name, default in {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--beside", type=int, nargs="+", default=[0], metavar="N", help="busy processes meanwhile")
@@ -270,6 +300,8 @@ def main():
             parser.error(f"--variants {variant}: {error}")
     if min(job.beside) < 0:
         parser.error(f"--beside {min(job.beside)} is no number of processes")
+    if job.env and job.script != "finetune/cql":
+        parser.error(f"--env {job.env} is for --script finetune/cql")
     if job.peer and job.script != "offline/cql":
         parser.error(f"--peer {job.peer} has no {job.script}")
     if job.peer and not (Path(job.peer) / "algorithms/offline/cql.py").exists():
