@@ -939,7 +939,7 @@ class Task:
         for i, numbers in enumerate(waves):
             observations, running = envs.reset(seed=(self.config.eval_seed + numbers).tolist())[0], True
             starts.append(flatten(observations, envs.single_observation_space))
-            while np.any(running) and result["length"].max() < MAX_STEPS and not stop:
+            while np.any(running) and result["length"][i].max() < MAX_STEPS and not stop:
                 actions = policy(flatten(observations, envs.single_observation_space))
                 actions = np.reshape(actions, envs.action_space.shape).astype(envs.action_space.dtype)
                 observations, rewards, terminated, truncated, infos = envs.step(actions)
