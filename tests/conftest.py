@@ -34,6 +34,7 @@ for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("algorithms/**/*.py"))]
 DATASET = "toy/counter-v0"
+SPEEDS = {"updates_per_second", "env_steps_per_second"}
 SURPLUS = 99_999  # a multiple of 3, whose episodes report success
 TINY = {
     "device": "cpu", "env": DATASET, "max_timesteps": 25, "eval_freq": 10, "n_episodes": 2, "batch_size": 32,
@@ -118,11 +119,13 @@ class World(NamedTuple):
     action_sizes: int | list[int]  # of Counter, as the agent takes them
 
 
+CONTINUOUS = World(
+    gym.spaces.Box(np.array([-2, 0], np.float32), np.array([1, 0.5], np.float32)), "Words-v0",
+    ("Pendulum-v1", "MountainCarContinuous-v0"), "CQL", 2,
+)  # fmt: skip
 WORLDS = {
-    "algorithms.offline.cql": World(
-        gym.spaces.Box(np.array([-2, 0], np.float32), np.array([1, 0.5], np.float32)), "Words-v0",
-        ("Pendulum-v1", "MountainCarContinuous-v0"), "CQL", 2,
-    ),
+    "algorithms.offline.cql": CONTINUOUS,
+    "algorithms.finetune.cql": CONTINUOUS,
     "algorithms.discrete.cql_dqn": World(
         gym.spaces.MultiDiscrete([4, 3], start=[-2, 0]), "Fine-v0", ("CartPole-v1", "MountainCar-v0"), "DiscreteCQL",
         [4, 3],
@@ -201,11 +204,19 @@ def option_names(script):
     return {field.name for field in dataclasses.fields(importlib.import_module(script).TrainConfig)}
 
 
+def suited(script, **options):
+    """Options of a tiny run without those that only other scripts have. Where there is an online phase, max_timesteps
+    are the updates before it, and it has no steps unless they are given."""
+    names, values = option_names(script.__name__), TINY | options
+    if "online_iterations" in names:
+        values = {"offline_iterations": values["max_timesteps"], "online_iterations": 0} | values
+    others = set().union(*map(option_names, SCRIPTS)) - names
+    return {name: value for name, value in values.items() if name not in others}
+
+
 def tiny_config(script, path, **options):
-    """The configuration of a tiny run, in the folder path/run; options that only other scripts have are left out."""
-    others = set().union(*map(option_names, SCRIPTS)) - option_names(script.__name__)
-    values = TINY | {"checkpoints_path": str(path)} | options
-    return script.TrainConfig(**{name: value for name, value in values.items() if name not in others})
+    """The configuration of a tiny run, in the folder path/run."""
+    return script.TrainConfig(**suited(script, **{"checkpoints_path": str(path)} | options))
 
 
 def make_agent(script, config):
@@ -216,8 +227,7 @@ def make_agent(script, config):
 
 def tiny_arguments(script, **options):
     """Options of a tiny run as words of a command line."""
-    names = option_names(script.__name__)
-    return [f"--{name}={value}" for name, value in (TINY | options).items() if name in names]
+    return [f"--{name}={value}" for name, value in suited(script, **options).items()]
 
 
 @pytest.fixture
@@ -275,11 +285,9 @@ def refusal(function, *arguments, **options):
 
 
 def table(folder):
-    """Rows of metrics.csv as texts, without the only column that two equal runs differ in."""
+    """Rows of metrics.csv as texts, without the columns that two equal runs differ in."""
     with open(Path(folder, "metrics.csv"), newline="") as file:
-        return [
-            {key: value for key, value in row.items() if key != "updates_per_second"} for row in csv.DictReader(file)
-        ]
+        return [{key: value for key, value in row.items() if key not in SPEEDS} for row in csv.DictReader(file)]
 
 
 def weights(folder, name="policy.pt"):

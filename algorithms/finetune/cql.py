@@ -1079,7 +1079,8 @@ class RunningMean:
 
     def add(self, names: list[str], values: Tensor) -> None:
         """values: [M + 1], with a 1 at the end, which counts."""
-        self.names, self.sums = names, torch.zeros_like(values) if self.sums is None else self.sums
+        if names != self.names:
+            self.names, self.sums = names, torch.zeros_like(values)
         self.sums += values  # in place, as a CUDA graph needs it
 
     def reset(self) -> None:
