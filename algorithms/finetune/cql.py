@@ -510,7 +510,7 @@ class ReplayBuffer:
         if self.mixing_ratio >= 0 and self.size:
             from_data = torch.arange(batch_size, device=uniform.device) < round(self.mixing_ratio * batch_size)
             from_data |= n_online == 0
-            indices = torch.where(from_data, uniform * n_data, n_data + uniform * n_online)
+            indices = torch.where(from_data, uniform * n_data, n_data + (uniform * n_online).floor())
         return self.rows(indices.long())
 
 
@@ -1276,7 +1276,8 @@ def prepare(config: TrainConfig, data: Any, run: Run) -> tuple[Task, CQL, Replay
     with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
         data, holdout, scaling = prepare_data(config, data, task, run.start)
     failure_reward = min(0.0, data["rewards"].min()) if config.failure_reward is None else config.failure_reward
-    data = {key: column[:0] if alone else column for key, column in data.items()}
+    if alone:
+        data, task.data_return = {key: column[:0] for key, column in data.items()}, None
     room = min(config.online_iterations, config.buffer_size - len(data["rewards"]))
     if config.online_iterations and room < 1:
         raise ConfigError(
