@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("algorithms/**/*.py"))]
 DATASET = "toy/counter-v0"
 SPEEDS = {"updates_per_second", "env_steps_per_second"}
+ONLINE = {"online_return", "online_length", "online_success", "train_regret", "eval_regret"}  # empty offline
 SURPLUS = 99_999  # a multiple of 3, whose episodes report success
 TINY = {
     "device": "cpu", "env": DATASET, "max_timesteps": 25, "eval_freq": 10, "n_episodes": 2, "batch_size": 32,
@@ -46,6 +47,8 @@ class Counter(gym.Env):
     """Episode of seed s: 3 + s % 5 steps, observations (s, t, sum of actions), reward s + t for the t-th step; ends in
     a terminal state where s is even, else by time-out. Success is reported on the way, by multiples of 3.
 
+    The seeds of online episodes are large numbers, and count modulo 97.
+
     A vector environment resets it without a seed when its episode is over: those episodes, of seed SURPLUS and on,
     give rewards that would be seen in any mean."""
 
@@ -54,7 +57,7 @@ class Counter(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.number, self.t, self.total = SURPLUS if seed is None else seed, 0, 0.0
+        self.number, self.t, self.total = SURPLUS if seed is None else seed if seed < SURPLUS else seed % 97, 0, 0.0
         return self.observe(), {}
 
     def observe(self):
@@ -117,6 +120,7 @@ class World(NamedTuple):
     others: tuple[str, str]  # environments of other sizes than Counter's
     agent: str
     action_sizes: int | list[int]  # of Counter, as the agent takes them
+    unit: str = "update"  # what a run counts
 
 
 CONTINUOUS = World(
@@ -125,7 +129,7 @@ CONTINUOUS = World(
 )  # fmt: skip
 WORLDS = {
     "algorithms.offline.cql": CONTINUOUS,
-    "algorithms.finetune.cql": CONTINUOUS,
+    "algorithms.finetune.cql": CONTINUOUS._replace(unit="step"),
     "algorithms.discrete.cql_dqn": World(
         gym.spaces.MultiDiscrete([4, 3], start=[-2, 0]), "Fine-v0", ("CartPole-v1", "MountainCar-v0"), "DiscreteCQL",
         [4, 3],
@@ -133,6 +137,9 @@ WORLDS = {
 }  # fmt: skip
 continuous = pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
 discrete = pytest.mark.parametrize("script", ["algorithms.discrete.cql_dqn"], indirect=True)
+finetune = pytest.mark.parametrize("script", ["algorithms.finetune.cql"], indirect=True)
+# Of both kinds of actions: runs that max_timesteps lengthens, and slow tests of what is the same text in all files.
+offline = pytest.mark.parametrize("script", [x for x in SCRIPTS if "finetune" not in x], indirect=True)
 once = continuous  # for slow tests of what is the same text in all files (see test_house.py)
 
 ENVIRONMENTS = {

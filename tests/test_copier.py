@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import DATASET, TINY, Counter, option_names
+from conftest import DATASET, Counter, suited, tiny_config
 
 # Runs in the copy's folder. Only the script is there, and nothing may come from this repository.
 PROGRAM = """
@@ -29,7 +29,7 @@ assert state() == before, "importing changes seeds, threads or settings"
 assert os.listdir() == ["copied.py"] and not any(name.startswith("algorithms") for name in sys.modules)
 
 options = OPTIONS
-row = copied.train(copied.TrainConfig(**options, max_timesteps=20))
+row = copied.train(copied.TrainConfig(**options))
 assert row["step"] == 20 and sorted(os.listdir()) == ["copied.py", "runs"], os.listdir()
 
 policy = copied.load_policy("runs/run/policy.pt")
@@ -48,19 +48,19 @@ data = {key: rng.uniform(-1, 1, size=(40, 4)) for key in ("observations", "next_
 data |= {"actions": rng.integers(0, 2, size=(40, 1)), "rewards": rng.normal(size=40)}
 data |= {"terminals": ends, "timeouts": np.zeros(40, bool)}
 options |= {"env": "mine", "eval_env": "none", "run_id": "arrays"}
-arrays = copied.train(copied.TrainConfig(**options, max_timesteps=20), data=data)
+arrays = copied.train(copied.TrainConfig(**options), data=data)
 action = copied.load_policy("runs/arrays/policy.pt")(np.zeros(4))
 assert arrays["eval_return"] is None and action.size == 1 and abs(action) <= 1
 copied.load_dataset = lambda name: dict(data) if name == "mine" else None  # the one function to replace
-row = copied.train(copied.TrainConfig(**options | {"run_id": "replaced"}, max_timesteps=20))
+row = copied.train(copied.TrainConfig(**options | {"run_id": "replaced"}))
 assert {**row, "updates_per_second": 0} == {**arrays, "updates_per_second": 0}
 """
 
 
 def test_script_alone_in_a_folder_trains_and_acts(script, tmp_path):
     shutil.copy(script.__file__, tmp_path / "copied.py")
-    names, bounds = option_names(script.__name__) - {"max_timesteps"}, script.action_bounds(Counter.action_space, "")
-    options = {name: value for name, value in TINY.items() if name in names} | {"eval_env": "none"}
+    options = suited(script, max_timesteps=20, eval_env="none")
+    bounds = script.action_bounds(Counter.action_space, "")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     values = {"OPTIONS": options, "LOW": bounds["action_low"].tolist(), "HIGH": bounds["action_high"].tolist()}
@@ -98,9 +98,8 @@ def test_dropout_in_a_copy_trains_in_train_mode_and_acts_in_eval_mode(script, tm
 
     monkeypatch.setattr(edited.nn.Dropout, "forward", forward)
     monkeypatch.setattr(edited.Task, "evaluate", evaluate)
-    names = option_names(script.__name__)
-    options = {name: value for name, value in (TINY | {"checkpoints_path": str(tmp_path)}).items() if name in names}
-    edited.train(edited.TrainConfig(**options, holdout_fraction=0.2))
+    config = tiny_config(script, tmp_path, holdout_fraction=0.2)
+    edited.train(edited.TrainConfig(**vars(config)))
     assert modes == {"train": {True}, "eval": {False}}
     policy = edited.load_policy(tmp_path / "run" / "policy.pt")
     observations = np.random.default_rng(0).normal(size=(9, 3))

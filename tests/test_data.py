@@ -13,16 +13,28 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, WORLDS, Counter, continuous, discrete, equal, record, refusal, table, weights
+from conftest import (
+    DATASET,
+    ONLINE,
+    SCRIPTS,
+    WORLDS,
+    Counter,
+    continuous,
+    discrete,
+    equal,
+    offline,
+    record,
+    refusal,
+    table,
+    weights,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-ACTIONS = {
-    "algorithms.offline.cql": gym.spaces.Box(-1, 1, (1,), np.float32),
-    "algorithms.discrete.cql_dqn": gym.spaces.MultiDiscrete([3], start=[-1]),
-}
+BOX = gym.spaces.Box(-1, 1, (1,), np.float32)
+ACTIONS = dict.fromkeys(SCRIPTS, BOX) | {"algorithms.discrete.cql_dqn": gym.spaces.MultiDiscrete([3], start=[-1])}
 ENDS = {"terminal": (True, False), "time-out": (False, True), "both": (True, True), "neither": (False, False)}
 
 
@@ -430,6 +442,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@offline
 @pytest.mark.parametrize("fault", BROKEN)
 def test_broken_data_is_refused_before_training(fault, script, tiny, spaces, new_dataset, tmp_path):
     name = new_dataset([episode(i) for i in range(6)], **spaces)
@@ -440,6 +453,7 @@ def test_broken_data_is_refused_before_training(fault, script, tiny, spaces, new
     assert not (tmp_path / "runs").exists()
 
 
+@offline
 @pytest.mark.parametrize("file", ["main_data.hdf5", "metadata.json"])
 def test_damaged_bytes_are_refused_or_read_as_numbers(file, script, prepare, new_dataset, tmp_path):
     name = new_dataset(record("Counter-v0", range(6)), env="Counter-v0")
@@ -555,6 +569,7 @@ ENTRY += '[{"name": "Evil", "entry_point": "evil:Env", "kwargs": {}}], "vector_e
         ("Counter-v0", True, False),
     ],
 )  # fmt: skip
+@offline
 @pytest.mark.parametrize("key", ["env_spec", "eval_env_spec"])
 def test_entry_points_in_a_dataset_are_never_imported(
     key, environment, evaluates, spaces, script, tiny, new_dataset, tmp_path, monkeypatch, capsys
@@ -597,18 +612,18 @@ def test_without_environment_a_run_trains_and_says_what_it_can(wanted, script, r
         bounds = {"observation_space": Counter.observation_space, "action_space": Counter.action_space}
         options = {"env": new_dataset(record("Counter-v0", range(6)), **bounds)}
     folder = run(**options)
-    rows, lines = table(folder), capsys.readouterr().out.splitlines()
+    rows, lines, unit = table(folder), capsys.readouterr().out.splitlines(), WORLDS[script.__name__].unit
     assert {key for key, value in rows[0].items() if not value} == {
-        key for key in rows[0] if key.startswith("eval_")
+        key for key in rows[0] if key.startswith("eval_") or key in ONLINE
     } | {"d4rl_normalized_score"}
     assert any("25" in line and "no evaluation" in line for line in lines)
     first = {key: x for key, x in rows[0].items() if key in ("qf1_loss", "qf_loss", "average_qf1", "average_qf")}
-    (line,) = [line for line in lines if line.startswith("update 10")]
+    (line,) = [line for line in lines if line.startswith(f"{unit} 10")]
     assert len(first) == 2 and all(f"{key} {float(x):.4g}" in line for key, x in first.items())
     assert "cql_qf" in line and "None" not in line
     capsys.readouterr()
     row = table(run(**options, holdout_fraction=0.3, run_id="holdout"))[0]
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("update 10")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{unit} 10")]
     for key in ("holdout_td_error", "holdout_gap", "holdout_q"):
         assert f"{key} {float(row[key]):.4g}" in line
     stored, bounds = weights(folder), script.action_bounds(Counter.action_space, "")
@@ -645,13 +660,14 @@ def test_arrays_are_enough(bounded, scored, script, tiny, tmp_path):
     assert data.keys() == before.keys() and all(np.array_equal(data[key], before[key]) for key in data)
 
 
+@offline
 def test_loading_needs_less_than_twice_the_data(script, tiny, new_dataset):
     n, rng = 50_000, np.random.default_rng(0)
     observations = rng.standard_normal((1001, 20), dtype=np.float32)
     columns = {"actions": rng.integers(0, 2, (1000, 4)).astype(np.float32), "rewards": np.zeros(1000, np.float32)}
     columns |= {"terminations": np.arange(1000) == 999, "truncations": np.zeros(1000, bool)}
-    boxes = {"algorithms.offline.cql": gym.spaces.Box(-1, 1, (4,), np.float32)}
-    actions = boxes.get(script.__name__, gym.spaces.MultiDiscrete([2, 2, 2, 2]))
+    numbered = isinstance(ACTIONS[script.__name__], gym.spaces.MultiDiscrete)
+    actions = gym.spaces.MultiDiscrete([2, 2, 2, 2]) if numbered else gym.spaces.Box(-1, 1, (4,), np.float32)
     space = gym.spaces.Box(-np.inf, np.inf, (20,), np.float32)
     buffers = [EpisodeBuffer(observations=observations, **columns) for _ in range(n // 1000)]
     name = new_dataset(buffers, observation_space=space, action_space=actions)

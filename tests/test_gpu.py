@@ -26,6 +26,7 @@ def make_buffer(script, config):
     """A thousand transitions of random numbers, of Counter's sizes."""
     rng = np.random.default_rng(0)
     data = {name: rng.standard_normal((1000, 3)) for name in ("observations", "next_observations")}
+    data["returns"] = rng.standard_normal(1000)
     data |= {
         "rewards": rng.standard_normal(1000),
         "timeouts": np.zeros(1000, bool),

@@ -19,7 +19,11 @@ FOLDER = ROOT / "algorithms"
 PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
 # Lines of a file, of its method (above the comment "# Common to all files") and of its common part, at most.
-BUDGETS = {"offline/cql.py": (1120, 460, 670), "finetune/cql.py": (1470, 700, 775), "discrete/cql_dqn.py": (1095, 420, 680)}
+BUDGETS = {
+    "offline/cql.py": (1125, 460, 675),
+    "finetune/cql.py": (1470, 710, 780),
+    "discrete/cql_dqn.py": (1100, 420, 685),
+}
 
 
 class Block(NamedTuple):

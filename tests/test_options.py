@@ -23,6 +23,7 @@ from conftest import (
     ROOT,
     SCRIPTS,
     continuous,
+    offline,
     once,
     option_names,
     record,
@@ -146,7 +147,10 @@ BAD_VALUES = [
     "keep_policies=2", "cql_backprop_actions=-1", "reward_clip=0", "reward_clip=-1", "reward_clip=nan",
     "max_grad_norm=0", "max_grad_norm=nan", "head=ddqn", "head=", "head=None", "target=mean", "td_error=absolute",
     "n_step=0", "n_step=1.5", "n_atoms=1", "n_quantiles=0", "eval_epsilon=2", "eval_epsilon=-0.1", "v_min=nan",
-    "v_max=high", "dr3_coefficient=-1", "bc_only=maybe", "normalize_features=2", "seed=[1]", "name=[a, b]",
+    "v_max=high", "dr3_coefficient=-1", "offline_iterations=-1",
+    "online_iterations=-1", "n_online_envs=0", "utd_ratio=0", "utd_ratio=0.5", "warmup_steps=-1", "mixing_ratio=1.1",
+    "mixing_ratio=nan", "cql_alpha_online=-1", "failure_reward=low", "calibrate=2", "is_sparse_reward=maybe",
+    "bc_only=maybe", "normalize_features=2", "seed=[1]", "name=[a, b]",
     "seed={a: 1}",
 ]  # fmt: skip
 
@@ -189,6 +193,7 @@ def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypa
     assert status == 2 and word in line
 
 
+@offline
 def test_bad_yaml_is_one_line_and_runs_no_code(parse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bomb = "".join(f"x{i}: &x{i} [{', '.join(9 * [f'*x{i - 1}' if i else 'x'])}]\n" for i in range(20))
@@ -199,8 +204,8 @@ def test_bad_yaml_is_one_line_and_runs_no_code(parse, tmp_path, monkeypatch):
     ):  # fmt: skip
         status, line = refusal(parse, text=text)
         assert status == 2 and ("options.yaml" in line or "--seed" in line), text[:20]
-    line = refusal(parse, text="sed: 1\nseed: 2\noffline_iterations: 3\n")[1]
-    assert "sed" in line and "offline_iterations" in line and "options.yaml" in line and "'seed'" not in line
+    line = refusal(parse, text="sed: 1\nseed: 2\nno_such_option: 3\n")[1]
+    assert "sed" in line and "no_such_option" in line and "options.yaml" in line and "'seed'" not in line
     assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
 
 
@@ -223,6 +228,7 @@ def meant(kind, text):
     return kind(number)
 
 
+@offline
 @given(data=st.data())
 @properties
 def test_any_text_is_parsed_to_what_it_says_or_refused_in_a_line(script, parse, data):
@@ -243,6 +249,7 @@ def test_any_text_is_parsed_to_what_it_says_or_refused_in_a_line(script, parse, 
 VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.dates()), st.lists)
 
 
+@offline
 @given(data=st.data())
 @properties
 def test_any_yaml_is_a_configuration_or_a_line(script, parse, data):
@@ -394,8 +401,9 @@ ACTS = {
     "eval_seed": ({}, 1), "eval_freq": ({}, 5), "n_episodes": ({}, 3), "max_timesteps": ({}, 11),
     "checkpoints_path": ({}, "elsewhere"), "run_id": ({}, "other"), "load_model": ({}, "checkpoint.pt"),
     "keep_policies": ({}, True), "log_interval": ({}, 3), "compile": ({}, True), "precision": ({}, "bfloat16"),
-    "buffer_size": ({}, 99), "batch_size": ({}, 33), "normalize": ({}, False), "normalize_reward": ({}, True),
-    "reward_scale": ({"normalize_reward": True}, 4.0), "reward_bias": ({"normalize_reward": True}, 0.0),
+    "buffer_size": ({}, 99), "batch_size": ({}, 33), "normalize": ({}, False),
+    "normalize_reward": ({"reward_scale": 3.0}, True),
+    "reward_scale": ({"normalize_reward": True}, 4.0), "reward_bias": ({"normalize_reward": True}, 2.0),
     "reward_clip": ({}, 110.0), "holdout_fraction": ({}, 0.1), "hidden_dim": ({}, 17), "q_n_hidden_layers": ({}, 2),
     "orthogonal_init": ({}, False), "discount": ({}, 0.9), "qf_lr": ({}, 1e-4), "bc_only": ({}, True),
     "soft_target_update_rate": ({}, 0.1), "target_update_period": ({}, 2), "cql_alpha": ({}, 5.0),
@@ -407,6 +415,12 @@ ACTS = {
     "cql_importance_sample": ({}, False), "cql_temp": ({}, 0.5), "cql_max_target_backup": ({}, True),
     "cql_clip_diff_min": ({}, 3.0), "cql_clip_diff_max": ({}, 2.0), "cql_lagrange": ({}, True),
     "cql_target_action_gap": ({"cql_lagrange": True}, 2.0),
+    # of algorithms/finetune/cql.py
+    "offline_iterations": ({}, 11), "online_iterations": ({}, 3), "n_online_envs": ({"online_iterations": 8}, 2),
+    "utd_ratio": ({"online_iterations": 8}, 2), "warmup_steps": ({"online_iterations": 8}, 3),
+    "mixing_ratio": ({"online_iterations": 8}, 0.5), "cql_alpha_online": ({"online_iterations": 8}, 5.0),
+    "calibrate": ({}, True), "failure_reward": ({"calibrate": True}, -9.0),
+    "is_sparse_reward": ({"calibrate": True, "failure_reward": 999.0}, True),
     # of algorithms/discrete/cql_dqn.py
     "eval_epsilon": ({"eval_env": "Paid-v0"}, 0.5), "head": ({}, "qr"), "n_atoms": ({"head": "c51"}, 11),
     "v_min": ({"head": "c51"}, -500.0), "v_max": ({"head": "c51"}, 5000.0), "n_quantiles": ({"head": "qr"}, 11),
@@ -473,9 +487,16 @@ def test_the_table_has_every_option_of_a_script(script):
     assert options_of(script).keys() <= ACTS.keys()
 
 
-@pytest.mark.parametrize(
-    ("script", "option"), [(x, y) for x in SCRIPTS for y in ACTS if y in option_names(x)], indirect=["script"]
-)
+def acting(script):
+    """The options of a script; in the file that fine-tunes its own, as its offline phase is that of offline/cql.py bit
+    for bit (test_finetune.py)."""
+    names = option_names(script)
+    return [
+        x for x in ACTS if x in names and not ("finetune" in script and x in option_names("algorithms.offline.cql"))
+    ]
+
+
+@pytest.mark.parametrize(("script", "option"), [(x, y) for x in SCRIPTS for y in acting(x)], indirect=["script"])
 def test_every_option_changes_something(option, script, observe, run, new_dataset, monkeypatch):
     context, value = ACTS[option]
     if (key := f"{script.__name__} {context}") not in BASES:
@@ -495,6 +516,11 @@ INERT = {
         ({}, {"reward_scale": 4.0, "reward_bias": 4.0, "cql_target_action_gap": 4.0, "buffer_size": 100}),
         ({"cql_alpha": 0}, {"cql_temp": 0.5, "cql_n_actions": 5}),
         ({"bc_only": True}, {"cql_alpha": 5.0, "qf_lr": 0.1, "discount": 0.99, "cql_lagrange": True}),
+    ],
+    "algorithms.finetune.cql": [
+        ({}, {"reward_scale": 4.0, "reward_bias": 4.0, "cql_target_action_gap": 4.0, "buffer_size": 100}),
+        ({}, {"cql_alpha_online": 5.0, "warmup_steps": 3, "utd_ratio": 2, "n_online_envs": 2, "mixing_ratio": 0.5}),
+        ({"online_iterations": 8}, {"failure_reward": -9.0, "is_sparse_reward": True}),
     ],
     "algorithms.discrete.cql_dqn": [
         ({}, {"n_atoms": 11, "v_min": 0.0}),
@@ -523,7 +549,7 @@ def test_configurations_load_and_say_only_what_differs():
     assert len(CONFIGURATIONS) > 50
     for path in CONFIGURATIONS:
         setting, algorithm, *_ = path.relative_to(ROOT / "configs").parts
-        script = importlib.import_module(f"algorithms.{setting}.{algorithm}")
+        script = importlib.import_module(f"algorithms.{setting}.{'cql' if setting == 'finetune' else algorithm}")
         config, stated, defaults = (
             read(script, "--config_path", path),
             yaml.safe_load(path.read_text()),
@@ -532,7 +558,12 @@ def test_configurations_load_and_say_only_what_differs():
         assert {name for name in stated if vars(config)[name] == defaults[name]} <= {"env"}, path
         assert all(isinstance(vars(config)[name], type(value)) for name, value in stated.items()), path
         *_, domain, dataset = path.with_suffix("").parts
-        assert re.fullmatch(rf"(D4RL-)?{domain}-{dataset}(-v0)?", config.env.replace("/", "-")), path
+        if config.env == "none":  # online alone: the name is the environment's
+            assert config.eval_env.lower().startswith(f"{dataset.replace('-', '')}-v"), path
+        else:
+            assert re.fullmatch(rf"(D4RL-)?{domain}-{dataset}(-v0)?", config.env.replace("/", "-")), path
+        if setting == "finetune":
+            assert (config.calibrate, config.cql_alpha_online == 0) == (algorithm == "cal_ql", algorithm == "sac"), path
 
 
 @continuous
@@ -549,17 +580,22 @@ def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark(script):
     assert {name for name in stored if "/" not in name} <= import_data.d4rl_files().keys()
 
 
+def section(page, title):
+    return (ROOT / "docs" / page).read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
 def documented(page):
     """The names in the first cells of the table below "## Metrics"."""
-    section = (ROOT / "docs" / page).read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
-    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
-    return [name for cell in cells for name in re.findall("`(.+?)`", cell)]
+    cells = re.findall(r"^\| (`.*?) \|", section(page, "Metrics"), re.MULTILINE)
+    names = [name for cell in cells for name in re.findall("`(.+?)`", cell)]
+    assert len(names) == len(set(names))
+    return set(names)
 
 
-# Page of a script, and configurations that write all its metrics between them.
+# Pages of a script, its own and one that it builds on, and configurations that write all its metrics between them.
 PAGES = {
     "algorithms.offline.cql": (
-        "cql.md",
+        ["cql.md"],
         [
             {},
             {"cql_lagrange": True, "holdout_fraction": 0.2, "bc_steps": 3},
@@ -569,23 +605,39 @@ PAGES = {
             {"bc_only": True, "holdout_fraction": 0.2},
         ],
     ),
+    "algorithms.finetune.cql": (
+        ["finetune_cql.md", "cql.md"],
+        [
+            {"calibrate": True, "online_iterations": 10},
+            {"cql_lagrange": True, "holdout_fraction": 0.2, "bc_steps": 3},
+            {"cql_alpha": 0},
+            {"use_automatic_entropy_tuning": False, "eval_env": "none"},
+            {"cql_importance_sample": False},
+        ],
+    ),
     "algorithms.discrete.cql_dqn": (
-        "discrete_cql.md",
+        ["discrete_cql.md"],
         [{}, {"head": "c51", "holdout_fraction": 0.2}, {"head": "qr", "dr3_coefficient": 0.1}, {"bc_only": True}],
     ),
 }
 
 
 def test_documented_metrics_are_those_that_are_written(script, run):
-    page, variants = PAGES[script.__name__]
-    written = {name for i, options in enumerate(variants) for name in table(run(**options, run_id=f"{i}"))[0]}
-    names = documented(page)
-    assert len(names) == len(set(names)) and set(names) == written | {"updates_per_second"}
+    pages, variants = PAGES[script.__name__]
+    folders = [run(**options, run_id=f"{i}") for i, options in enumerate(variants)]
+    written = {name for folder in folders for name in (folder / "metrics.csv").read_text().split("\n")[0].split(",")}
+    assert set.union(*map(documented, pages)) == written
 
 
 def test_documented_options_are_those_that_exist(script):
-    section = (ROOT / "docs" / PAGES[script.__name__][0]).read_text().split("\n## Options\n")[1].split("\n## ")[0]
-    assert options_of(script).keys() <= set(re.findall(r"`(\w+)`", section))
+    (page, *others), found = PAGES[script.__name__][0], {}
+    for text in [section(x, "Options") for x in (page, *others)]:
+        found = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE)) | found  # its own page has the word
+    options, own = options_of(script), re.findall(r"^\| `(\w+)` \|", section(page, "Options"), re.MULTILINE)
+    assert set(own) <= options.keys() <= found.keys() and len(own) == len(set(own))
+    for name in options.keys() - {"device"}:
+        text = found[name].strip("`").strip('"')
+        assert script.convert(name, text, options[name].type) == options[name].default, name
 
 
 def blocks(text):

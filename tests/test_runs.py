@@ -21,7 +21,9 @@ import torch
 import yaml
 from conftest import (
     DATASET,
+    ONLINE,
     SCRIPTS,
+    SPEEDS,
     SURPLUS,
     WORLDS,
     Counter,
@@ -30,6 +32,7 @@ from conftest import (
     discrete,
     equal,
     make_agent,
+    offline,
     once,
     option_names,
     record,
@@ -41,7 +44,7 @@ from conftest import (
     weights,
 )
 
-FILES = {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}
+FILES = {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}  # and online.bin, where there is an online phase
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -71,16 +74,17 @@ def test_run_folders_are_new_and_named_after_run_and_data(script, tiny, tmp_path
 
 
 @pytest.mark.parametrize(("freq", "steps"), [(10, [10, 20, 25]), (25, [25]), (100, [25])])
-def test_rows(freq, steps, run, capsys):
-    folder = run(eval_freq=freq)
+def test_rows(freq, steps, script, run, capsys):
+    folder, unit = run(eval_freq=freq), WORLDS[script.__name__].unit
     header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert header[:5] == ["step", "eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"]
     assert [row["step"] for row in table(folder)] == [str(step) for step in steps] and len(set(header)) == len(header)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if line.startswith("update ")] == [f"update {step}" for step in steps]
+    said = [line.split(":")[0] for line in lines if line.startswith(f"{unit} ")]
+    assert said == [f"{unit} {step}" for step in steps]
     (plan,) = [line for line in lines if "0 to 25" in line]
     assert all(word in plan for word in (str(folder), f"every {freq}", "Counter-v0"))
-    assert lines.index(plan) < min(i for i, line in enumerate(lines) if line.startswith("update "))
+    assert lines.index(plan) < min(i for i, line in enumerate(lines) if line.startswith(f"{unit} "))
 
 
 def test_last_line_has_score_and_folder_and_row_is_what_stands_in_the_table(
@@ -91,9 +95,10 @@ def test_last_line_has_score_and_folder_and_row_is_what_stands_in_the_table(
     line = capsys.readouterr().out.splitlines()[-1]
     assert f"score {row['d4rl_normalized_score']:.1f}" in line and str(tmp_path / "runs" / "run") in line
     stored = {name: float(value) if value else None for name, value in table(tmp_path / "runs/run")[-1].items()}
-    assert {name: value for name, value in row.items() if name != "updates_per_second"} == stored
+    assert {name: value for name, value in row.items() if name not in SPEEDS} == stored
 
 
+@offline
 @pytest.mark.parametrize("log_interval", [199, 1000])
 def test_without_a_terminal_the_speed_is_said_after_a_hundred_updates(log_interval, run, capsys):
     options = {"eval_env": "none", "log_interval": log_interval, "eval_freq": 1000}
@@ -102,6 +107,7 @@ def test_without_a_terminal_the_speed_is_said_after_a_hundred_updates(log_interv
         assert re.findall(r"^(update \d+): \d+ updates/s, .*", capsys.readouterr().out, re.MULTILINE) == said
 
 
+@offline
 def test_updates_per_second_are_those_of_updates_alone(script, tiny, tmp_path, monkeypatch):
     """By a clock that goes on by one in each update, and by a lot in all else, also between two starts."""
     clock = types.SimpleNamespace(now=0.0)
@@ -131,7 +137,8 @@ def test_updates_per_second_are_those_of_updates_alone(script, tiny, tmp_path, m
 
 def test_training_metrics_are_means_since_the_last_row(run):
     single, grouped = table(run(eval_freq=1, run_id="single")), table(run(eval_freq=10, run_id="grouped"))
-    names = [name for name in single[0] if not name.startswith(("step", "eval", "d4rl", "feature", "data"))]
+    names = single[0].keys() - ONLINE
+    names = [name for name in names if not name.startswith(("step", "eval", "d4rl", "feature", "data"))]
     assert len(names) >= 10
     for row, updates in zip(grouped, (single[:10], single[10:20], single[20:])):
         for name in names:
@@ -148,8 +155,9 @@ def test_training_moves_every_parameter_and_metrics_are_finite(script, tiny, run
     assert len(before) >= 8
     for name, value in before.items():
         assert after[name].isfinite().all() and not torch.equal(after[name], value), name
+    empty = {"d4rl_normalized_score", *ONLINE}
     for row in table(folder):
-        assert all(math.isfinite(float(value)) for name, value in row.items() if name != "d4rl_normalized_score")
+        assert all(math.isfinite(float(value)) for name, value in row.items() if name not in empty)
 
 
 @continuous
@@ -344,6 +352,7 @@ FOREIGN = {
 }  # fmt: skip
 
 
+@offline
 @pytest.mark.parametrize("kind", [*FOREIGN, "folder", "cut", "policy"])
 def test_bad_checkpoint_is_one_line_and_runs_nothing(kind, script, tiny, run, tmp_path, monkeypatch):
     """Given to --load_model, and in the place of the checkpoint of a run that is resumed."""
@@ -432,12 +441,14 @@ def test_another_network_is_one_line_that_says_so(new_dataset, script, tiny, run
     for options in changes:
         status, line = refusal(script.train, tiny(load_model=path, run_id="next", **options))
         assert status == 1 and ("network" in line or "size" in line) and len(line) < 400, line
+    with pytest.raises(SystemExit):
+        script.train(tiny(run_id="half"), stop=[15])
     network = script.Policy.__init__  # on resume, after an edit of the file
     monkeypatch.setattr(
         script.Policy, "__init__", lambda *x: (network(*x), setattr(x[0], "extra", torch.nn.Linear(2, 2)))[0]
     )
-    status, line = refusal(script.train, tiny())
-    assert status == 1 and path in line and "network" in line and len(line) < 400
+    status, line = refusal(script.train, tiny(run_id="half"))
+    assert status == 1 and "half" in line and "network" in line and len(line) < 400
 
 
 # Kill and resume. train_apart runs in a process that SIGKILL ends at a chosen call.
@@ -475,7 +486,12 @@ KILLS = [
 
 @pytest.mark.parametrize(  # the other scripts' folders are written by the same text
     ("script", "event", "places"),
-    [(name, *kill) for name in SCRIPTS for kill in (KILLS if "offline" in name else KILLS[:2])],
+    [
+        (name, *kill)
+        for name in SCRIPTS
+        if "finetune" not in name
+        for kill in (KILLS if "offline" in name else KILLS[:2])
+    ],
     indirect=["script"],
 )
 def test_killed_run_goes_on_where_it_was_with_the_same_bits(event, places, script, tiny, uninterrupted):
@@ -607,6 +623,7 @@ def test_finished_run_ends_at_once(script, run, monkeypatch, capsys):
     assert str(folder) in capsys.readouterr().out
 
 
+@offline
 @pytest.mark.parametrize("content", [None, b"", b"step,eval_return\nten,\xff\n", b"1," * 999])
 def test_no_other_file_than_the_checkpoint_matters_to_a_resume(content, run):
     whole, folder = run(run_id="whole"), run(max_timesteps=10)
@@ -619,6 +636,7 @@ def test_no_other_file_than_the_checkpoint_matters_to_a_resume(content, run):
     assert yaml.safe_load((folder / "config.yaml").read_text())["max_timesteps"] == 25
 
 
+@offline
 def test_resume_with_other_options_lists_them_and_changes_nothing(script, tiny, run):
     folder = run()
     before = contents(folder)
@@ -636,6 +654,7 @@ def test_resume_with_other_options_lists_them_and_changes_nothing(script, tiny, 
             assert status == 2 and f"{name} was" in line and contents(folder) == before
 
 
+@offline
 def test_max_timesteps_may_grow_and_names_may_differ(run, tmp_path):
     whole = run(max_timesteps=30, run_id="whole")
     before = (run(max_timesteps=20) / "metrics.csv").read_bytes()
@@ -660,6 +679,7 @@ def test_device_may_differ(devices, run):
     assert len(table(run(device=devices[1]))) == 3
 
 
+@offline
 def test_run_id_of_an_agent(script, tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_RUN_ID", "3e5")
     script.train(tiny(run_id=None, max_timesteps=10))
@@ -742,6 +762,7 @@ def diverge(script, monkeypatch):
     ("metric", "value"), [("critic_grad_norm", math.nan), ("critic_grad_norm", -math.inf), ("average_target_q", -1e7)]
 )
 @pytest.mark.parametrize("log_interval", [2, 1000])
+@offline
 def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval, script, tiny, run, diverge):
     options = {"log_interval": log_interval, "run_id": "same"}
     good = contents(run(**options, max_timesteps=20))
@@ -753,6 +774,7 @@ def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval
     assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
 
 
+@offline
 def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, run, diverge, monkeypatch):
     good, stop = contents(run(max_timesteps=10)), []
     diverge("critic_grad_norm", math.nan, 12)

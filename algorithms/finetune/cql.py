@@ -5,7 +5,7 @@ than returns, so that going online does not unlearn the policy. Cal-QL: https://
     python algorithms/finetune/cql.py --config_path configs/finetune/cal_ql/lunarlander-continuous/medium.yaml
 
 Differs from the papers as offline/cql.py does, and
-1. the return of an episode that was cut short goes on with the smallest reward for ever, so that no bound is too high;
+1. the return of an episode that was cut short goes on with the data's smallest reward for ever: no bound is too high;
 2. calibration stays on online, data are never overwritten, and of the online transitions the oldest make way.
 
 Known failures: without mixing, a large dataset outnumbers what is met online. docs/finetune_cql.md has the rest.
@@ -527,7 +527,7 @@ def calibration_returns(data: dict[str, Any], numbers: np.ndarray, failure_rewar
     if config.is_sparse_reward:
         best = np.full(numbers.max() + 1, -np.inf)
         np.maximum.at(best, numbers, data["rewards"])
-        returns[best[numbers] <= failure_reward + 1e-6] = forever
+        returns[best[numbers] <= failure_reward + 1e-6 * max(1.0, abs(failure_reward))] = forever
     return returns
 
 
@@ -546,7 +546,8 @@ class Collector:
         names = ("observation_mean", "observation_std", "action_low", "action_high")
         self.mean, self.std, self.low, self.high = (getattr(agent.actor, name).cpu().numpy() for name in names)
         self.places = np.cumsum([len(self.mean), len(self.low), len(self.mean)])  # where the parts of a row end
-        self.state = {"n_rows": 0, "n_finished": 0, "regret": 0.0, "finished": []}  # finished since the last row
+        self.state = {"n_rows": 0, "n_finished": 0, "regret": 0.0, "reports_success": False}
+        self.state["finished"] = []  # return, length and success of the episodes since the last row
         self.state |= run.start["online"] if run.resumed else {}
         self.path, self.seconds, self.envs = run.path / "online.bin", 0.0, None  # seconds of playing since the last row
         if not config.online_iterations:
@@ -559,10 +560,11 @@ class Collector:
         with blame(f"{self.path} cannot be read or written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "r+b" if self.state["n_rows"] else "w+b")  # noqa: SIM115, open for the whole run
-            rows = np.frombuffer(self.file.read(self.state["n_rows"] * width * 4), np.float32).reshape(-1, width)
+            content = self.file.read(self.state["n_rows"] * width * 4)
+            if len(content) != self.state["n_rows"] * width * 4:
+                raise ValueError(f"it has less than the {self.state['n_rows']} transitions of the checkpoint")
             self.file.truncate()  # what a killed run wrote after its checkpoint
-            if len(rows) != self.state["n_rows"]:
-                raise ValueError(f"{len(rows)} transitions of {self.state['n_rows']}")
+        rows = np.frombuffer(content, np.float32).reshape(-1, width)
         for i in range(n):
             own = rows[rows[:, -1] % n == i]
             self.replay(i, own[own[:, -1] == own[-1:, -1]])
@@ -576,7 +578,8 @@ class Collector:
 
     def reset(self, i: int) -> None:
         seed = np.random.SeedSequence([self.config.seed, self.numbers[i]]).generate_state(1)[0] // 2
-        self.observations[i], self.played[i] = self.flat(self.envs.envs[i].reset(seed=int(seed))[0]), (0, 0, np.nan)
+        with blame(f"the environment {self.envs.spec.id} failed"):
+            self.observations[i], self.played[i] = self.flat(self.envs.envs[i].reset(seed=int(seed))[0]), 0
 
     def flat(self, observation: Any) -> np.ndarray:
         batch = gym.vector.utils.concatenate(self.envs.single_observation_space, [observation], self.one)
@@ -587,12 +590,17 @@ class Collector:
         observation, space = self.observations[i].copy(), self.envs.single_action_space
         with blame(f"the environment {self.envs.spec.id} failed"):
             step = self.envs.envs[i].step(action.reshape(space.shape).astype(space.dtype))
-        next_observation, reward, terminal, timeout, info = step
-        success = np.fmax.reduce([float(info.get(x, np.nan)) for x in ("success", "is_success", "goal_achieved")])
-        self.played[i] = self.played[i, 0] + reward, self.played[i, 1] + 1, np.fmax(self.played[i, 2], success)
-        self.observations[i] = self.flat(next_observation)
-        end = (reward, terminal, timeout and not terminal, self.numbers[i])
-        return np.concatenate([observation, action, self.observations[i], end]).astype(np.float32)
+            next_observation, reward, terminal, timeout, info = step
+            reported = [float(info[key]) for key in {"success", "is_success", "goal_achieved"} & info.keys()]
+            self.state["reports_success"] |= bool(reported)
+            played = self.played[i]
+            self.played[i] = played[0] + reward, played[1] + 1, max(played[2], *reported, 0)
+            self.observations[i] = self.flat(next_observation)
+            end = (reward, terminal, timeout and not terminal, self.numbers[i])
+            row = np.concatenate([observation, action, self.observations[i], end]).astype(np.float32)
+            if not np.isfinite(row).all():
+                raise ValueError("it returned NaN or infinity")
+        return row
 
     def replay(self, i: int, rows: np.ndarray) -> None:
         """Brings environment i to where it stood: into the episode of these rows, or to the start of the next one."""
@@ -611,6 +619,8 @@ class Collector:
         warming_up = self.state["n_rows"] < config.warmup_steps
         uniform = warming_up and config.offline_iterations == 0 and not config.load_model
         actions = self.low + (self.agent.explore(self.observations, uniform) + 1) / 2 * (self.high - self.low)
+        if not np.isfinite(actions).all():
+            raise DataError("training diverged: actions are NaN; what was saved before is intact")
         for i, action in enumerate(actions[: config.online_iterations - self.state["n_rows"]]):
             rows.append(self.play(i, action.clip(self.low, self.high)))
             if rows[-1][-3:-1].any():
@@ -620,10 +630,11 @@ class Collector:
                 self.state["regret"] += float(1 - (self.played[i, 2] if score is None else score / 100))
                 self.numbers[i] += len(self.numbers)
                 self.reset(i)
+        rows = np.stack(rows)
         with blame(f"{self.path} cannot be written"):
-            self.file.write(np.stack(rows).tobytes())
+            self.file.write(rows.tobytes())
         self.state["n_rows"] += len(rows)
-        self.absorb(np.stack(rows))
+        self.absorb(rows)
         self.seconds += time.perf_counter() - started
         return 0 if warming_up or not self.buffer.counts.any() else len(rows) * config.utd_ratio
 
@@ -651,10 +662,15 @@ class Collector:
 
     def metrics(self, rows: list[dict[str, Any]], n_steps: int) -> dict[str, Any]:
         """Of the episodes since the last row, and regrets: of all online episodes, and of the online ones of `rows`."""
-        finished = np.array(self.state["finished"]).reshape(-1, 3)
-        means = finished.mean(axis=0) if len(finished) else 3 * [np.nan]
+        state, means = self.state, 3 * [np.nan]
+        if state["finished"]:
+            means = np.mean(state["finished"], axis=0)
         result = dict(zip(("online_return", "online_length", "online_success"), means))
-        result["train_regret"] = self.state["regret"] / self.state["n_finished"] if self.state["n_finished"] else np.nan
+        result["train_regret"] = state["regret"] / state["n_finished"] if state["n_finished"] else np.nan
+        if not state["reports_success"]:
+            result["online_success"] = np.nan
+            if self.task.reference is None:
+                result["train_regret"] = np.nan
         rows = [row for row in rows if row["step"] >= self.config.offline_iterations]
         scores = [
             x["eval_success"] if x["d4rl_normalized_score"] is None else x["d4rl_normalized_score"] / 100 for x in rows
@@ -894,7 +910,11 @@ class Task:
         self.envs = make_environments(config, n_envs, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
         name = f"{config.env} {self.arguments['id']}".lower()
-        if config.normalize_reward and any(task in name for task in ("halfcheetah", "hopper", "walker2d")):
+        if (
+            config.normalize_reward
+            and config.env != "none"
+            and any(task in name for task in ("halfcheetah", "hopper", "walker2d"))
+        ):
             with blame(f"--normalize_reward: all episodes of {config.env} have the same return"):
                 self.factor *= 1000 / float(np.ptp(episodes(data)[2]))
         # A hundred times the largest possible return: conservative values may well be below any return.
@@ -1166,6 +1186,7 @@ class Run:
             names = [x for x in old.keys() & new.keys() - self.free if old[x] != new[x]]
             longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
             changed = [f"{x} was {old[x]}, is {new[x]}" for x in names if x not in longer]
+            changed += [f"{x} is not an option of both" for x in old.keys() ^ new.keys()]
             if changed:
                 raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
 
@@ -1187,15 +1208,14 @@ class Run:
         if len(self.start["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
             self.rng.set_rng_state(self.start["random"].cpu())
 
-    def save(self, agent: Any, means: tuple[RunningMean, ...], **more: Any) -> None:
+    def save(self, agent: Any, means: tuple[RunningMean, ...], step: int, **more: Any) -> None:
         """Raises DataError."""
         policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
-        kept = self.path / f"policy-{self.last_step}.pt"
-        if self.config.keep_policies and self.rows and not kept.exists():
-            save(kept, policy)
+        if self.config.keep_policies and self.rows and step == self.last_step:
+            save(self.path / f"policy-{step}.pt", policy)
         if self.rows:
             writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
             writer.writeheader()
@@ -1258,21 +1278,22 @@ def prepare(config: TrainConfig, data: Any, run: Run) -> tuple[Task, CQL, Replay
     if alone and (config.eval_env in (None, "none") or config.normalize or config.offline_iterations):
         needed = "--eval_env <id> --offline_iterations 0 --normalize False"
         raise ConfigError(f"--env none learns online alone, and needs {needed}")
+    if alone and config.calibrate and config.failure_reward is None:
+        raise ConfigError("--env none has no smallest reward: --calibrate True needs --failure_reward")
+    if -1 < config.mixing_ratio < 0:
+        raise ConfigError(f"--mixing_ratio takes -1, or a number from 0 to 1, not {config.mixing_ratio}")
     if alone:  # a transition of zeros stands for the data, for the sizes
         envs = make_environments(config, 1, config.eval_env)
         zeros = np.zeros_like(flatten(envs.observation_space.sample(), envs.single_observation_space))
-        actions = np.zeros((1, action_bounds(envs.single_action_space, config.eval_env)["action_low"].size))
-        data = dict.fromkeys(COLUMNS, np.zeros(1)) | {
-            "observations": zeros,
-            "next_observations": zeros,
-            "actions": actions,
-        }
+        data = dict.fromkeys(COLUMNS, np.zeros(1)) | {"observations": zeros, "next_observations": zeros}
+        data["actions"] = action_bounds(envs.single_action_space, config.eval_env)["action_low"][None]
+        envs.close()
     data = load_dataset(config.env) if data is None else dict(data)
     task = Task(config, data)
     if config.online_iterations and not task.envs:
         raise ConfigError(f"--online_iterations {config.online_iterations} needs an environment; --eval_env takes one")
     if (config.mixing_ratio >= 0 or config.is_sparse_reward) and not config.calibrate:
-        print("mixing_ratio and is_sparse_reward are options of Cal-QL; this run is CQL without --calibrate True")
+        print("this run is CQL (with mixing_ratio); Cal-QL, where is_sparse_reward acts, needs --calibrate True")
     with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
         data, holdout, scaling = prepare_data(config, data, task, run.start)
     failure_reward = min(0.0, data["rewards"].min()) if config.failure_reward is None else config.failure_reward
@@ -1312,12 +1333,12 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
     if run.start:
         run.restore(agent, means)
     agent.actor.load_state_dict(scaling, strict=False)
+    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     collector = Collector(config, task, agent, buffer, run, failure_reward)
     run.begin(task, f"steps {collector.position:,}")
-    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
-    progress = tqdm(total=run.n_steps, unit="step", disable=None)
+    progress = tqdm(total=run.n_steps, initial=collector.position, unit="step", disable=None)
     try:
-        agent.online = agent.n_updates >= config.offline_iterations
+        agent.online = run.last_step >= config.offline_iterations  # from the row at the switch on
         advance, logged = updater(config, agent, buffer, *means), collector.position
         begun = since = logged, agent.n_updates, time.perf_counter()
         while True:
@@ -1337,9 +1358,9 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                     for mean in means:
                         mean.reset()
                     collector.seconds, collector.state["finished"] = 0.0, []
-                    run.save(agent, means, online=collector.sync())
+                    run.save(agent, means, step, online=collector.sync())
                     since, logged = (step, agent.n_updates, time.perf_counter()), step
-            elif step // config.log_interval > logged // config.log_interval:
+            elif step // config.log_interval > logged // config.log_interval and not stop:
                 run.log(task.check(recent.read(), agent), step)
                 recent.reset()
                 logged = step
@@ -1350,7 +1371,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                 begun = (math.inf, 0, 0)  # said once
             if stop:
                 task.check(total.read(), agent)  # no checkpoint of a run that diverged
-                run.save(agent, means, online=collector.sync())
+                run.save(agent, means, step, online=collector.sync())
                 progress.write(f"signal {stop[0]} at step {step:,}: saved in {run.path}")
                 raise SystemExit(128 + stop[0])
             if step >= run.n_steps:

@@ -689,7 +689,11 @@ class Task:
         self.envs = make_environments(config, n_envs, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
         name = f"{config.env} {self.arguments['id']}".lower()
-        if config.normalize_reward and any(task in name for task in ("halfcheetah", "hopper", "walker2d")):
+        if (
+            config.normalize_reward
+            and config.env != "none"
+            and any(task in name for task in ("halfcheetah", "hopper", "walker2d"))
+        ):
             with blame(f"--normalize_reward: all episodes of {config.env} have the same return"):
                 self.factor *= 1000 / float(np.ptp(episodes(data)[2]))
         # A hundred times the largest possible return: conservative values may well be below any return.
@@ -961,6 +965,7 @@ class Run:
             names = [x for x in old.keys() & new.keys() - self.free if old[x] != new[x]]
             longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
             changed = [f"{x} was {old[x]}, is {new[x]}" for x in names if x not in longer]
+            changed += [f"{x} is not an option of both" for x in old.keys() ^ new.keys()]
             if changed:
                 raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
 
@@ -982,15 +987,14 @@ class Run:
         if len(self.start["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
             self.rng.set_rng_state(self.start["random"].cpu())
 
-    def save(self, agent: Any, means: tuple[RunningMean, ...], **more: Any) -> None:
+    def save(self, agent: Any, means: tuple[RunningMean, ...], step: int, **more: Any) -> None:
         """Raises DataError."""
         policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
-        kept = self.path / f"policy-{self.last_step}.pt"
-        if self.config.keep_policies and self.rows and not kept.exists():
-            save(kept, policy)
+        if self.config.keep_policies and self.rows and step == self.last_step:
+            save(self.path / f"policy-{step}.pt", policy)
         if self.rows:
             writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
             writer.writeheader()
@@ -1089,9 +1093,9 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                     progress.write(f"update {step:,}: {describe(run.rows[-1])}, {speed:.0f} updates/s")
                     for mean in means:
                         mean.reset()
-                    run.save(agent, means)
+                    run.save(agent, means, step)
                     since = step, time.perf_counter()
-            elif step > begun[0] and step % config.log_interval == 0:
+            elif step > begun[0] and step % config.log_interval == 0 and not stop:
                 run.log(task.check(recent.read(), agent), step)
                 recent.reset()
             if progress.disable and step - n < begun[0] + 100 <= step:
@@ -1100,7 +1104,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                 print(f"update {step:,}: {rate:.0f} updates/s, the end in about {left}", flush=True)
             if stop:
                 task.check(total.read(), agent)  # no checkpoint of a run that diverged
-                run.save(agent, means)
+                run.save(agent, means, step)
                 progress.write(f"signal {stop[0]} at update {step:,}: saved in {run.path}")
                 raise SystemExit(128 + stop[0])
             ends = (run.n_steps, *(step + n - step % n for n in (config.eval_freq, config.log_interval)))
