@@ -485,7 +485,7 @@ class ReplayBuffer:
         columns = [torch.as_tensor(data[key], dtype=torch.float32) for key in Batch._fields]
         columns = [torch.cat([x, x.new_zeros(room, *x.shape[1:])]) if room else x for x in columns]
         self.columns, self.size = [column.to(device) for column in columns], len(data["rewards"])
-        self.room, self.n_added, self.mixing_ratio = room, 0, mixing_ratio
+        self.room, self.n_added, self.mixing_ratio, self.online = room, 0, mixing_ratio, False
         # On the device, so that a CUDA graph sees them grow: transitions of the data, and online ones.
         self.counts = torch.tensor([self.size, 0], dtype=torch.float64, device=device)
 
@@ -502,7 +502,7 @@ class ReplayBuffer:
         return Batch(*[column[indices] for column in self.columns])
 
     def sample(self, batch_size: int) -> Batch:
-        if not self.room:
+        if not self.online:
             return self.rows(torch.randint(self.size, (batch_size,), device=self.counts.device))
         uniform = torch.rand(batch_size, dtype=torch.float64, device=self.counts.device)
         n_data, n_online = self.counts
@@ -1338,7 +1338,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
     run.begin(task, f"steps {collector.position:,}")
     progress = tqdm(total=run.n_steps, initial=collector.position, unit="step", disable=None)
     try:
-        agent.online = run.last_step >= config.offline_iterations  # from the row at the switch on
+        agent.online = buffer.online = run.last_step >= config.offline_iterations  # from the row at the switch on
         advance, logged = updater(config, agent, buffer, *means), collector.position
         begun = since = logged, agent.n_updates, time.perf_counter()
         while True:
@@ -1381,7 +1381,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                 advance(min(config.offline_iterations, *ends) - step)
                 continue
             if not agent.online:
-                agent.online = True
+                agent.online = buffer.online = True
                 advance = updater(config, agent, buffer, *means)  # with the losses of the online phase
                 since = step, agent.n_updates, time.perf_counter()
             left = collector.step()
