@@ -29,6 +29,7 @@ from torch import nn
 
 from algorithms.finetune import cql
 from algorithms.offline import cql as offline_cql
+from benchmarks import collect
 
 pytestmark = finetune
 
@@ -187,7 +188,8 @@ def test_share_of_data_in_a_minibatch(ratio, share):
     """Exactly the nearest number of rows; -1 is uniform. Before the first online row there is nothing but data."""
     torch.manual_seed(0)
     buffer = cql.ReplayBuffer(transitions(range(10)), "cpu", 50, ratio)
-    assert set(torch.cat([buffer.sample(8).rewards for _ in range(50)]).tolist()) == set(range(10))
+    for buffer.online in (False, True):
+        assert set(torch.cat([buffer.sample(8).rewards for _ in range(50)]).tolist()) == set(range(10))
     buffer.add(transitions(range(100, 130)))
     batches = torch.stack([buffer.sample(8).rewards for _ in range(2000)])
     shares, counts = (batches < 50).float().mean(dim=1), torch.bincount(batches.int().flatten(), minlength=130)
@@ -213,6 +215,7 @@ def test_oldest_online_rows_make_way_and_data_never_do(sizes):
 
 def test_without_data_any_ratio_is_of_online_rows():
     buffer = cql.ReplayBuffer(transitions([]), "cpu", 4, 0.5)
+    buffer.online = True
     buffer.add(transitions([7, 8]))
     assert {*buffer.sample(99).rewards.tolist()} == {7, 8}
 
@@ -693,7 +696,9 @@ SAC = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, {"n_online_envs": 3, "warmup_steps": 9}, {"calibrate": True, "failure_reward": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"n_online_envs": 3, "warmup_steps": 9}, {"calibrate": True, "failure_reward": 0.0}], ids=str
+)
 def test_online_alone(options, run):
     """Nothing is learned from but what was played; to calibrate, from whole episodes."""
     folder = run(**SAC | options)
@@ -705,6 +710,24 @@ def test_online_alone(options, run):
     assert n_updates(folder) == 30 - sum(skipped[name] for name in options if name in skipped)
     stored = weights(folder)
     assert stored["/weights/action_low"].tolist() == Counter.action_space.low.tolist()
+
+
+def test_what_was_met_online_is_a_dataset(run, script, new_dataset, capsys):
+    """By benchmarks/collect.py --replay: every transition of the first steps, where 3 environments play in turn."""
+    folder, n = run(**SAC, n_online_envs=3), 20
+    for options in ([], ["--env", "Counter-v0"]):
+        collect.main(["--replay", str(folder), "--steps", str(n), "--id", "toy/replay-v0", "--force", *options])
+    data, rows = script.load_dataset("toy/replay-v0"), read(folder)[:n]
+    rows = rows[np.argsort(rows[:, -1], kind="stable")]
+    names = ("observations", "actions", "next_observations", "rewards", "terminals")
+    stored = np.concatenate([np.float32(data[name]).reshape(n, -1) for name in names], axis=1)
+    assert np.array_equal(stored, rows[:, :10]) and script.episodes(data)[0][-1] + 1 == len(set(rows[:, -1]))
+    assert (data["timeouts"] >= (rows[:, 10] > 0)).all() and data["environment"]["id"] == "Counter-v0"
+    for options in (["--steps", "31"], ["--env", "Pendulum-v1"], ["--policy", "random"], ["--noise", "0.1"]):
+        with pytest.raises(SystemExit) as stop:
+            collect.main(["--replay", str(folder), "--steps", "20", "--id", "toy/other-v0", *options])
+        line = capsys.readouterr().err.strip()
+        assert stop.value.code in (1, 2) and "--replay" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(
