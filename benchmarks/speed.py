@@ -111,6 +111,7 @@ def prepare_online(job, variant):
     """Online steps of finetune/cql: (runs one of each environment, operations, compile seconds)."""
     (config, _), folder = make_config(job, variant), Path(tempfile.mkdtemp())
     options = {"env": "none", "eval_env": job.env, "offline_iterations": 0, "online_iterations": 10**9}
+    options["failure_reward"] = config.failure_reward or 0.0
     config = replace(config, normalize=False, buffer_size=10**5, **options)
     run = types.SimpleNamespace(path=folder, resumed=False, start=None)
     with contextlib.redirect_stdout(None):
