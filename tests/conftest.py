@@ -181,6 +181,13 @@ def store(name, buffers, **options):
     return name
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """A run that fails on its way may leave them off."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def float64():
     torch.manual_seed(0)
