@@ -208,25 +208,21 @@ def store(dataset_id, buffers, root, added=None, **metadata):
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def replayed_environment(folder):
-    """The Gymnasium id that a run of finetune/cql.py was given. Exits where it was the dataset's own."""
+def read_run(folder):
+    """checkpoint.pt of a run folder of finetune/cql.py."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from algorithms.finetune import cql
 
     try:
-        env_id = cql.load(Path(folder, "checkpoint.pt"), "cpu", "config", "online")["config"]["eval_env"]
+        return cql.load(Path(folder, "checkpoint.pt"), "cpu", "config", "online", "policy")
     except cql.DataError as error:
         fail(1, f"--replay takes a run folder of finetune/cql.py: {error}")
-    return env_id or fail(2, f"--replay {folder} acted in its dataset's environment: give it as --env")
 
 
-def read_replay(folder, n_steps, env):
-    """What a run of finetune/cql.py met in its first n_steps online steps (see its Collector), as EpisodeBuffers in the
+def read_replay(folder, state, n_steps, env):
+    """What the run met in its first n_steps online steps (see Collector in finetune/cql.py), as EpisodeBuffers in the
     order of their starts, and the returns of those that are complete."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from algorithms.finetune import cql
-
-    state, space = cql.load(Path(folder, "checkpoint.pt"), "cpu", "config", "online", "policy"), env.observation_space
+    space = env.observation_space
     size, action_size = state["policy"]["sizes"][:2]
     if not isinstance(space, gym.spaces.Box) or math.prod(space.shape) != size:
         raise ValueError(f"{folder} has observations of {size} numbers, {env.spec.id} {space}")
@@ -302,8 +298,11 @@ def parse_arguments(argv):
 def collect(args):
     root = free_place(args.id, args.force)
     gym.logger.min_level = gym.logger.ERROR  # an error is one line, without warnings above it
-    if args.replay and not args.env:
-        args.env = replayed_environment(args.replay)
+    if args.replay:
+        run = read_run(args.replay)
+        args.env = args.env or run["config"]["eval_env"]
+        if not args.env:
+            fail(2, f"--replay {args.replay} acted in its dataset's environment: give it as --env")
     register(args.env)
     try:
         envs = [gym.make(args.env, disable_env_checker=True) for _ in range(N_ENVS)]
@@ -324,7 +323,7 @@ def collect(args):
     extras = [f"{name} {options[name]:g}" for name in ("noise", "epsilon") if options[name]]
     if args.replay:
         try:
-            buffers, returns = read_replay(args.replay, args.steps, envs[0])
+            buffers, returns = read_replay(args.replay, run, args.steps, envs[0])
         except (OSError, ValueError) as error:
             fail(1, f"--replay {args.replay} cannot be used: {error}")
     else:

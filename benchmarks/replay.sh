@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CQL, offline SAC (cql_alpha 0) and behaviour cloning, five seeds each, on replay data: all transitions of a run of online SAC from its first
-# random action until it acts at medium level. From the root of the repository, about two hours on 2 cores (a run a core), most of it LunarLander:
+# random action until it acts at medium level. From the root of the repository, a run a core:
 #   bash benchmarks/replay.sh && python benchmarks/summarize.py benchmarks/results/replay
 set -euo pipefail
 out=benchmarks/results/replay

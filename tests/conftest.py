@@ -14,6 +14,7 @@ import runpy
 import shutil
 import signal
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -286,6 +287,23 @@ def command_line(script, monkeypatch, capsys, signals):
         return status, *capsys.readouterr()
 
     return start
+
+
+def slow_clock(patch, script):
+    """A clock of the script that stands still but for calls of what `takes(owner, name, seconds)` names."""
+    clock = types.SimpleNamespace(now=0.0)
+    patch.setattr(script, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def takes(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def slow(*args, **options):
+            clock.now += seconds
+            return function(*args, **options)
+
+        patch.setattr(owner, name, slow)
+
+    return clock, takes
 
 
 def refusal(function, *arguments, **options):

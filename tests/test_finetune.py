@@ -8,6 +8,7 @@ import signal
 import types
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from conftest import (
     finetune,
     record,
     refusal,
+    slow_clock,
     table,
     tiny_config,
     train_apart,
@@ -434,18 +436,7 @@ def test_regret_leaves_out_evaluations_that_fail_and_those_before_the_switch(run
 
 def test_speeds_are_those_of_updates_and_of_playing(run, monkeypatch):
     """By a clock that goes on in minibatches, in steps of the environment, and by a lot in all else."""
-    clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(cql, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
-
-    def takes(owner, name, seconds):
-        function = getattr(owner, name)
-
-        def slow(*args, **options):
-            clock.now += seconds
-            return function(*args, **options)
-
-        monkeypatch.setattr(owner, name, slow)
-
+    _, takes = slow_clock(monkeypatch, cql)
     takes(cql.ReplayBuffer, "sample", 1.0)
     takes(cql.CQL, "explore", 4.0)
     for owner, name in ((cql.Task, "rollout"), (os, "fsync"), (cql.wandb, "init"), (cql, "load_dataset")):
@@ -712,6 +703,31 @@ def test_online_alone(options, run):
     assert stored["/weights/action_low"].tolist() == Counter.action_space.low.tolist()
 
 
+class Faint(Counter):
+    """Shows numbers below float32's normal ones, which a run rounds to 0; reports a success when there is one alone."""
+
+    def observe(self):
+        return np.array([self.number, self.t, 1e-40 * self.t], np.float32)
+
+    def step(self, action):
+        *step, info = super().step(action)
+        return *step, {key: value for key, value in info.items() if value}
+
+
+def test_faint_numbers_and_rare_success(run, monkeypatch, capsys):
+    """A resume replays as it played; episodes that report no success had none."""
+    gym.register("Faint-v0", entry_point=Faint)
+    monkeypatch.setattr(Faint, "action_space", Counter.action_space)
+    options = SAC | {"eval_env": "Faint-v0", "n_episodes": 3}
+    whole = run(run_id="whole", **options)
+    for n in range(3, 30, 4):
+        run(run_id="parts", **options | {"online_iterations": n})
+    parts = run(run_id="parts", **options)
+    assert "dropped" not in capsys.readouterr().err and np.array_equal(read(whole), read(parts))
+    row = table(whole)[-1]
+    assert 0 < float(row["train_regret"]) < 1 and 0 <= float(row["online_success"]) <= 1 and row["eval_success"]
+
+
 def test_what_was_met_online_is_a_dataset(run, script, new_dataset, capsys):
     """By benchmarks/collect.py --replay: every transition of the first steps, where 3 environments play in turn."""
     folder, n = run(**SAC, n_online_envs=3), 20
@@ -748,6 +764,7 @@ def test_what_does_not_fit_online_alone_is_one_line(changes, tiny, tmp_path):
         ({"buffer_size": 100}, ["--buffer_size 100", "100 transitions"]),
         ({"eval_env": "none"}, ["--online_iterations 9", "--eval_env"]),
         ({"mixing_ratio": 1.5}, ["--mixing_ratio"]),
+        ({"mixing_ratio": -0.5}, ["--mixing_ratio"]),
         ({"n_online_envs": 0}, ["--n_online_envs"]),
     ],
 )

@@ -37,6 +37,7 @@ from conftest import (
     option_names,
     record,
     refusal,
+    slow_clock,
     table,
     tiny_arguments,
     tiny_config,
@@ -110,18 +111,7 @@ def test_without_a_terminal_the_speed_is_said_after_a_hundred_updates(log_interv
 @offline
 def test_updates_per_second_are_those_of_updates_alone(script, tiny, tmp_path, monkeypatch):
     """By a clock that goes on by one in each update, and by a lot in all else, also between two starts."""
-    clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(script, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
-
-    def takes(owner, name, seconds):
-        function = getattr(owner, name)
-
-        def slow(*args, **options):
-            clock.now += seconds
-            return function(*args, **options)
-
-        monkeypatch.setattr(owner, name, slow)
-
+    clock, takes = slow_clock(monkeypatch, script)
     takes(script.ReplayBuffer, "sample", 1.0)
     for owner, name in ((Counter, "step"), (os, "fsync"), (script.wandb, "init"), (script, "load_dataset")):
         takes(owner, name, 1000.0)

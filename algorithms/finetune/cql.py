@@ -517,13 +517,10 @@ class ReplayBuffer:
 def calibration_returns(data: dict[str, Any], numbers: np.ndarray, failure_reward: float, config: Any) -> np.ndarray:
     """Cal-QL's bounds: the discounted sum of the training rewards from each transition to the end of its episode, [T].
     An episode that was cut short goes on with failure_reward for ever. numbers: of the episodes, [T]."""
-    forever, returns, following, number = failure_reward / max(1 - config.discount, 1e-6), [], 0.0, None
-    for reward, terminal, own in zip(*(x[::-1].tolist() for x in (data["rewards"], data["terminals"], numbers))):
-        if own != number:
-            following, number = 0.0 if terminal else forever, own
-        following = reward + config.discount * following
-        returns.append(following)
-    returns = np.array(returns[::-1], dtype=np.float32)
+    forever, ends = failure_reward / max(1 - config.discount, 1e-6), np.append(numbers[1:] != numbers[:-1], True)
+    beyond = config.discount * forever * (ends & ~data["terminals"])
+    whole = {"rewards": data["rewards"] + beyond, "terminals": data["terminals"], "timeouts": ends}
+    returns = episodes(whole, config.discount)[1].astype(np.float32)
     if config.is_sparse_reward:
         best = np.full(numbers.max() + 1, -np.inf)
         np.maximum.at(best, numbers, data["rewards"])
