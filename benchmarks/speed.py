@@ -4,12 +4,14 @@
     python benchmarks/speed.py --script discrete/cql_dqn --observation 8 --action 4 --batch 64 --layers 2
     python benchmarks/speed.py --script finetune/cql --env Hopper-v5 --layers 2 --variants - n_online_envs=4
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
+    python benchmarks/speed.py --variants OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 --copies 1 2 4
 
 A variant is options of the script and, in capitals, environment variables (`-`: none). Each runs in a process of its
 own; windows alternate between them, and the median counts. `--peer` is a checkout of CORL
 (https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads that
 the scripts set. `--env` times the online steps of finetune/cql too: acting, environment, file and buffer, no updates.
-`--beside` says how many busy processes run meanwhile; several numbers are measured in turn. Rows are
+`--copies` says how many of a variant's processes run at once, as runs packed on a GPU or a CPU do; the rate is their
+sum. `--beside` says how many busy processes run meanwhile. Several numbers of either are measured in turn. Rows are
 added to benchmarks/results/speed.csv.
 
 utilisation: updates per second times the operations of an update, over the rate that this machine reaches for the
@@ -21,6 +23,7 @@ import contextlib
 import csv
 import functools
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import platform
@@ -51,7 +54,7 @@ COLUMNS = (
     "script", "variant", "beside", "device", "threads", "observation", "action", "batch", "layers", "actions",
     "updates_per_second", "slowest_window", "fastest_window", "ratio", "gflop_per_update", "matmul_gflop_per_second",
     "utilisation", "peak_memory_mb", "compile_seconds", "launches_per_update", "torch", "machine",
-    "env", "env_steps_per_second",
+    "env", "env_steps_per_second", "copies",
 )  # fmt: skip
 
 
@@ -204,7 +207,7 @@ def work(connection, job, kind, variant):
     for _ in range(5):  # on a GPU updates are recorded in the fourth call
         function()
     launches = count_launches(function, job.device)
-    connection.send((operations, seconds, launches, peak_memory(job.device) - before))
+    connection.send((operations, seconds, launches, peak_memory(job.device) - before, torch.get_num_threads()))
     while duration := connection.recv():
         if "cuda" in job.device:
             torch.cuda.synchronize()
@@ -239,37 +242,42 @@ def start(job, kind, variant):
 
 
 def compare(job):
-    """A row a variant, and one for the peer, for each number of busy processes."""
+    """A row a variant, and one for the peer, for each number of busy processes and of copies."""
     specs = [("limit", "float32"), ("limit", "bfloat16")] + [("script", variant) for variant in job.variants]
     specs += [("peer", job.peer)] if job.peer else []
     online = [("online", variant) for variant in job.variants if job.env]
-    workers, rows = [start(job, *spec) for spec in specs + online], []  # one after the other: compiling uses all cores
-    for n_beside in job.beside:
+    # One after the other, since compiling uses all cores.
+    workers = [
+        [start(job, *spec) for _ in range(max(job.copies) if spec[0] == "script" else 1)] for spec in specs + online
+    ]
+    rows = []
+    for n_beside, copies in itertools.product(job.beside, job.copies):
         rates = [[] for _ in workers]
         with beside(n_beside):
             for _ in range(job.windows):
-                for (connection, _), found in zip(workers, rates):
-                    connection.send(job.seconds)
-                    found.append(connection.recv())
+                for group, found in zip(workers, rates):
+                    for connection, _ in group[:copies]:
+                        connection.send(job.seconds)
+                    found.append(sum(connection.recv() for connection, _ in group[:copies]))
         limits = dict(zip(("float32", "bfloat16"), map(statistics.median, rates)))
         base = statistics.median(rates[len(specs) - 1 if job.peer else 2])
         steps = {variant: statistics.median(found) for (_, variant), found in zip(online, rates[len(specs) :])}
-        for (kind, variant), (_, prepared), found in list(zip(specs, workers, rates))[2:]:
+        for (kind, variant), group, found in list(zip(specs, workers, rates))[2:]:
             limit = limits["bfloat16" if "bfloat16" in variant else "float32"]
             name = "CORL" if kind == "peer" else variant
-            rows.append(make_row(job, name, n_beside, prepared, found, base, limit))
+            rows.append(make_row(job, name, n_beside, group[0][1], found, base, limit))
+            rows[-1]["copies"] = len(group[:copies])
             if name in steps:
                 rows[-1] |= {"env": job.env, "env_steps_per_second": round(steps[name], 1)}
-    for connection, _ in workers:
+    for connection, _ in itertools.chain(*workers):
         connection.send(None)
     return rows
 
 
 def make_row(job, name, n_beside, prepared, rates, base, limit):
-    (operations, seconds, launches, memory), rate = prepared, statistics.median(rates)
+    (operations, seconds, launches, memory, threads), rate = prepared, statistics.median(rates)
     return {
-        "script": job.script, "variant": name, "beside": n_beside, "device": job.device,
-        "threads": torch.get_num_threads(),
+        "script": job.script, "variant": name, "beside": n_beside, "device": job.device, "threads": threads,
         **{name: getattr(job, name) for name in ("observation", "action", "batch", "layers", "actions")},
         "updates_per_second": round(rate, 2), "slowest_window": round(min(rates), 2),
         "fastest_window": round(max(rates), 2), "ratio": round(rate / base, 2),
@@ -289,6 +297,9 @@ def main():
     for name, default in {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--beside", type=int, nargs="+", default=[0], metavar="N", help="busy processes meanwhile")
+    parser.add_argument(
+        "--copies", type=int, nargs="+", default=[1], metavar="N", help="processes of a variant at once"
+    )
     parser.add_argument("--windows", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
     parser.add_argument("--device", default=cql.TrainConfig().device)
@@ -301,6 +312,8 @@ def main():
             parser.error(f"--variants {variant}: {error}")
     if min(job.beside) < 0:
         parser.error(f"--beside {min(job.beside)} is no number of processes")
+    if min(job.copies) < 1:
+        parser.error(f"--copies {min(job.copies)} is no number of processes above 0")
     if job.env and job.script != "finetune/cql":
         parser.error(f"--env {job.env} is for --script finetune/cql")
     if job.peer and job.script != "offline/cql":

@@ -34,6 +34,19 @@ def test_a_row_for_each_variant_alone_and_beside_a_busy_process(measure):
         assert float(row["updates_per_second"]) > 0 and float(row["matmul_gflop_per_second"]) > 0
 
 
+def test_copies_of_a_variant_run_at_once_with_threads_of_their_own(measure):
+    rows = measure("--copies", "1", "2", "--variants", "OMP_NUM_THREADS=1", "OMP_NUM_THREADS=2")
+    assert [(row["copies"], row["threads"]) for row in rows] == [(n, threads) for n in "12" for threads in "12"]
+
+
+def test_the_rate_of_copies_is_their_sum(measure, monkeypatch):
+    """Workers that answer 1, 2, 3, ... to each window's request, the products' before the script's."""
+    prepared, answers = (1, 0.0, None, 0.0, 1), iter(range(1, 100))
+    connection = type("Connection", (), {"send": lambda *_: None, "recv": lambda _: next(answers)})()
+    monkeypatch.setattr(speed, "start", lambda *_: (connection, prepared))
+    assert [row["updates_per_second"] for row in measure("--copies", "1", "3")] == ["3", f"{6 + 7 + 8}"]
+
+
 def test_a_variant_is_options_and_environment_variables():
     job = type("Job", (), {"script": "offline/cql", "device": "cpu", "batch": 8, "layers": 1, "actions": 2})
     config, variables = speed.make_config(job, "GOMP_SPINCOUNT=0,cql_alpha=2")
@@ -62,7 +75,15 @@ def test_operations_of_the_discrete_script_are_those_of_the_products():
 
 
 @pytest.mark.parametrize(
-    "bad", [["--variants=sped=1"], ["--variants=precision=half"], ["--peer=/nowhere"], ["--beside=-1"], ["--no_such"]]
+    "bad",
+    [
+        ["--variants=sped=1"],
+        ["--variants=precision=half"],
+        ["--peer=/nowhere"],
+        ["--beside=-1"],
+        ["--copies=0"],
+        ["--no_such"],
+    ],
 )
 def test_bad_arguments_are_refused(bad, measure, capsys):
     with pytest.raises(SystemExit) as stop:
