@@ -35,12 +35,14 @@ for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("algorithms/**/*.py"))]
 DATASET = "toy/counter-v0"
-SPEEDS = {"updates_per_second", "env_steps_per_second"}
+SPEEDS = {"updates_per_second", "env_steps_per_second", "rollout_time_share"}
 ONLINE = {"online_return", "online_length", "online_success", "train_regret", "eval_regret"}  # empty offline
 SURPLUS = 99_999  # a multiple of 3, whose episodes report success
 TINY = {
     "device": "cpu", "env": DATASET, "max_timesteps": 25, "eval_freq": 10, "n_episodes": 2, "batch_size": 32,
     "hidden_dim": 16, "policy_n_hidden_layers": 1, "q_n_hidden_layers": 1, "cql_n_actions": 2, "run_id": "run",
+    "rollout_freq": 10, "rollout_batch_size": 8, "rollout_length": 2, "dynamics_members": 3, "dynamics_elites": 2,
+    "dynamics_hidden_dim": 8, "dynamics_n_hidden_layers": 1, "dynamics_max_epochs": 1,
 }  # fmt: skip
 
 
@@ -130,6 +132,7 @@ CONTINUOUS = World(
 )  # fmt: skip
 WORLDS = {
     "algorithms.offline.cql": CONTINUOUS,
+    "algorithms.offline.combo": CONTINUOUS,
     "algorithms.finetune.cql": CONTINUOUS._replace(unit="step"),
     "algorithms.discrete.cql_dqn": World(
         gym.spaces.MultiDiscrete([4, 3], start=[-2, 0]), "Fine-v0", ("CartPole-v1", "MountainCar-v0"), "DiscreteCQL",

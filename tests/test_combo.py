@@ -1,0 +1,356 @@
+"""algorithms/offline/combo.py: the model, what it imagines, and the losses on data and imagined rows."""
+
+import itertools
+import types
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import equal, refusal, weights
+
+from algorithms.offline import combo, cql
+
+SMALL = {
+    "device": "cpu", "env": "toy/line-v0", "eval_env": "none", "max_timesteps": 20, "eval_freq": 10, "batch_size": 32,
+    "hidden_dim": 16, "policy_n_hidden_layers": 1, "q_n_hidden_layers": 1, "cql_n_actions": 2, "run_id": "run",
+    "rollout_freq": 5, "rollout_batch_size": 40, "rollout_length": 3, "dynamics_members": 3, "dynamics_elites": 2,
+    "dynamics_hidden_dim": 16, "dynamics_n_hidden_layers": 2, "dynamics_max_epochs": 3,
+}  # fmt: skip
+
+
+def line(n=600, seed=0):
+    """A point in the plane: s' = s + a / 10 and some noise, r = s_0; it ends above s_0 = 0.3, or after 20 steps."""
+    rng, rows, state, t = np.random.default_rng(seed), [], np.zeros(2), 0
+    for _ in range(n):
+        action = rng.uniform(-1, 1, 2)
+        following = state + action / 10 + 0.01 * rng.standard_normal(2)
+        t, terminal = t + 1, following[0] > 0.3
+        rows.append((state, action, state[0], following, terminal, t == 20 and not terminal))
+        state, t = (rng.uniform(-0.3, 0.3, 2), 0) if terminal or t == 20 else (following, t)
+    return dict(zip(combo.COLUMNS, map(np.array, zip(*rows))))
+
+
+def config_of(script=combo, path="runs", **options):
+    names = vars(script.TrainConfig(device="cpu"))
+    values = SMALL | {"checkpoints_path": str(path)} | options
+    return script.TrainConfig(**{name: value for name, value in values.items() if name in names})
+
+
+@pytest.fixture
+def make(tmp_path):
+    """The parts of a run: (model, agent), with the model untrained."""
+
+    def make(data=None, **options):
+        config, data = config_of(path=tmp_path, **options), data or line()
+        task = combo.Task(config, data)
+        data, _, scaling = combo.prepare_data(config, data, task, None)
+        torch.manual_seed(0)
+        agent = combo.CQL(config, data["observations"].shape[1], data["actions"].shape[1])
+        agent.actor.load_state_dict(scaling, strict=False)
+        buffer = combo.ReplayBuffer(data, "cpu")
+        return combo.WorldModel(config, task, agent, buffer, tmp_path / "run"), agent
+
+    return make
+
+
+# The losses
+
+EQUAL = [
+    {}, {"cql_backprop_actions": 2}, {"cql_alpha": 0.0}, {"precision": "bfloat16", "cql_temp": 2.0},
+    {"cql_importance_sample": False, "cql_lagrange": True, "cql_clip_diff_max": 1.0},
+    {"cql_max_target_backup": True, "backup_entropy": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", EQUAL)
+def test_data_alone_is_cql_to_the_last_bit(options, tmp_path):
+    rows = []
+    for script in (cql, combo):
+        config = config_of(
+            script, tmp_path / script.__name__, **{"real_ratio": 1.0, "policy_lr": 1e-3, "cql_alpha": 2.0} | options
+        )
+        rows.append(script.train(config, line()))
+    first, second = (weights(tmp_path / script.__name__ / "run") for script in (cql, combo))
+    assert equal(first, second)
+    same = rows[0].keys() & rows[1].keys() - {"updates_per_second"}
+    assert len(same) > 10 and all(rows[0][name] == rows[1][name] for name in same)
+
+
+def batch_of(n=32):
+    torch.manual_seed(1)
+    columns = torch.randn(n, 3), torch.rand(n, 2) * 2 - 1, torch.randn(n), torch.randn(n, 3), (torch.rand(n) < 0.2)
+    return combo.Batch(*[x.to(torch.get_default_dtype()) for x in columns])
+
+
+@pytest.mark.parametrize("states", ["mix", "model"])
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_penalty_pushes_down_at_its_states_and_up_at_data_alone(states, ratio, float64):
+    agent = combo.CQL(config_of(real_ratio=ratio, push_down_states=states, cql_alpha=3.0, cql_n_actions=4), 3, 2)
+    batch, n = batch_of(), int(32 * ratio)
+    target, proposals, log_prob = agent.propose(batch, *agent.actor(torch.cat([batch[0], batch[3]])))
+    loss, gap, metrics = agent.critic_loss(batch, target, proposals, log_prob, n)
+
+    actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)
+    q = torch.stack([agent.critic(batch.observations[i : i + 1], actions[i : i + 1])[:, 0] for i in range(32)], dim=1)
+    down = (q[..., 1:] - log_prob).exp().sum(dim=-1).log()  # of 3N actions
+    down = down[:, n:] if states == "model" else down
+    by_hand = down.mean(dim=1) - q[:, :n, 0].mean(dim=1)
+    td = (q[..., 0] - target).square().mean(dim=1)
+    assert torch.allclose(gap, by_hand) and torch.allclose(loss, (td + 3 * by_hand).sum())
+    parameters = list(agent.critic.parameters())
+    for x, y in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad((td + 3 * by_hand).sum(), parameters)):
+        assert torch.allclose(x, y)
+    policy_q = q[:, n if states == "model" else 0 :, -4:]
+    assert torch.allclose(metrics["combo_regulariser"], policy_q.mean() - q[:, :n, 0].mean())
+
+
+def test_drawn_gradient_has_the_exact_ones_expectation(float64):
+    agent, batch = combo.CQL(config_of(real_ratio=0.5, cql_n_actions=4), 3, 2), batch_of(8)
+    proposed = agent.propose(batch, *agent.actor(torch.cat([batch[0], batch[3]])))
+    parameters = list(agent.critic.parameters())
+    exact, gap, _ = agent.critic_loss(batch, *proposed, 4)
+    exact = torch.cat([x.flatten() for x in torch.autograd.grad(exact, parameters)])
+    agent.config.cql_backprop_actions, drawn = 3, []
+    for _ in range(400):
+        loss, same, _ = agent.critic_loss(batch, *proposed, 4)
+        assert torch.allclose(gap, same)
+        drawn.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, parameters)]))
+    drawn = torch.stack(drawn)
+    error = (drawn.mean(dim=0) - exact).norm() / (drawn.std(dim=0).norm() / 20)
+    assert error < 2
+
+
+def test_minibatch_is_data_first_then_imagined(make):
+    model, agent = make(real_ratio=0.25)
+    model.generate(0)
+    batch, real = model.sample(32), model.buffer.columns[0]
+    among = (batch.observations.unsqueeze(1) == real).all(dim=-1).any(dim=1)
+    assert agent.n_real == 8 and among[:8].all()
+    imagined = model.rings[2][: int(model.counts[0])]
+    assert torch.isin(batch.rewards[8:], imagined).all() and not torch.isin(batch.rewards[:8], imagined).any()
+
+
+# The model
+
+
+def dynamics(members=3, **options):
+    torch.manual_seed(0)
+    return combo.Dynamics(config_of(dynamics_members=members, **options), 3, 2)
+
+
+def member(whole, i):
+    """A Dynamics of one member with the weights of the i-th."""
+    one = dynamics(1, dynamics_elites=1)
+    for x, y in zip(one.parameters(), whole.parameters()):
+        x.data.copy_(y[i : i + 1])
+    return one
+
+
+def transitions(members, n=16):
+    torch.manual_seed(2)
+    ends = (torch.rand(members, n) < 0.3).to(torch.get_default_dtype())
+    return torch.randn(members, n, 5), torch.randn(members, n, 4), ends
+
+
+def test_members_at_once_learn_as_one_by_one(float64):
+    whole, batch = dynamics(), transitions(3)
+    ones = [member(whole, i) for i in range(3)]
+    for _ in range(5):
+        whole.update(batch)
+        for i, one in enumerate(ones):
+            one.update(tuple(x[i : i + 1] for x in batch))
+    for i, one in enumerate(ones):
+        for x, y in zip(one.parameters(), whole.parameters()):
+            assert torch.allclose(x, y[i : i + 1], atol=1e-12)
+    for x, y in zip(whole(batch[0][0]), zip(*(one(batch[0][0]) for one in ones))):
+        assert torch.allclose(x, torch.cat(y))
+
+
+def test_likelihood_by_hand(float64):
+    model, (inputs, targets, ends) = dynamics(1, dynamics_elites=1), transitions(1)
+    mean, log_var, end = model(inputs)
+    assert (log_var > model.min_log_var).all() and (log_var < model.max_log_var).all()
+    normal = torch.distributions.Normal(mean, (log_var / 2).exp())
+    likelihood = -2 * normal.log_prob(targets).mean() - np.log(2 * np.pi)
+    cross_entropy = -torch.where(ends > 0, end.sigmoid(), 1 - end.sigmoid()).log().mean()
+    assert model.loss(inputs, targets, ends).item() == pytest.approx(
+        (likelihood + cross_entropy + 0.01 * 4 * 10.5).item()
+    )
+    parameter, (gradients, _) = model.weights[0], model.gradients((inputs, targets, ends))
+    value, step = model.loss(inputs, targets, ends).item(), 1e-6
+    parameter.data[0, 1, 2] += step
+    slope = (model.loss(inputs, targets, ends).item() - value) / step
+    assert slope == pytest.approx(gradients[0][0, 1, 2].item(), rel=1e-3, abs=1e-6)
+
+
+def test_each_member_keeps_its_best_weights_and_learning_stops(make, monkeypatch):
+    model, _ = make(dynamics_max_epochs=100)
+    targets = model.columns[1][model.held_out]
+    plan = [[1.0, 1.0, 1.0], [0.9, 0.995, 1.1], [0.95, 0.9, 1.2]] + 9 * [[0.95, 0.95, 1.0]]
+    for epoch, errors in enumerate(plan):
+        for x in model.dynamics.parameters():
+            x.data.fill_(epoch)
+        offset = torch.tensor(errors).sqrt().view(3, 1, 1)
+        monkeypatch.setattr(model.dynamics, "forward", lambda inputs: (targets + offset, None, None))  # noqa: B023
+        model.judge()
+        if model.learning["over"]:
+            break
+    assert epoch == 2 + model.patience and model.learning["epoch"] == epoch + 1
+    assert model.learning["errors"] == pytest.approx([0.9, 0.9, 1.0], rel=1e-4)
+    for x in model.best.values():
+        assert [x[i].unique().tolist() for i in range(3)] == [[1.0], [2.0], [0.0]]
+    monkeypatch.undo()
+    model.learn(())
+    assert model.dynamics.elites.tolist() == [0, 1] or model.dynamics.elites.tolist() == [1, 0]
+
+
+def test_model_learns_the_line(make):
+    model, _ = make(line(6000), dynamics_max_epochs=100, dynamics_hidden_dim=32, dynamics_lr=3e-3)
+    model.learn(())
+    assert model.metrics["model_r2_observation"] > 0.95 and model.metrics["model_r2_reward"] > 0.99
+    assert 0.8 < model.metrics["model_coverage"] < 0.97 and model.metrics["model_end_accuracy"] > 0.5
+    observations, actions = torch.zeros(20_000, 2), torch.tensor([[0.5, -1.0]]).expand(20_000, 2)
+    following, rewards, end, _ = model.dynamics.step(observations, actions)
+    assert torch.allclose(following.mean(dim=0), torch.tensor([0.05, -0.1]), atol=0.01)
+    assert torch.allclose(following.std(dim=0), torch.tensor(0.01), atol=0.005)
+    assert rewards.mean().abs() < 0.02 and end.mean() < 0.1
+
+
+# Rollouts
+
+
+def test_nothing_is_imagined_after_an_end(make):
+    model, agent = make(rollout_length=4)
+    for ends, lengths in ((lambda s: torch.ones(len(s), dtype=torch.bool), {1}), (combo.never, {4})):
+        model.ends = ends
+        starts = model.buffer.columns[0][:10]
+        batch = model.imagine(starts, agent.actor)
+        assert {len(batch.rewards) // 10} == lengths and len(batch.rewards) % 10 == 0
+        assert (batch.terminals == (1 in lengths)).all()
+    model.ends = lambda s: s[:, 0] > 0
+    batch = model.imagine(starts, agent.actor)
+    alive, rows = starts, 0
+    while rows < len(batch.rewards):
+        step = [x[rows : rows + len(alive)] for x in batch]
+        assert torch.equal(step[0], alive)
+        alive, rows = step[3][step[4] == 0], rows + len(alive)
+
+
+def test_imagined_numbers_stay_in_the_datas_box_and_ends_are_seen_before(make):
+    model, agent = make(rollout_length=2, mopo_penalty=0.0)
+    far = torch.full((10, 2), 1e3)
+    model.dynamics.step = lambda s, a: (s + far[: len(s)], s[:, 0] + 1e3, torch.zeros(len(s)), torch.ones(len(s)))
+    model.ends = lambda s: s[:, 0] > 500
+    batch = model.imagine(model.buffer.columns[0][:10], agent.actor)
+    assert len(batch.rewards) == 10 and (batch.terminals == 1).all()
+    low, high = model.buffer.columns[3].aminmax(dim=0)
+    assert (batch.next_observations >= low - 1e-5).all() and (batch.next_observations <= high + 1e-5).all()
+    assert torch.allclose(batch.rewards, model.buffer.columns[2].max())
+
+
+def test_mopo_subtracts_the_largest_norm_of_the_standard_deviations(make):
+    model, agent = make(rollout_length=1, rollout_actions="uniform")
+    batches = []
+    for penalty in (0.0, 0.5):
+        model.config.mopo_penalty = penalty
+        torch.manual_seed(3)
+        batches.append(model.imagine(model.buffer.columns[0][:10], agent.actor))
+    first, second = batches
+    raw = first.observations * model.std + model.mean
+    inputs = (torch.cat([raw, first.actions], dim=1) - model.dynamics.input_mean) / model.dynamics.input_std
+    std = (model.dynamics(inputs)[1] / 2).exp() * model.dynamics.target_std  # [M, B, O + 1]
+    largest = torch.stack([std[i].square().sum(dim=-1).sqrt() for i in range(3)]).max(dim=0).values
+    assert torch.allclose(first.rewards - second.rewards, 0.5 * largest, atol=1e-5)
+
+
+def test_ring_holds_the_last_generations(make):
+    model, _ = make(model_retain=2, rollout_length=1, rollout_batch_size=40)
+    for step in (0, 5, 10, 15, 20):
+        model.generate(step)
+    assert [x["step"] for x in model.generations] == [15, 20] and model.counts.tolist() == [40, 40]
+    rings, model.counts = [x.clone() for x in model.rings], torch.tensor([40.0, 10.0], dtype=torch.float64)
+    counts = torch.zeros(80)
+    model.rings[2] = torch.arange(80.0)
+    for _ in range(300):
+        counts += torch.bincount(model.sample(32).rewards[16:].long().clamp(0, 79), minlength=80)
+    assert (counts[50:] == 0).all() and (counts[:50] > 0).all()  # rows of no rollout are never drawn
+    assert counts[:50].std() < 3 * counts[:50].mean().sqrt()
+    again, _ = make(model_retain=2, rollout_length=1, rollout_batch_size=40)
+    again.dynamics.load_state_dict(model.dynamics.state_dict())
+    for generation in model.generations:
+        again.generate(**generation)
+    assert all(torch.equal(x, y) for x, y in zip(rings, again.rings))
+
+
+# Ends
+
+
+@pytest.mark.parametrize("name", ["Hopper", "Walker2d", "Humanoid"])
+def test_rules_are_those_of_the_environments(name):
+    env, rng, seen = gym.make(f"{name}-v5").unwrapped, np.random.default_rng(0), []
+    env.reset(seed=0)
+    for _ in range(300):
+        env.set_state(env.init_qpos + rng.normal(0, 0.5, env.model.nq), rng.normal(0, 1, env.model.nv))
+        observation = torch.tensor(env._get_obs()[None], dtype=torch.float32)
+        seen.append((combo.ENDS[name.lower()](observation).item(), not env.is_healthy))
+    assert all(ours == theirs for ours, theirs in seen) and 20 < sum(ours for ours, _ in seen) < len(seen) - 20
+
+
+def test_hopper_ends_at_large_negative_numbers():
+    alive = torch.tensor([[1.25, 0.0] + [0.0] * 9])
+    rule = combo.ENDS["hopper"]
+    for i, value in itertools.product(range(1, 11), (-101.0, 101.0)):
+        state = alive.clone()
+        state[0, i] = value
+        assert rule(state).item(), i
+    assert not rule(alive).item()
+
+
+def test_ends_are_the_tasks_where_its_rule_is_right_else_learned(make, capsys):
+    assert make(termination="never")[0].ends is combo.never and make(termination="learned")[0].ends is None
+    assert make()[0].ends is None  # no rule is known
+    model, _ = make()
+    model.task = types.SimpleNamespace(arguments={"id": "Hopper-v5"})
+    states = torch.tensor([[1.25, 0.0] + [0.0] * 9]).repeat(1000, 1)
+    states[::10, 0] = 0.5
+    assert model.choose_ends(states, (states[:, 0] < 0.7).float()) is combo.ENDS["hopper"]
+    assert model.choose_ends(states, torch.zeros(1000)) is None and "90.0%" in capsys.readouterr().out
+    model.task.arguments["id"] = "HopperMaze-v0"
+    assert model.choose_ends(states, torch.zeros(1000)) is combo.never
+
+
+# Runs
+
+
+def test_dynamics_path_takes_the_model_of_another_run(tmp_path, capsys):
+    combo.train(config_of(path=tmp_path, run_id="first"), line())
+    path = tmp_path / "first/dynamics.pt"
+    combo.train(config_of(path=tmp_path, run_id="second", seed=1, cql_alpha=3.0, dynamics_path=str(path)), line())
+    assert equal(weights(path.parent, path.name), weights(tmp_path / "second", path.name))
+    for data, options in ((line(seed=1), {}), (line(), {"dynamics_hidden_dim": 8}), (line(), {"dynamics_members": 4})):
+        config = config_of(path=tmp_path, run_id="third", dynamics_path=str(path), **options)
+        status, text = refusal(combo.train, config, data)
+        assert status == 1 and "of other data, or of other sizes" in text
+    status, text = refusal(combo.train, config_of(path=tmp_path, run_id="4", dynamics_path=str(path) + "x"), line())
+    assert status == 1 and "does not exist" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"real_ratio": 0.0},
+        {"push_down_states": "model", "real_ratio": 1.0},
+        {"dynamics_elites": 4},
+        {"real_ratio": 0.01},
+    ],
+)
+def test_options_that_leave_nothing(options, tmp_path):
+    assert refusal(combo.train, config_of(path=tmp_path, **options), line())[0] == 2
+
+
+def test_few_data_end_in_no_high_promise(tmp_path):
+    """A model of 60 transitions and rollouts of 20 steps: no value above what rewards allow."""
+    options = {"rollout_length": 20, "max_timesteps": 300, "eval_freq": 300, "cql_alpha": 5.0, "discount": 0.9}
+    row = combo.train(config_of(path=tmp_path, qf_lr=1e-2, policy_lr=1e-3, **options), line(60))
+    assert row["average_qf1"] < line(60)["rewards"].max() / (1 - 0.9)
