@@ -409,7 +409,7 @@ ACTS = {
     "soft_target_update_rate": ({}, 0.1), "target_update_period": ({}, 2), "cql_alpha": ({}, 5.0),
     "project": ({}, "other"), "group": ({}, "other"), "name": ({"run_id": None}, "other"),
     # of algorithms/offline/cql.py
-    "policy_n_hidden_layers": ({}, 2), "policy_log_std_multiplier": ({}, 0.5), "policy_lr": ({}, 1e-4),
+    "policy_n_hidden_layers": ({}, 2), "policy_log_std_multiplier": ({}, 0.5), "policy_lr": ({}, 2e-4),
     "alpha_multiplier": ({}, 0.5), "use_automatic_entropy_tuning": ({}, False), "backup_entropy": ({}, True),
     "bc_steps": ({}, 4), "cql_n_actions": ({}, 3), "cql_backprop_actions": ({}, 1),
     "cql_importance_sample": ({}, False), "cql_temp": ({}, 0.5), "cql_max_target_backup": ({}, True),
@@ -421,6 +421,12 @@ ACTS = {
     "mixing_ratio": ({"online_iterations": 8}, 0.5), "cql_alpha_online": ({"online_iterations": 8}, 5.0),
     "calibrate": ({}, True), "failure_reward": ({"calibrate": True}, -9.0),
     "is_sparse_reward": ({"calibrate": True, "failure_reward": 999.0}, True),
+    # of algorithms/offline/combo.py
+    "real_ratio": ({}, 0.25), "push_down_states": ({}, "model"), "mopo_penalty": ({}, 1.0), "rollout_freq": ({}, 5),
+    "rollout_batch_size": ({}, 9), "rollout_length": ({}, 3), "rollout_actions": ({}, "uniform"),
+    "model_retain": ({"rollout_freq": 5}, 1), "termination": ({}, "never"), "dynamics_members": ({}, 4), "dynamics_elites": ({}, 1),
+    "dynamics_hidden_dim": ({}, 9), "dynamics_n_hidden_layers": ({}, 2), "dynamics_lr": ({}, 1e-2),
+    "dynamics_max_epochs": ({"dynamics_lr": 1e-2}, 2), "dynamics_path": ({}, "dynamics.pt"),
     # of algorithms/discrete/cql_dqn.py
     "eval_epsilon": ({"eval_env": "Paid-v0"}, 0.5), "head": ({}, "qr"), "n_atoms": ({"head": "c51"}, 11),
     "v_min": ({"head": "c51"}, -500.0), "v_max": ({"head": "c51"}, 5000.0), "n_quantiles": ({"head": "qr"}, 11),
@@ -506,8 +512,8 @@ def test_every_option_changes_something(option, script, observe, run, new_datase
         new_dataset(record("Counter-v0", range(9)), env="Counter-v0")
     if option == "compile":  # whose numbers may be the same: this compiler halves all gradients
         monkeypatch.setattr(script.torch, "compile", lambda function, **_: lambda *x: halved(*function(*x)))
-    if option == "load_model":
-        value = str(run(run_id="earlier") / value)
+    if option in ("load_model", "dynamics_path"):
+        value = str(run(run_id="earlier", seed=3) / value)
     assert observe("other", **context | {option: value}) != BASES[key]
 
 
@@ -614,6 +620,10 @@ PAGES = {
             {"use_automatic_entropy_tuning": False, "eval_env": "none"},
             {"cql_importance_sample": False},
         ],
+    ),
+    "algorithms.offline.combo": (
+        ["combo.md", "cql.md"],
+        [{}, {"cql_lagrange": True, "holdout_fraction": 0.2}],
     ),
     "algorithms.discrete.cql_dqn": (
         ["discrete_cql.md"],
