@@ -49,6 +49,10 @@ FILES = {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}  # and onli
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def files(script):
+    return FILES | {"dynamics.pt"} if "dynamics_path" in option_names(script.__name__) else FILES
+
+
 def at_call(patch, owner, name, n, action):
     """`action` happens at the n-th call of a function, before it."""
     function, calls = getattr(owner, name), itertools.count(1)
@@ -71,7 +75,7 @@ def test_run_folders_are_new_and_named_after_run_and_data(script, tiny, tmp_path
     assert len(folders) == 2
     for folder in folders:
         assert re.fullmatch(r"a-b-toy-counter-v0-[0-9a-f]{8}", folder.name)
-        assert {path.name for path in folder.iterdir()} == FILES
+        assert {path.name for path in folder.iterdir()} == files(script)
 
 
 @pytest.mark.parametrize(("freq", "steps"), [(10, [10, 20, 25]), (25, [25]), (100, [25])])
@@ -319,9 +323,9 @@ def test_files_hold_tensors_and_plain_values_only(script, run):
     assert np.array_equal(script.load_policy(folder / "checkpoint.pt")(np.ones((4, 3))), expected)
 
 
-def test_the_policy_of_each_evaluation_is_kept_where_wanted(run):
+def test_the_policy_of_each_evaluation_is_kept_where_wanted(run, script):
     folder = run(keep_policies=True, policy_lr=1e-2, qf_lr=1e-2)
-    assert {path.name for path in folder.iterdir()} == FILES | {f"policy-{step}.pt" for step in (10, 20, 25)}
+    assert {path.name for path in folder.iterdir()} == files(script) | {f"policy-{step}.pt" for step in (10, 20, 25)}
     for step in (10, 20):
         alone = run(max_timesteps=step, run_id=f"{step}", policy_lr=1e-2, qf_lr=1e-2)
         assert equal(weights(folder, f"policy-{step}.pt"), weights(alone)) and not equal(
@@ -459,7 +463,7 @@ def check_end(folder, expected):
     for name in ("policy.pt", "checkpoint.pt"):
         assert equal(weights(folder, name), weights(expected, name))
     assert table(folder) == table(expected)
-    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in folder.iterdir()} == files(script)
 
 
 KILLS = [

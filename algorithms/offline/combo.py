@@ -201,6 +201,92 @@ class EnsembleCritic(nn.Module):
         return q.view(-1, leading[-1], n_actions)
 
 
+class Dynamics(nn.Module):
+    """p(s', r, end | s, a) of M members, each a Gaussian over the change of the observation and the reward, and the
+    probability that the episode ends; a batched product a layer. Raw observations, actions in [-1, 1]."""
+
+    decay = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # weight decay from the first layer to the last
+
+    def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
+        super().__init__()
+        n, n_out = config.dynamics_members, observation_dim + 1
+        sizes = [observation_dim + action_dim]
+        sizes += [config.dynamics_hidden_dim] * config.dynamics_n_hidden_layers + [2 * n_out + 1]
+        weights = [torch.empty(n, *size) for size in zip(sizes, sizes[1:])]
+        for weight in weights:
+            std = 1 / (2 * math.sqrt(weight.shape[1]))
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+        self.weights = nn.ParameterList(weights)
+        self.biases = nn.ParameterList(torch.zeros(n, 1, size) for size in sizes[1:])
+        self.min_log_var = nn.Parameter(torch.full((n, 1, n_out), -10.0))
+        self.max_log_var = nn.Parameter(torch.full((n, 1, n_out), 0.5))
+        for name, size in (("input", sizes[0]), ("target", n_out)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("elites", torch.arange(config.dynamics_elites))
+        self.to(config.device)
+        decay = np.interp(np.linspace(0, 1, len(weights)), np.linspace(0, 1, len(self.decay)), self.decay)
+        groups = [{"params": [x], "weight_decay": float(rate)} for x, rate in zip(self.weights, decay)]
+        groups += [{"params": [*self.biases, self.min_log_var, self.max_log_var]}]
+        self.learned = [x for group in groups for x in group["params"]]
+        on_gpu = self.elites.is_cuda
+        self.optimizer = torch.optim.Adam(groups, lr=config.dynamics_lr, fused=True, capturable=on_gpu)
+        self.n_updates = 0
+        self.compute_gradients = self.gradients  # or compiled
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised [B, O + A], or [M, B, O + A] with a minibatch a member -> mean and log-variance of the
+        standardised change and reward [M, B, O + 1], logit of the end [M, B]."""
+        x = inputs.expand(len(self.min_log_var), -1, -1)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            x = F.silu(torch.baddbmm(bias, x, weight))
+        n_out = self.min_log_var.shape[-1]
+        mean, log_var, end = torch.baddbmm(self.biases[-1], x, self.weights[-1]).split([n_out, n_out, 1], dim=-1)
+        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
+        return mean, self.min_log_var + F.softplus(log_var - self.min_log_var), end.squeeze(-1)
+
+    def loss(self, inputs: Tensor, targets: Tensor, ends: Tensor) -> Tensor:
+        """Of each member: negative log-likelihood (without factor and constants), cross-entropy of the ends, and a pull
+        on the limits of the log-variances: [M, B, O + A], [M, B, O + 1], [M, B] -> [M]."""
+        mean, log_var, end = self(inputs)
+        likelihood = ((mean - targets).square() * (-log_var).exp() + log_var).mean(dim=(1, 2))
+        cross_entropy = F.binary_cross_entropy_with_logits(end, ends, reduction="none").mean(dim=1)
+        return likelihood + cross_entropy + 0.01 * (self.max_log_var - self.min_log_var).sum(dim=(1, 2))
+
+    def gradients(self, batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        loss = self.loss(*batch).sum()  # members share no parameter
+        return torch.autograd.grad(loss, self.learned), {"model_loss": loss.detach()}
+
+    def variants(self) -> set[tuple]:
+        return {()}
+
+    def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        gradients, metrics = self.compute_gradients(batch)
+        for parameter, gradient in zip(self.learned, gradients):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.n_updates += 1
+        return metrics
+
+    @torch.no_grad()
+    def step(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draws next raw observations [B, O] and rewards [B], of an elite a row, drawn too; the probability of an end
+        [B], and the largest norm of the members' standard deviations (raw) [B], which MOPO subtracts."""
+        inputs = (torch.cat([observations, actions], dim=-1) - self.input_mean) / self.input_std
+        mean, log_var, end = self(inputs)
+        std, rows = (log_var / 2).exp(), torch.arange(len(actions), device=actions.device)
+        member = self.elites[torch.randint(len(self.elites), rows.shape, device=rows.device)]
+        sample = mean[member, rows]
+        sample = sample + std[member, rows] * torch.randn_like(sample)
+        sample = self.target_mean + self.target_std * sample
+        uncertainty = (std * self.target_std).norm(dim=-1).max(dim=0).values
+        return observations + sample[:, :-1], sample[:, -1], end[member, rows].sigmoid(), uncertainty
+
+
+def stands(height: Tensor, low: float, high: float) -> Tensor:
+    return (low < height) & (height < high)
+
+
 # local: the columns that the losses take
 class Batch(NamedTuple):
     observations: Tensor  # [B, O]
@@ -468,92 +554,6 @@ class CQL(nn.Module):
 
 def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
     return {name.format(i + 1): value for i, value in enumerate(values)}
-
-
-class Dynamics(nn.Module):
-    """p(s', r, end | s, a) of M members, each a Gaussian over the change of the observation and the reward, and the
-    probability that the episode ends; a batched product a layer. Raw observations, actions in [-1, 1]."""
-
-    decay = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # weight decay from the first layer to the last
-
-    def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
-        super().__init__()
-        n, n_out = config.dynamics_members, observation_dim + 1
-        sizes = [observation_dim + action_dim]
-        sizes += [config.dynamics_hidden_dim] * config.dynamics_n_hidden_layers + [2 * n_out + 1]
-        weights = [torch.empty(n, *size) for size in zip(sizes, sizes[1:])]
-        for weight in weights:
-            std = 1 / (2 * math.sqrt(weight.shape[1]))
-            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-        self.weights = nn.ParameterList(weights)
-        self.biases = nn.ParameterList(torch.zeros(n, 1, size) for size in sizes[1:])
-        self.min_log_var = nn.Parameter(torch.full((n, 1, n_out), -10.0))
-        self.max_log_var = nn.Parameter(torch.full((n, 1, n_out), 0.5))
-        for name, size in (("input", sizes[0]), ("target", n_out)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
-        self.register_buffer("elites", torch.arange(config.dynamics_elites))
-        self.to(config.device)
-        decay = np.interp(np.linspace(0, 1, len(weights)), np.linspace(0, 1, len(self.decay)), self.decay)
-        groups = [{"params": [x], "weight_decay": float(rate)} for x, rate in zip(self.weights, decay)]
-        groups += [{"params": [*self.biases, self.min_log_var, self.max_log_var]}]
-        self.learned = [x for group in groups for x in group["params"]]
-        on_gpu = self.elites.is_cuda
-        self.optimizer = torch.optim.Adam(groups, lr=config.dynamics_lr, fused=True, capturable=on_gpu)
-        self.n_updates = 0
-        self.compute_gradients = self.gradients  # or compiled
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised [B, O + A], or [M, B, O + A] with a minibatch a member -> mean and log-variance of the
-        standardised change and reward [M, B, O + 1], logit of the end [M, B]."""
-        x = inputs.expand(len(self.min_log_var), -1, -1)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = F.silu(torch.baddbmm(bias, x, weight))
-        n_out = self.min_log_var.shape[-1]
-        mean, log_var, end = torch.baddbmm(self.biases[-1], x, self.weights[-1]).split([n_out, n_out, 1], dim=-1)
-        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
-        return mean, self.min_log_var + F.softplus(log_var - self.min_log_var), end.squeeze(-1)
-
-    def loss(self, inputs: Tensor, targets: Tensor, ends: Tensor) -> Tensor:
-        """Of each member: negative log-likelihood (without factor and constants), cross-entropy of the ends, and a pull
-        on the limits of the log-variances: [M, B, O + A], [M, B, O + 1], [M, B] -> [M]."""
-        mean, log_var, end = self(inputs)
-        likelihood = ((mean - targets).square() * (-log_var).exp() + log_var).mean(dim=(1, 2))
-        cross_entropy = F.binary_cross_entropy_with_logits(end, ends, reduction="none").mean(dim=1)
-        return likelihood + cross_entropy + 0.01 * (self.max_log_var - self.min_log_var).sum(dim=(1, 2))
-
-    def gradients(self, batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        loss = self.loss(*batch).sum()  # members share no parameter
-        return torch.autograd.grad(loss, self.learned), {"model_loss": loss.detach()}
-
-    def variants(self) -> set[tuple]:
-        return {()}
-
-    def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        gradients, metrics = self.compute_gradients(batch)
-        for parameter, gradient in zip(self.learned, gradients):
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.n_updates += 1
-        return metrics
-
-    @torch.no_grad()
-    def step(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draws next raw observations [B, O] and rewards [B], of an elite a row, drawn too; the probability of an end
-        [B], and the largest norm of the members' standard deviations (raw) [B], which MOPO subtracts."""
-        inputs = (torch.cat([observations, actions], dim=-1) - self.input_mean) / self.input_std
-        mean, log_var, end = self(inputs)
-        std, rows = (log_var / 2).exp(), torch.arange(len(actions), device=actions.device)
-        member = self.elites[torch.randint(len(self.elites), rows.shape, device=rows.device)]
-        sample = mean[member, rows]
-        sample = sample + std[member, rows] * torch.randn_like(sample)
-        sample = self.target_mean + self.target_std * sample
-        uncertainty = (std * self.target_std).norm(dim=-1).max(dim=0).values
-        return observations + sample[:, :-1], sample[:, -1], end[member, rows].sigmoid(), uncertainty
-
-
-def stands(height: Tensor, low: float, high: float) -> Tensor:
-    return (low < height) & (height < high)
 
 
 def never(observations: Tensor) -> Tensor:
@@ -1430,6 +1430,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
         model.learn(stop)
         for generation in run.start["generations"] if run.resumed else ():
             model.generate(**generation)
+        model.seconds = 0.0
         advance = updater(config, agent, model, *means)
         n, begun = 0, (agent.n_updates, time.perf_counter())
         since = begun
