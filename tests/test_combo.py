@@ -49,7 +49,7 @@ def make(tmp_path):
         agent = combo.CQL(config, data["observations"].shape[1], data["actions"].shape[1])
         agent.actor.load_state_dict(scaling, strict=False)
         buffer = combo.ReplayBuffer(data, "cpu")
-        return combo.WorldModel(config, task, agent, buffer, tmp_path / "run"), agent
+        return combo.WorldModel(config, task, agent, buffer, combo.Run(config, 1)), agent
 
     return make
 

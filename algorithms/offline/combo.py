@@ -572,14 +572,20 @@ ENDS = {
 
 class WorldModel:
     """A model of the environment, and the transitions that it imagines: generations of rollouts from states of the data
-    with the policy as it is then. dynamics.pt in the run folder holds the model while it learns, and then for good."""
+    with the policy as it is then. dynamics.pt in the run folder holds the model, also while it learns."""
 
     patience, min_improvement = 5, 0.01  # epochs without a member whose held-out error falls by this share
     chunk = 10_000  # rollouts at once, for the memory
 
-    def __init__(self, config: TrainConfig, task: Any, agent: CQL, buffer: Any, path: Path):
+    def __init__(self, config: TrainConfig, task: Any, agent: CQL, buffer: Any, run: Any):
         """buffer: the data's. Raises ConfigError and DataError."""
-        self.config, self.task, self.agent, self.buffer, self.path = config, task, agent, buffer, path / "dynamics.pt"
+        self.config, self.task, self.agent, self.buffer, self.path = (
+            config,
+            task,
+            agent,
+            buffer,
+            run.path / "dynamics.pt",
+        )
         self.generations, self.seconds, self.metrics = [], 0.0, {}
         self.n_imagined = config.batch_size - agent.n_real
         if not agent.n_real:
@@ -616,7 +622,7 @@ class WorldModel:
         self.learning = {"data": data.hexdigest(), "epoch": 0, "stale": 0, "over": False}
         self.learning["errors"] = [math.inf] * config.dynamics_members
         self.best = {name: x.detach().clone() for name, x in self.dynamics.named_parameters()}
-        self.restore_dynamics()
+        self.restore(run)
         self.rings = [x.new_zeros(config.model_retain * self.slot, *x.shape[1:]) for x in batch]
         self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=inputs.device)
 
@@ -639,17 +645,21 @@ class WorldModel:
             return None
         return rule
 
-    def restore_dynamics(self) -> None:
-        """From the run folder, else from dynamics_path. Raises DataError."""
-        path = self.path if self.path.exists() or not self.config.dynamics_path else Path(self.config.dynamics_path)
-        if not path.exists() and not self.config.dynamics_path:
+    def restore(self, run: Any) -> None:
+        """From the checkpoint, else from the run's dynamics.pt, which is there before any checkpoint, else from
+        dynamics_path. Raises DataError."""
+        paths = [
+            path for path in (self.path, self.config.dynamics_path) if path and (path != self.path or path.exists())
+        ]
+        if not run.resumed and not paths:
             return
-        state = load(path, self.config.device, "learning", "best")
+        path = run.source if run.resumed else paths[0]
+        state = run.start["model"] if run.resumed else load(path, self.config.device, "learning", "best")
         with blame(f"{path} holds a model of other data, or of other sizes"):
             if state["learning"]["data"] != self.learning["data"]:
                 raise ValueError("it learned from other transitions, rewards or held-out episodes")
             self.dynamics.load_state_dict(state["best"], strict=False)
-            if path != self.path and not state["learning"]["over"]:
+            if path == self.config.dynamics_path and not state["learning"]["over"]:
                 raise ValueError("it has not learned to the end")
             self.learning, self.best = state["learning"], state["best"]
             if not self.learning["over"]:
@@ -695,6 +705,8 @@ class WorldModel:
             )
 
     def state(self) -> dict[str, Any]:
+        if not self.n_imagined:
+            return {}
         state = {"learning": self.learning, "best": self.best}
         if not self.learning["over"]:
             now, moments = self.dynamics.state_dict(), self.dynamics.optimizer.state_dict()["state"]
@@ -1422,7 +1434,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
     if run.start:
         run.restore(agent, means)
     agent.actor.load_state_dict(scaling, strict=False)
-    model = WorldModel(config, task, agent, buffer, run.path)
+    model = WorldModel(config, task, agent, buffer, run)
     run.begin(task, f"updates {agent.n_updates:,}")
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     progress = tqdm(total=run.n_steps, initial=agent.n_updates, unit="update", disable=None)
@@ -1450,7 +1462,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                     progress.write(f"update {step:,}: {describe(run.rows[-1])}, {speed:.0f} updates/s")
                     for mean in means:
                         mean.reset()
-                    run.save(agent, means, step, generations=model.generations)
+                    run.save(agent, means, step, generations=model.generations, model=model.state())
                     since, model.seconds = (step, time.perf_counter()), 0.0
             elif step > begun[0] and step % config.log_interval == 0 and not stop:
                 run.log(task.check(recent.read(), agent), step)
@@ -1461,7 +1473,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                 print(f"update {step:,}: {rate:.0f} updates/s, the end in about {left}", flush=True)
             if stop:
                 task.check(total.read(), agent)  # no checkpoint of a run that diverged
-                run.save(agent, means, step, generations=model.generations)
+                run.save(agent, means, step, generations=model.generations, model=model.state())
                 progress.write(f"signal {stop[0]} at update {step:,}: saved in {run.path}")
                 raise SystemExit(128 + stop[0])
             if step % config.rollout_freq == 0:
