@@ -17,5 +17,5 @@ USER 1000
 RUN export MINARI_DATASETS_PATH=/tmp/smoke \
     && python benchmarks/collect.py --env LunarLanderContinuous-v3 --policy random --steps 1000 --id smoke/random-v0 \
     && python algorithms/offline/cql.py --env smoke/random-v0 --max_timesteps 10 --n_episodes 1 --checkpoints_path /tmp/smoke \
-    && rm -rf /tmp/smoke
+    && rm -rf /tmp/*
 CMD ["python", "algorithms/offline/cql.py", "--help"]
