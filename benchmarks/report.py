@@ -464,8 +464,8 @@ class Table(NamedTuple):
     text: str = ""  # how to read it
 
     def markdown(self) -> str:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join(f"| {' | '.join(x.replace('|', chr(92) + '|') for x in line)} |" for line in lines)
+        lines = [f"| {' | '.join(x.replace('|', chr(92) + '|') for x in line)} |" for line in (self.header, *self.rows)]
+        return "\n".join([lines[0], "|---" * len(self.header) + "|", *lines[1:]])
 
     def html(self) -> str:
         def row(cells, kind):
@@ -965,9 +965,9 @@ def make_table(spec: dict[str, Any]) -> Table:
     results, behaviours = collect(read(folders, []), []), stored_behaviours(folders)
     datasets = {dataset for dataset, _ in results}
     for row, words in spec["rows"].items():
-        texts = [words] if "head" in spec else []
+        texts = [words or row] if "head" in spec else []
         for column in spec["columns"]:
-            place = {"quantity": "return"} | {x: spec[x] for x in ("dataset", "method") if x in spec}
+            place = {"quantity": "return"} | {x: spec[x] for x in ("dataset", "method", "quantity") if x in spec}
             place |= {
                 "quantity" if x in QUANTITIES else "dataset" if x in datasets else "method": x for x in (row, column)
             }
@@ -980,7 +980,8 @@ def make_table(spec: dict[str, Any]) -> Table:
                 raise ReportError(f"a table has {method} on {dataset}, which is not in {', '.join(spec['runs'])}")
             texts.append(" or ".join(unique(QUANTITIES[quantity](cell) for cell in cells)))
         rows.append(texts)
-    return Table("", [*([spec["head"]] if "head" in spec else []), *spec["columns"].values()], rows)
+    header = [words or column for column, words in spec["columns"].items()]
+    return Table("", [spec["head"], *header] if "head" in spec else header, rows)
 
 
 def update(path: Path) -> str:
