@@ -654,8 +654,10 @@ def draw_curve(axis, cell: Cell, values: np.ndarray, look: dict[str, Any], text:
     steps, values = cell.steps[seen], values[:, seen]
     axis.plot(steps, np.nanmean(values, axis=0), marker="." if len(steps) < 30 else None, label=text, **look)
     if len(values) > 1:
-        with np.errstate(all="ignore"):
-            low, high = np.nanpercentile(np.nanmean(resample([values])[0], axis=1), [2.5, 97.5], axis=0)
+        (drawn,) = resample([values])
+        with np.errstate(invalid="ignore"):  # where all that was drawn is missing
+            means = np.nansum(drawn, axis=1) / np.isfinite(drawn).sum(axis=1)
+        low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
         axis.fill_between(steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
     if not cell.finished:
         axis.plot(steps[-1], np.nanmean(values[:, -1]), "X", color=look["color"], markersize=9, markeredgecolor="black")
@@ -990,6 +992,8 @@ def update(path: Path) -> str:
     def replace(match):
         try:
             return f"{match[1]}\n{make_table(yaml.safe_load(match[2])).markdown()}\n{match[4]}"
+        except ReportError as error:
+            raise ReportError(f"{path}: {error}") from None
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise ReportError(f"{path}: {match[2][:60]}... describes no table: {error!r}") from None
 
