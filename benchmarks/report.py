@@ -10,16 +10,16 @@ folders of those, a runs.csv that this program wrote (or its folder), and wandb:
 index.html, its tables as table.md, its pictures as PNG files, runs.csv (every row of every run, an input for later) and
 behaviour.csv (the returns of the data: of local datasets, and of what behaviour.csv beside an input has).
 
-A run's dataset is its option env, as it stands there: versions never share a row. Its method is the option name and
-what differs between runs of that name on that dataset, but for seeds and what cannot change a policy; --by names the
-options instead. Runs that were not finished are named, and count only where no run of their kind was finished; CSV
-files do not know, and the longest of a dataset stands for all. Seeds of different length are compared at the last step
-that all have.
+A run's dataset is its option env (hopper-medium-v2 is d4rl/hopper-medium-v2): versions never share a row. Its method is
+the option name and what differs between runs of that name on that dataset, but for seeds and what cannot change a
+policy; --by names the options instead. Runs that were not finished are named, and count only where no run of their kind
+was finished; CSV files do not say what was asked for, and the longest of a dataset stands for it. Seeds of different
+length are compared at the last step that all have.
 
 A table in a file is written anew between <!-- report: {...} --> and <!-- end -->. The braces hold YAML: `runs`, folders
-from the root of the repository; `rows` and `columns`, of which each maps datasets, methods (or behaviour) and
-quantities (see QUANTITIES) to the words that stand for them; the same for a whole table as `dataset` and `method`; and
-`head`, the words above the rows.
+from the root of the repository; `rows` and `columns`, each a mapping from datasets, methods (or behaviour) and
+quantities (see QUANTITIES) to the words that stand for them, which may be left out; `dataset`, `method` and `quantity`
+where the whole table has one; and `head`, the words above the rows.
 
 Needs requirements-extra.txt. Exit status: 0 written, 1 cannot be done, 2 a bad command line; an error is one line on
 stderr and leaves older files as they were.
@@ -535,7 +535,7 @@ def score_table(results: Results, behaviours: Behaviours, comparison: Comparison
         rows.append(row + ["-"] * len(others))
     text = (
         "Score of the last evaluation, 0 and 100 at the dataset's reference returns: mean ± standard deviation over "
-        "seeds, and the interquartile mean over datasets and seeds [95 % interval]. Only what is called best is one."
+        "seeds, and the interquartile mean over datasets and seeds [95 % interval]. Only what is called best is a best score."
     )
     text += "".join(f" Published score, {note}." for note in unique(published["note"].dropna()))
     text += f" Sources: {'; '.join(unique(published['source']))}." if len(published) else ""
@@ -618,12 +618,13 @@ def panels(plt, names: list[str], width: float = 4.2, height: float = 3.2, colum
     columns = 2 if len(names) == 4 and columns == 3 else min(columns, len(names))
     n_rows = math.ceil(len(names) / columns)
     figure, axes = plt.subplots(
-        n_rows, columns, figsize=(max(width * columns, 5), height * n_rows + 0.6), squeeze=False, layout="constrained"
+        n_rows, columns, figsize=(max(width * columns, 6), height * n_rows + 0.2), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names):
         axis.set_title(name)
+        axis.locator_params(axis="x", nbins=6)
     return figure, list(axes.flat[: len(names)])
 
 
@@ -633,8 +634,9 @@ def legend(figure, axes) -> None:
     for axis in axes:
         for handle, text in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(text, handle)
-    longest = max(map(len, handles), default=1)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() * 13 / (longest + 8))))
+    width = 0.6 + 0.08 * max(map(len, handles), default=1)  # inches of an entry
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / width)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(handles) / columns))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
