@@ -535,7 +535,7 @@ def score_table(results: Results, behaviours: Behaviours, comparison: Comparison
         rows.append(row + ["-"] * len(others))
     text = (
         "Score of the last evaluation, 0 and 100 at the dataset's reference returns: mean ± standard deviation over "
-        "seeds, and the interquartile mean over datasets and seeds [95 % interval]. Only what is called best is a best score."
+        "seeds, and the interquartile mean over datasets and seeds [95 % interval]. A best score is called so."
     )
     text += "".join(f" Published score, {note}." for note in unique(published["note"].dropna()))
     text += f" Sources: {'; '.join(unique(published['source']))}." if len(published) else ""
