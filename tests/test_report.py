@@ -29,6 +29,7 @@ def test_interquartile_mean_by_hand():
     assert report.iqm(np.arange(8.0)) == (2 + 3 + 4 + 5) / 4
     assert report.iqm(np.array([-1e9, 1, 2, 3, 1e9])) == 2  # a quarter of five is one
     assert report.iqm(np.array([1.0, 5])) == 3
+    assert report.iqm(np.arange(12.0) ** 2) == pytest.approx((9 + 16 + 25 + 36 + 49 + 64) / 6)
     assert report.iqm(np.array([[3.0, 1, 2, 100], [0, 0, 0, 0]])).tolist() == [2.5, 0]
 
 
