@@ -82,7 +82,7 @@ def test_statistics_against_rliable_itself():
     from rliable import metrics
 
     rng = np.random.default_rng(0)
-    for n_runs, n_datasets in ((3, 1), (5, 9), (10, 2)):
+    for n_runs, n_datasets in ((5, 9), (10, 2)):  # enough for a smooth bootstrap
         first, second = rng.normal(50, 30, size=(2, n_runs, n_datasets)).round()  # rounded: some are equal
         assert report.iqm(first.ravel()) == pytest.approx(metrics.aggregate_iqm(first), abs=1e-12)
         expected = metrics.probability_of_improvement(first, second)
