@@ -130,7 +130,8 @@ def decline(q: np.ndarray, data_return: float) -> int | None:
     smoothed = smooth(q)
     peak = int(smoothed.argmax())
     least = max(DECLINE * np.abs(smoothed).max(), NOISE * np.std(q - smoothed))
-    if len(q) - peak <= WINDOW or q[-WINDOW:].max() > smoothed[peak] - least:
+    stays = max(WINDOW, len(q) // 4)
+    if len(q) - peak <= stays or q[-stays:].max() > smoothed[peak] - least:
         return None
     rose = smoothed[peak] - smoothed[0] > least
     return peak if rose or q[-1] < data_return else None
@@ -171,7 +172,7 @@ def divergence(c: Curves) -> Verdict | None:
 
 
 def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
-    rate = number(config.get("soft_target_update_rate", 0.005)) / number(config.get("target_update_period", 1))
+    rate = number(config.get("soft_target_update_rate", 0.005)) / max(number(config.get("target_update_period", 1)), 1)
     needed = math.ceil(MIN_TARGET_LIVES / rate) if rate > 0 and not np.isnan(c["td"]).all() else 0
     if len(c["step"]) >= MIN_ROWS and last >= needed:
         return None
@@ -182,21 +183,21 @@ def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
 
 def judge_critics(c: Curves, config: dict[str, Any]) -> Verdict:
     q, td, held_out, data_return = c["q"], c["td"], bool(np.isfinite(c["holdout_td"]).all()), c["data_return"][-1]
-    step, found, advice = c["step"].astype(int), {}, f"{resized(config, 0.5)}, more episodes, or fewer updates"
+    step, found, advice = c["step"].astype(int), [], f"{resized(config, 0.5)}, more episodes, or fewer updates"
     log_td, log_holdout = (np.log(np.maximum(x, 1e-12)) for x in (td, c["holdout_td"]))
     if held_out and (row := turn(log_td, log_holdout, math.log(GROWTH), math.log(EXCESS))) is not None:
         change = ((c["holdout_td"][row], c["holdout_td"][-1]), (td[row], td[-1]))
         words = "held-out TD error went from {:.3g} to {:.3g}", "the training one from {:.3g} to {:.3g}"
         text = f"after {step[row]:,} the " + ", ".join(x.format(*y) for x, y in zip(words, change))
-        late = reached(q, data_return)
-        if late > row:
+        if (late := reached(q, data_return)) > row:
             text += f", but until {step[late]:,} data Q was short of the data's return of {data_return:.3g}"
-        found[max(row, late)] = text
+        found.append((max(row, late), text))
     if (row := decline(q, data_return)) is not None:
-        found[row] = f"data Q fell from {smooth(q)[row]:.3g} at {step[row]:,} to {q[-1]:.3g}"
-        advice += f"; values are below the data's {data_return:.3g}: a smaller --cql_alpha" * (q[-1] < data_return)
+        found.append((row, f"data Q fell from {smooth(q)[row]:.3g} at {step[row]:,} to {q[-1]:.3g}"))
+        if q[-1] < data_return:
+            advice += f"; values are below the data's {data_return:.3g}: a smaller --cql_alpha"
     if found:
-        return Verdict("over-fitting", "; ".join(found.values()), int(step[min(found)]), advice)
+        return Verdict("over-fitting", "; ".join(text for _, text in found), int(step[min(found)[0]]), advice)
     return fitting(c, config, held_out)
 
 
@@ -351,6 +352,8 @@ def report(runs: list[Run], verdicts: list[Verdict]) -> None:
     for run, verdict in zip(runs, verdicts):
         name = run.path.parent if run.path.name == "metrics.csv" else run.path
         print(f"{name}: {verdict.name}\n  evidence: {verdict.evidence}")
+        if any(math.isfinite(number(row.get("env_steps_per_second"))) for row in run.rows):
+            print("  of the offline phase alone: online, returns tell more")
         print(f"  policy:   {run.policy(verdict.step)}\n  next:     {verdict.advice}")
     for group in sweeps(runs):
         try:
@@ -388,6 +391,8 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
                 axis.axhline(np.nanmean(c["data_return"]), color="grey", linestyle=":", label="the data's mean return")
             if name == "td" and np.nanmax(c["td"], initial=0) > 10 * np.nanmin(c["td"], initial=np.inf):
                 axis.set_yscale("log")
+            if not axis.lines or not any(len(line.get_xdata()) for line in axis.lines):
+                axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
             axis.axvline(verdict.step, color="black", linewidth=1, label="policy to take")
             axis.set_ylabel(label if i == 0 or name == "nll" else "")
         axes[0, i].set_title(f"{run.name}\n{verdict.name}", fontsize=9)
