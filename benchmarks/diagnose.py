@@ -36,6 +36,9 @@ NOISE = 2.0  # standard deviations of a curve around its running mean, or of a s
 GROWTH = 1.5  # of the held-out TD error above its lowest, and
 EXCESS = 2.5  # of its ratio to the training one: up to 1.8 in calibration runs that were healthy, 6.7 where over-fit
 CLONE_RISE = 0.05  # nats of a clone's held-out negative log-likelihood above its lowest
+SHORT = (
+    0.5  # of the data's mean return, for values that did not get far: 0.07 in a network too small, 0.95 in a good run
+)
 NO_EXCESS = 1.15  # of that ratio, if held-out episodes fare as well as training ones: 1.05 in a network too small
 DIVERGENCE = 100.0  # of a TD error above its lowest: up to 10 in runs that learned, above 1,000 in those that blew up
 FIT = math.e  # an alpha fits whose TD error and likelihood of the data are within this factor of the best ones
@@ -204,26 +207,30 @@ def judge_critics(c: Curves, config: dict[str, Any]) -> Verdict:
 def reached(q: np.ndarray, data_return: float) -> int:
     """The first row whose data Q, which starts near 0, has come to the data's mean return, else the last row. Before,
     rewards have not spread over an episode's steps, and a policy that follows such values is not trained."""
-    there = np.sign(data_return) * (q - data_return) >= 0
+    there = ~(q < data_return)  # also where that is not known
     return int(there.argmax()) if there.any() else len(q) - 1
 
 
 def fitting(c: Curves, config: dict[str, Any], held_out: bool) -> Verdict:
     """Under-fitting or healthy, of a run that does not over-fit."""
-    step, td, gap = int(c["step"][-1]), c["td"], c["gap"]
+    step, q, td, gap, data_return = int(c["step"][-1]), c["q"][-1], c["td"], c["gap"], c["data_return"][-1]
     learning = [name for name, x in (("TD error", td), ("gap", gap)) if np.isfinite(x).all() and falls(x)]
     evidence = f"TD error {td[-1]:.3g}" + f" (held out {c['holdout_td'][-1]:.3g})" * held_out
     if np.isfinite(gap).all():
         evidence += f", gap {gap[-1]:.3g}" + f" (held out {c['holdout_gap'][-1]:.3g})" * held_out
-    evidence += f"; still falling: {' and '.join(learning) or 'nothing'}"
+    evidence += f"; still falling: {' and '.join(learning) or 'neither'}"
+    larger = f"{resized(config, 2)}, or a smaller --cql_alpha"
+    if q < SHORT * data_return:
+        evidence = f"data Q {q:.3g} is far from the data's return of {data_return:.3g}; {evidence}"
+        return Verdict("under-fitting", evidence, step, f"a longer run, {larger}")
     if not held_out:
-        return Verdict("healthy", evidence, step, "--holdout_fraction 0.1 next time: without it little shows")
-    ratio = smooth(np.log(np.maximum(c["holdout_td"], 1e-12)) - np.log(np.maximum(td, 1e-12)))
+        return Verdict("healthy", evidence, step, "--holdout_fraction 0.1: without held-out episodes little shows")
     if np.isnan(gap).all():
         advice = "--cql_alpha above 0: nothing here shows what the values of unseen actions are worth"
         return Verdict("healthy", evidence, step, advice)
+    ratio = smooth(np.log(np.maximum(c["holdout_td"], 1e-12)) - np.log(np.maximum(td, 1e-12)))
     if not learning and ratio[-1] - ratio.min() < math.log(NO_EXCESS):
-        advice = f"{resized(config, 2)}, or a smaller --cql_alpha: if both fall then, this run was too small"
+        advice = f"{larger}: if both fall then, this run was too small"
         return Verdict("under-fitting", f"{evidence}, and held-out episodes fare no worse", step, advice)
     return Verdict("healthy", evidence, step, LONGER if learning else NOTHING)
 

@@ -40,6 +40,7 @@ flat = np.ones(N)
 rises = np.maximum(1, 4 * T)  # after a quarter of the run
 HISTORIES = {
     "healthy": history(),
+    "healthy, values a little below the data's return": history(1.5 * T),
     "healthy, values fall to a negative data return": history(-100 * T, data_discounted_return=-300 * flat),
     "healthy, both TD errors grow with Q": history(td=rises, holdout_td=1.2 * rises),
     "healthy, held out stays where training falls": history(td=np.exp(-3 * T), holdout_td=flat),
@@ -55,6 +56,7 @@ HISTORIES = {
         for row in history(holdout_gap=3 + T)
     ],
     "under-fitting": history(td=flat, holdout_td=flat, gap=3 * flat),
+    "under-fitting, values far from the data's return": history(0.5 * T),
     "diverging": history(8 * 10 ** (4 * T), 10 ** (4 * T), 10 ** (4 * T)),
     "diverging, infinite": history(td=np.append(flat[1:], math.inf)),
     "too short to judge, few rows": history()[:5],
@@ -235,7 +237,7 @@ def test_real_runs_of_each_script(run, capsys, tmp_path):
 def test_a_run_without_held_out_episodes_or_policies_and_a_clone(run, capsys):
     folder = run(**LONG | {"holdout_fraction": 0}, run_id="all")
     out = diagnosed(capsys, folder)
-    assert f"{folder}: healthy" in out and "--holdout_fraction" in out and f"{folder}/policy.pt" in out
+    assert ": under-fitting" in out and "held out" not in out and f"{folder}/policy.pt" in out
     out = diagnosed(capsys, run(**LONG, run_id="clone", bc_only=True))
     assert "likelihood of the data's actions" in out
     assert "policy.pt" in out or "--keep_policies True" in out
