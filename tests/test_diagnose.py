@@ -40,15 +40,15 @@ flat = np.ones(N)
 rises = np.maximum(1, 4 * T)  # after a quarter of the run
 HISTORIES = {
     "healthy": history(),
-    "healthy, values a little below the data's return": history(1.5 * T),
-    "healthy, values fall to a negative data return": history(-100 * T, data_discounted_return=-300 * flat),
+    "healthy, values a little below the data's return": history(1.8 * T),
+    "healthy, values fall to a negative data return": history(-330 * T, data_discounted_return=-300 * flat),
     "healthy, both TD errors grow with Q": history(td=rises, holdout_td=1.2 * rises),
     "healthy, held out stays where training falls": history(td=np.exp(-3 * T), holdout_td=flat),
     "healthy, no held-out episodes": history(holdout_td=flat * math.nan, holdout_gap=flat * math.nan),
     "healthy, no penalty": history(gap=flat * math.nan),
     "healthy, a clone": clone(),
     "over-fitting, data Q": history(8 * np.minimum(2 * T, 1.5 - T)),
-    "over-fitting, data Q below the data's return": history(-8 * T),
+    "over-fitting, data Q falls below the data's return": history(8 * np.minimum(2 * T, 1 - 2 * T)),
     "over-fitting, held-out TD error": history(td=1 - 0.5 * T, holdout_td=rises),
     "over-fitting, a clone": clone(holdout=np.maximum(1 - T, T)),
     "over-fitting, a discrete clone": [
@@ -56,7 +56,9 @@ HISTORIES = {
         for row in history(holdout_gap=3 + T)
     ],
     "under-fitting": history(td=flat, holdout_td=flat, gap=3 * flat),
-    "under-fitting, values far from the data's return": history(0.5 * T),
+    "under-fitting, values far from the data's return": history(T),
+    "under-fitting, values fall from the first row on": history(-8 * T),
+    "under-fitting, values below a negative data return": history(-400 * T, data_discounted_return=-300 * flat),
     "diverging": history(8 * 10 ** (4 * T), 10 ** (4 * T), 10 ** (4 * T)),
     "diverging, infinite": history(td=np.append(flat[1:], math.inf)),
     "too short to judge, few rows": history()[:5],
