@@ -376,8 +376,10 @@ def report(runs: list[Run], verdicts: list[Verdict]) -> None:
 
 def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
     """A column a run: data Q, TD error and gap (of a clone its loss), training and held out. Raises OSError."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        fail(1, "the package matplotlib is missing: pip install -r requirements-dev.txt")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

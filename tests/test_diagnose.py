@@ -320,3 +320,12 @@ def test_a_failed_picture_leaves_the_older_one(tmp_path, monkeypatch, capsys):
         diagnose.main([str(path), "--output", str(output)])
     assert stop.value.code == 1 and "curves.png cannot be written: No space left" in capsys.readouterr().err
     assert output.read_text() == "older" and sorted(x.name for x in tmp_path.iterdir()) == ["curves.png", "good.csv"]
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "good.csv", history())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        diagnose.main([str(path), "--output", str(tmp_path / "curves.png")])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1 and "matplotlib is missing: pip install" in err and ": healthy" in out
