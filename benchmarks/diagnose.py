@@ -290,7 +290,7 @@ def choose_alpha(runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> Cho
         means[alpha] = len(group), td, np.mean([c["gap"][rows].mean() for c, rows in zip(group, here)])
     lowest = np.min(list(means.values()), axis=0)
     table = [
-        (alpha, n, math.exp(td), gap, math.exp(max(td - lowest[1], gap - lowest[2])))
+        (alpha, n, math.exp(td), float(gap), math.exp(max(td - lowest[1], gap - lowest[2])))
         for alpha, (n, td, gap) in means.items()
     ]
     best = min(table, key=lambda row: (row[-1], -row[0]))  # of equals the larger alpha
