@@ -37,7 +37,7 @@ NOISE = 2.0  # standard deviations of a curve around its running mean, or of a s
 GROWTH = 1.5  # of the held-out TD error above its lowest, and
 EXCESS = 3.0  # of its ratio to the training one: up to 2.1 in healthy runs, 4.4 and more where critics over-fitted
 NO_EXCESS = 1.15  # of that ratio, where held-out episodes fare as training ones: 1.02 in a network too small, else 1.4
-SHORT = 0.25  # of the data's mean return that values stay below it: 0.38 in a network too small, 0.1 in good runs
+SHORT = 0.25  # of the data's mean return, which counts for data Q: 0.38 short in a network too small, 0.1 in good runs
 CLONE_RISE = 0.05  # nats of a clone's held-out negative log-likelihood above its lowest
 DIVERGENCE = 100.0  # of a TD error above its lowest: up to 10 in runs that learned, above 3,000 in those that blew up
 FIT = (
@@ -128,12 +128,13 @@ def falls(x: np.ndarray) -> bool:
     return bool(slope < -NOISE * math.sqrt((rest @ rest) / (len(x) - 2) / (t @ t)))
 
 
-def decline(q: np.ndarray) -> int | None:
-    """Row of the peak of data Q, if Q rose to it and stays clearly below it afterwards. (A fall from the first rows on,
-    where Q is what the networks began with, is no sign of over-fitting: negative rewards make it.)"""
+def decline(q: np.ndarray, data_return: float) -> int | None:
+    """Row of the peak of data Q, if Q rose to it and stays clearly below it afterwards: by more than noise, and more
+    than a wiggle beside the data's mean return. (A fall from the first rows on, where Q is what networks begin with, is
+    no sign of over-fitting: negative rewards make it.)"""
     smoothed = smooth(q)
     peak, stays = int(smoothed.argmax()), max(WINDOW, len(q) // 4)
-    least = max(DECLINE * np.abs(smoothed).max(), NOISE * np.std(q - smoothed))
+    least = max(DECLINE * np.abs(smoothed).max(), NOISE * np.std(q - smoothed), np.nan_to_num(SHORT * abs(data_return)))
     fell = len(q) - peak > stays and q[-stays:].max() < smoothed[peak] - least
     return peak if fell and smoothed[peak] - smoothed[0] > least else None
 
@@ -193,7 +194,7 @@ def judge_critics(c: Curves, config: dict[str, Any]) -> Verdict:
         if (late := reached(q, data_return)) > row:
             text += f", but until {step[late]:,} data Q was short of the data's return of {data_return:.3g}"
         found.append((max(row, late), text))
-    if (row := decline(q)) is not None:
+    if (row := decline(q, data_return)) is not None:
         found.append((row, f"data Q fell from {smooth(q)[row]:.3g} at {step[row]:,} to {q[-1]:.3g}"))
         if q[-1] < data_return:
             advice += f"; values are below the data's {data_return:.3g}: a smaller --cql_alpha"

@@ -57,6 +57,7 @@ HISTORIES = {
     ],
     "under-fitting": history(td=flat, holdout_td=flat, gap=3 * flat),
     "under-fitting, values far from the data's return": history(T),
+    "under-fitting, values rise and fall by a tenth of the data's return": history(0.2 * np.minimum(2 * T, 1.5 - T)),
     "under-fitting, values fall from the first row on": history(-8 * T),
     "under-fitting, values below a negative data return": history(-400 * T, data_discounted_return=-300 * flat),
     "diverging": history(8 * 10 ** (4 * T), 10 ** (4 * T), 10 ** (4 * T)),
