@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 def option_names(program: str) -> set[str]:
     """The options of a script: the fields of its TrainConfig, read without importing torch. Raises ValueError."""
-    for node in ast.parse(Path(program).read_text()).body:
+    for node in ast.parse(Path(program).read_text(), program).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainConfig":
             names = {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
             return names - {"run_id"} | {"config_path"}
