@@ -18,6 +18,7 @@ Run it, and the lines, in the repository's root. Exit status: 0, or 2 with one l
 
 import argparse
 import ast
+import functools
 import hashlib
 import itertools
 import re
@@ -44,6 +45,7 @@ class Run(NamedTuple):
     line: str
 
 
+@functools.cache
 def option_names(program: str) -> set[str]:
     """The options of a script: the fields of its TrainConfig, read without importing torch. Raises ValueError."""
     for node in ast.parse(Path(program).read_text(), program).body:

@@ -113,7 +113,7 @@ class Sweep(Server):
     """
 
     def __init__(self, config):
-        self.config, self.handed, self.agents = config, [], 0
+        self.config, self.handed, self.preempted, self.agents = config, [], set(), 0
         names, values = zip(*((name, x.get("values", [x.get("value")])) for name, x in config["parameters"].items()))
         self.waiting = [(f"run{i}", dict(zip(names, x))) for i, x in enumerate(itertools.product(*values))]
         self.grid = dict(self.waiting)
@@ -121,7 +121,9 @@ class Sweep(Server):
 
     def stream(self, run, told):
         super().stream(run, told)
-        if told.get("preempting") and told.get("exitcode"):
+        if told.get("preempting"):
+            self.preempted.add(run)
+        if told.get("exitcode") and run in self.preempted:
             self.waiting.append((run, self.grid[run]))
 
     def SweepWithRuns(self, **_):
