@@ -140,6 +140,20 @@ def test_searches_stop_at_evaluations_that_happen(name, monkeypatch):
     assert all(3 <= band == int(band) < n_steps / config["eval_freq"] for band in bands)
 
 
+def test_the_page_names_files_that_exist_and_counts_their_runs(capsys):
+    page = (ROOT / "docs/sweeps.md").read_text()
+    for pattern in re.findall(r"configs/sweeps/\S+\.yaml", page):
+        assert list(ROOT.glob(pattern)), pattern
+    for pattern, n in re.findall(
+        r"commands.py (\S+) > commands.txt\nsbatch --array=1-(\d+)%", page.replace("    ", "")
+    ):
+        assert len(commands.expand(Path(pattern), {})) == int(n)
+    for cell in re.findall(r"^\| `(\S+)` \|", page, re.MULTILINE):
+        start, names, end = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", cell).groups()
+        for name in names.split(","):
+            assert list(ROOT.glob(f"configs/sweeps/{start}{name}{end}")), cell
+
+
 # commands.py
 
 
