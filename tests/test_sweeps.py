@@ -362,7 +362,7 @@ def test_xargs_killed_and_started_again(toy, start, tmp_path, capsys):
 
 
 RUN = """
-trap 'touch "$1.saved"; exit 138' USR1
+trap 'sleep 0.5; touch "$1.saved"; exit 138' USR1
 trap 'exit 143' TERM
 echo "$OMP_NUM_THREADS" >"$1.started"
 [ ! -e "$1.saved" ] && [ "$2" = long ] && while :; do sleep 0.02; done
