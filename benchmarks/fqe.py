@@ -213,7 +213,8 @@ def encode(actions: np.ndarray, data: dict[str, Any], script: Any, name: str) ->
     encoded, low, high = script.encode_actions({"actions": np.float32(actions)} | limits, name)
     if encoded.ndim == 2:
         return encoded
-    return np.concatenate([column[:, None] == range(*ends) for column, *ends in zip(actions.T, low, high + 1)], axis=1)
+    parts = [column[:, None] == np.arange(*ends) for column, *ends in zip(actions.T, low, high + 1)]
+    return np.concatenate(parts, axis=1)
 
 
 def act(path: Path, policy: Any, observations: np.ndarray, data: dict[str, Any], script: Any) -> np.ndarray:
