@@ -49,63 +49,65 @@ def fail(status, message):
     raise SystemExit(status)
 
 
-# Shapes: T transitions, N episodes, P policies with the behaviour as the last, S seeds of the fit, B batch,
-# O observation, A action as the networks see it: numbers of the size of 1, or one-hot.
+# Shapes: T transitions, N episodes, P policies (+ 1: the behaviour, last), S seeds of the fit, B batch, O observation,
+# A action as the networks see it: numbers of the size of 1, or one-hot.
 
 
 class FittedQ:
-    """Q of P policies, S networks each, as one ensemble of S P critics. Policies differ in nothing but their actions:
-    the networks of a seed start alike and see the same minibatches."""
+    """Q of P policies and of the behaviour, S networks each, as one ensemble of S (P + 1) critics. Policies differ in
+    nothing but their actions: the networks of a seed start alike and see the same minibatches."""
 
-    def __init__(self, data: dict[str, np.ndarray], next_actions: np.ndarray, discount: float, n_seeds: int,
-                 seed: int, device: str):  # fmt: skip
+    def __init__(
+        self, data: dict[str, np.ndarray], next_actions: np.ndarray, discount: float, n_seeds: int, seed: int,
+        device: str,
+    ):  # fmt: skip
         """data: observations and next_observations [T, O], actions [T, A], rewards [T], flags terminals and timeouts
-        [T]. next_actions: [P, T, A], those of the behaviour where they are known."""
-        self.shape, self.device, self.generator = (n_seeds, len(next_actions)), device, torch.Generator(device)
+        [T], one of which ends the last episode too. next_actions: of the policies in the next states, [P, T, A]."""
+
+        def tensor(array: np.ndarray, dtype: Optional[torch.dtype] = torch.float32) -> Tensor:
+            return torch.as_tensor(array, dtype=dtype, device=device)
+
+        self.shape, self.generator = (n_seeds, len(next_actions) + 1), torch.Generator(device)
         self.generator.manual_seed(seed)
-        torch.manual_seed(seed)
         # Values are learned in units of the data's returns, Q = centre + scale network; the rewards follow from that.
         to_go, discounts = episodes(data, discount)[1], discount * ~data["terminals"]
         self.centre, self.scale = to_go.mean(), to_go.std() or 1.0
         self.bounds = [(bound - self.centre) / self.scale for bound in value_bounds(data, discount)]
-        self.mean, self.std = data["observations"].mean(axis=0), data["observations"].std(axis=0) + 1e-3
-        self.observations, self.next_observations = map(self.states, (data["observations"], data["next_observations"]))
-        self.actions, self.next_actions = (torch.as_tensor(x, device=device) for x in (data["actions"], next_actions))
-        self.rewards = self.tensor((data["rewards"] - self.centre * (1 - discounts)) / self.scale)
-        self.discounts, known = self.tensor(discounts), self.tensor(follows(data) | data["terminals"])
-        # [T, P], 0 where the behaviour's next action is not known
-        self.weights = torch.stack([torch.ones_like(known)] * (self.shape[1] - 1) + [known], dim=1)
+        self.rewards = tensor((data["rewards"] - self.centre * (1 - discounts)) / self.scale)
+        self.discounts, self.known = tensor(discounts), tensor(data["terminals"] | ~data["timeouts"])
+        mean, std = data["observations"].mean(axis=0), data["observations"].std(axis=0) + 1e-3
+        self.observations = tensor((data["observations"] - mean) / std)
+        self.next_observations = tensor((data["next_observations"] - mean) / std)
+        own = np.roll(data["actions"], -1, axis=0)[None]  # the next step's, of another episode where it is not known
+        self.actions, self.next_actions = (
+            tensor(data["actions"], None),
+            tensor(np.concatenate([next_actions, own]), None),
+        )
 
-        sizes = data["observations"].shape[1], data["actions"].shape[1], *HIDDEN_SIZES
+        torch.manual_seed(seed)
+        sizes = self.observations.shape[1], self.actions.shape[1], *HIDDEN_SIZES
         self.critic = EnsembleCritic(*sizes, n_critics=n_seeds)
         for parameter in self.critic.parameters():
             parameter.data = parameter.data.repeat_interleave(self.shape[1], dim=0).to(device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.critic.parameters(), LEARNING_RATE, fused=True)
 
-    def tensor(self, array: np.ndarray) -> Tensor:
-        return torch.as_tensor(array, dtype=torch.float32, device=self.device)
-
-    def states(self, observations: np.ndarray) -> Tensor:
-        return self.tensor((observations - self.mean) / self.std)
-
     def q(self, critic: EnsembleCritic, observations: Tensor, actions: Tensor) -> Tensor:
-        """[S, B, O] and [P, S, B, A], or [1, S, B, A] for all policies -> [S, P, B]."""
+        """[S, B, O] and [P + 1, S, B, A], or [1, S, B, A] for all policies -> [S, P + 1, B]."""
         observations = observations.unsqueeze(1).expand(*self.shape, -1, -1).flatten(0, 1)
         actions = actions.transpose(0, 1).expand(*self.shape, -1, -1).flatten(0, 1).unsqueeze(2)
         return critic(observations, actions.float()).view(*self.shape, -1)
 
     def update(self) -> Tensor:
-        """A step of all networks. Returns the share of targets that were bounded, [P]."""
-        rows = torch.randint(
-            len(self.rewards), (self.shape[0], BATCH_SIZE), generator=self.generator, device=self.device
-        )
+        """A step of all networks. Returns the share of targets that were bounded, [P + 1]."""
+        size, device = (self.shape[0], BATCH_SIZE), self.rewards.device
+        rows = torch.randint(len(self.rewards), size, generator=self.generator, device=device)
         with torch.no_grad():
-            next_q = self.q(self.target, self.next_observations[rows], self.next_actions[:, rows])  # [S, P, B]
+            next_q = self.q(self.target, self.next_observations[rows], self.next_actions[:, rows])  # [S, P + 1, B]
             free = self.rewards[rows].unsqueeze(1) + self.discounts[rows].unsqueeze(1) * next_q
             td_target = free.clamp(*self.bounds)
-        q = self.q(self.critic, self.observations[rows], self.actions[None, rows])
-        error = self.weights[rows].transpose(1, 2) * (q - td_target).square()
+        error = (self.q(self.critic, self.observations[rows], self.actions[None, rows]) - td_target).square()
+        error[:, -1] *= self.known[rows]
         self.optimizer.zero_grad()
         error.mean(dim=2).sum().backward()  # no two networks have a weight in common
         self.optimizer.step()
@@ -114,23 +116,15 @@ class FittedQ:
         return (free != td_target).float().mean(dim=(0, 2))
 
     @torch.no_grad()
-    def values(self, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """[N, O], [P, N, A] -> [P, S, N], by the target networks, which are averages over many updates."""
-        parts = []
-        for states, chosen in zip(self.states(observations).split(1000), self.tensor(actions).split(1000, dim=1)):
-            states, chosen = (x.unsqueeze(-3).expand(*x.shape[:-2], self.shape[0], -1, -1) for x in (states, chosen))
+    def values(self, rows: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """In the states of these transitions: [N], [P + 1, N, A] -> [P + 1, S, N]. By the target networks, which are
+        averages over many updates."""
+        device, parts = self.rewards.device, []
+        for part in np.array_split(np.arange(len(rows)), len(rows) // 1000 + 1):
+            states = self.observations[torch.as_tensor(rows[part], device=device)].expand(self.shape[0], -1, -1)
+            chosen = torch.as_tensor(actions[:, None, part], device=device).expand(-1, self.shape[0], -1, -1)
             parts.append(self.q(self.target, states, chosen).transpose(0, 1).cpu().numpy().astype(np.float64))
         return self.centre + self.scale * np.concatenate(parts, axis=2)
-
-
-def follows(data: dict[str, np.ndarray]) -> np.ndarray:
-    """[T], whether the next transition is of the same episode."""
-    return ~(data["terminals"] | data["timeouts"]) & (np.arange(len(data["rewards"])) < len(data["rewards"]) - 1)
-
-
-def starts(following: np.ndarray) -> np.ndarray:
-    """First transition of each episode, [N]."""
-    return np.flatnonzero(np.append(True, ~following[:-1]))
 
 
 def value_bounds(data: dict[str, np.ndarray], discount: float) -> tuple[float, float]:
@@ -139,32 +133,35 @@ def value_bounds(data: dict[str, np.ndarray], discount: float) -> tuple[float, f
     return float(values.min()), float(values.max())
 
 
+def episode_rows(data: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """First and last transition of each episode, [N]."""
+    last = np.flatnonzero(data["terminals"] | data["timeouts"])
+    return np.append(0, last[:-1] + 1), last
+
+
 def evaluate(
-    data: dict[str, np.ndarray], next_actions: np.ndarray, start_actions: np.ndarray, discount: float,
+    data: dict[str, np.ndarray], next_actions: np.ndarray, first_actions: np.ndarray, discount: float,
     n_updates: int, n_seeds: int, seed: int = 0, device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Fits Q of P policies, given by their actions in the data's next states [P, T, A] and in the first state of each
-    episode [P, N, A], and Q of the behaviour. data: see FittedQ. Raises DataError.
+    episode [P, N, A], and of the behaviour. data: see FittedQ. Raises DataError.
 
-    Returns values at the starts [P + 1, S, N], the behaviour's last; the share of bounded targets in the second half
-    of the updates [P + 1]; and the behaviour's discounted returns [N], in which a value stands for what a time-out cut.
+    Returns values at the starts [P + 1, S, N]; the share of bounded targets in the second half of the updates [P + 1];
+    and the behaviour's discounted returns [N], in which a value stands for what a time-out cut off.
     """
-    following = follows(data)
-    if not (following | data["terminals"]).any():
+    first, last = episode_rows(data)
+    if (data["timeouts"] & ~data["terminals"]).all():
         raise DataError("no two steps follow each other in the data, so that no fit could be checked")
-    first, last = starts(following), np.flatnonzero(~following)
-    next_actions = np.concatenate([next_actions, np.roll(data["actions"], -1, axis=0)[None]])
     fit, bounded = FittedQ(data, next_actions, discount, n_seeds, seed, device), []
     for _ in tqdm(range(n_updates), unit="update", disable=None):
         bounded.append(fit.update())
-    start_actions = np.concatenate([start_actions, data["actions"][None, first]])
-    values = fit.values(data["observations"][first], start_actions)
+    values = fit.values(first, np.concatenate([first_actions, data["actions"][None, first]]))
     if not np.isfinite(values).all():
         raise DataError("the fit diverged, although its targets were bounded")
     # The last step before a time-out: its value, by the behaviour's Q, takes the place of its reward.
-    last_actions = np.stack([data["actions"][last]] * len(next_actions))
-    beyond = fit.values(data["observations"][last], last_actions)[-1].mean(axis=0) - data["rewards"][last]
-    returns = episodes(data, discount)[1][first] + discount ** (last - first) * beyond * ~data["terminals"][last]
+    last_values = fit.values(last, np.stack([data["actions"][last]] * len(values)))[-1].mean(axis=0)
+    beyond = (last_values - data["rewards"][last]) * ~data["terminals"][last]
+    returns = episodes(data, discount)[1][first] + discount ** (last - first) * beyond
     return values, torch.stack(bounded[n_updates // 2 :]).mean(dim=0).cpu().numpy(), returns
 
 
@@ -239,16 +236,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     policies = {path: load_policy(path) for path in find_policies(args.policies)}
     args.discount = training_discount(list(policies)) if args.discount is None else args.discount
     data, script = read_data(args, policies)
-    following, n_parts = follows(data), data["actions"].shape[1]
-    states = data["next_observations"], data["observations"][starts(following)]
+    following, n_parts = ~(data["terminals"] | data["timeouts"]), data["actions"].shape[1]
+    states = data["next_observations"], data["observations"][episode_rows(data)[0]]
     next_actions, first_actions = (np.stack([act(*x, y, data, script) for x in policies.items()]) for y in states)
     data["actions"] = encode(data["actions"], data, script, args.env)
-    off_data = next_actions[:, following] - 1.0 * np.roll(data["actions"], -1, axis=0)[following]
-    off_data = np.append(np.abs(off_data).sum(axis=2).mean(axis=1) / 2 / n_parts, 0.0)
     n_episodes, updates = len(states[1]), f"{args.updates:,} updates of {args.seeds} networks each"
     print(f"{args.env}: {len(following):,} transitions, {n_episodes:,} episodes; discount {args.discount:g}; {updates}")
     options = args.discount, args.updates, args.seeds, args.seed, args.device
     values, bounded, returns = evaluate(data, next_actions, first_actions, *options)
+    off_data = next_actions[:, following] - 1.0 * np.roll(data["actions"], -1, axis=0)[following]
+    off_data = np.append(np.abs(off_data).sum(axis=2).mean(axis=1) / 2 / n_parts, 0.0)
     rows = [
         summary(name, value.mean(axis=0), args.seed, seed_std=value.mean(axis=1).std(), bounded=share, off_data=off)
         for name, value, share, off in zip([*policies, BEHAVIOUR], values, bounded, off_data)
@@ -262,7 +259,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def report(rows: list[dict[str, Any]]) -> str:
     """The table, whether the fit agrees with the data, and the best policy."""
     line = "{:>4}  {:>9}  {:>20}  {:>11}  {:>7}  {:>8}  {}".format
-    lines = [line("rank", "estimate", "95 % interval", "std of fits", "bounded", "off data", "policy")]
+    lines = [line("rank", "estimate", "95 % over starts", "std of fits", "bounded", "off data", "policy")]
     for row in rows:
         cells = [f"{row['estimate']:.4g}", f"{row['low']:.4g} to {row['high']:.4g}"]
         formats = {"seed_std": ".3g", "bounded": ".1%", "off_data": ".1%"}
