@@ -1,0 +1,142 @@
+"""How good are policies that are chosen without a simulator? Plays the policies of runs, and says what choosing costs.
+
+    python benchmarks/choices.py runs/alpha-* --fqe fqe.csv --episodes 50 --output policies.csv
+    python benchmarks/choices.py benchmarks/results/fqe/lunarlander.csv
+
+The first takes run folders of --keep_policies True and the table that fqe.py made of their policies. It plays these in
+the environment of their dataset, in other episodes than the runs' evaluations, and writes a row a policy. Both print,
+from such rows, the rank correlation of FQE and of the critic's own promise (eval_predicted_value) with real returns,
+and regrets, the best mean return minus that of the chosen policy: choosing by FQE, by the promise, by diagnose.py, the
+last policy, and any policy (a random choice), in a run and in all runs of a seed.
+
+Exit status: 0 done, 1 cannot be done, 2 a bad command line; an error is one line on stderr and writes nothing.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from algorithms.offline.cql import DataError, save
+from benchmarks import record
+from benchmarks.policies import DataErrors, load_policy
+
+
+def fail(status, message):
+    print(f"choices.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def read_run(folder: Path) -> tuple[list[dict[str, str]], dict]:
+    """Rows of metrics.csv, and the configuration. Raises OSError."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file)), yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def play(folders: list[Path], fqe: Path, episodes: int, seed: int) -> pd.DataFrame:
+    """A row a policy. Raises DataErrors and OSError."""
+    from benchmarks.diagnose import choose_alpha, judge
+
+    estimates, runs, rows, task = pd.read_csv(fqe).set_index("policy"), {x: read_run(x) for x in folders}, [], None
+    sweeps = {config["seed"]: [] for _, config in runs.values()}
+    for metrics, config in runs.values():
+        sweeps[config["seed"]].append((metrics, config))
+    alphas = {seed: choose_alpha(sweep).alpha for seed, sweep in sweeps.items() if len(sweep) > 1}
+    todo = [(folder, *run, row) for folder, run in runs.items() for row in run[0]]
+    for folder, metrics, config, row in tqdm(todo, unit="policy", disable=None):
+        path = folder / f"policy-{row['step']}.pt"
+        if str(path) not in estimates.index:
+            raise DataError(f"{fqe} has no row of {path}")
+        policy = load_policy(path)
+        if task is None:
+            options = {"env": config["eval_env"] or config["env"], "episodes": episodes, "seed": seed, "policy": path}
+            task = record.make_task(argparse.Namespace(**options), policy)
+            task.config.discount = float(config["discount"])
+        result, estimate = task.rollout(policy), estimates.loc[str(path)]
+        taken = int(row["step"]) == judge(metrics, config).step
+        rows.append({"run": folder.name, "cql_alpha": config["cql_alpha"], "seed": config["seed"], "step": row["step"]})
+        rows[-1] |= {"return": result["return"].mean(), "return_std": result["return"].std()}
+        rows[-1] |= {"discounted_return": result["discounted_return"].mean(), "eval_return": row["eval_return"]}
+        rows[-1] |= {"promise": row["eval_predicted_value"], "fqe": estimate["estimate"]}
+        rows[-1] |= {f"fqe_{name}": estimate[name] for name in ("low", "high", "seed_std", "bounded", "off_data")}
+        rows[-1] |= {"diagnose": int(taken), "last": int(row is metrics[-1])}
+        rows[-1]["diagnose_alpha"] = int(config["cql_alpha"] == alphas.get(config["seed"]))
+    return pd.DataFrame(rows).astype({"step": int, "eval_return": float, "promise": float})
+
+
+def spearman(x: pd.Series, y: pd.Series) -> float:
+    return x.rank().corr(y.rank())
+
+
+def correlation(rows: pd.DataFrame, x: str, y: str) -> str:
+    """Spearman's, with its 95 % bootstrap interval over policies."""
+    rng = np.random.default_rng(0)
+    drawn = [rows.iloc[rng.integers(len(rows), size=len(rows))] for _ in range(1000)]
+    low, high = np.nanquantile([spearman(sample[x], sample[y]) for sample in drawn], [0.025, 0.975])
+    return f"{spearman(rows[x], rows[y]):.2f} ({low:.2f} to {high:.2f})"
+
+
+def regrets(rows: pd.DataFrame) -> dict[str, float]:
+    """Of each way to choose among these policies; NaN where it chooses none."""
+    lost = rows["return"].max() - rows["return"]
+    diagnosed = lost[(rows["diagnose"] > 0) & ((rows["diagnose_alpha"] > 0) | (rows["run"].nunique() == 1))]
+    result = {"fqe": lost[rows["fqe"].idxmax()], "promise": lost[rows["promise"].idxmax()]}
+    return result | {"diagnose": diagnosed.mean(), "last": lost[rows["last"] > 0].mean(), "any": lost.mean()}
+
+
+def report(rows: pd.DataFrame) -> str:
+    """Markdown tables."""
+    lines = [f"{len(rows)} policies of {rows['run'].nunique()} runs; the best returns {rows['return'].max():.1f}", ""]
+    lines += ["| rank correlation with | return | discounted return |", "|---|---|---|"]
+    for name, words in (("fqe", "FQE"), ("promise", "the critic's promise")):
+        cells = [correlation(rows, name, other) for other in ("return", "discounted_return")]
+        lines.append(f"| {words}, all policies | {' | '.join(cells)} |")
+        runs = [run for _, run in rows.groupby("run")]
+        cells = [[spearman(run[name], run[other]) for run in runs] for other in ("return", "discounted_return")]
+        lines.append(
+            f"| {words}, in a run, mean of {len(runs)} | {' | '.join(f'{np.nanmean(x):.2f}' for x in cells)} |"
+        )
+    lines += ["", "| regret of choosing | by FQE | by the promise | by diagnose.py | the last | any |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for words, key in (("in a run", "run"), ("in all runs of a seed", "seed")):
+        found = pd.DataFrame([regrets(group) for _, group in rows.groupby(key)])
+        cells = [f"{found[name].mean():.1f} (worst {found[name].max():.1f})" for name in found]
+        lines.append(f"| {words} ({len(found)}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="choices.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail(2, message)
+    add = parser.add_argument
+    add("paths", type=Path, nargs="+", metavar="PATH", help="run folders, or one file that --output wrote")
+    add("--fqe", type=Path, metavar="FILE.csv", help="what fqe.py --output wrote about the policies of the runs")
+    add("--episodes", type=int, default=50, help="played by each policy (default %(default)s)")
+    add("--seed", type=int, default=5000, help="episode i starts from seed + i (default %(default)s)")
+    add("--output", type=Path, metavar="FILE.csv", help="where the rows go")
+    args = parser.parse_args(argv)
+    from_file = args.paths[0].suffix == ".csv" and len(args.paths) == 1
+    if not from_file and not (args.fqe and args.output and args.episodes > 0):
+        parser.error("run folders need --fqe, --output, and --episodes of at least 1")
+    try:
+        rows = pd.read_csv(args.paths[0]) if from_file else play(args.paths, args.fqe, args.episodes, args.seed)
+        if not from_file:
+            text = io.StringIO()
+            rows.to_csv(text, index=False)
+            save(args.output, text.getvalue())
+        print(report(rows))
+    except DataErrors as error:
+        fail(error.status, error)
+    except (OSError, KeyError, ValueError) as error:
+        fail(1, f"{args.paths[0]} cannot be used: {error}")
+
+
+if __name__ == "__main__":
+    main()
