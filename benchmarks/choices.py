@@ -40,11 +40,12 @@ def read_run(folder: Path) -> tuple[list[dict[str, str]], dict]:
         return list(csv.DictReader(file)), yaml.safe_load((folder / "config.yaml").read_text())
 
 
-def play(folders: list[Path], fqe: Path, episodes: int, seed: int) -> pd.DataFrame:
+def play(folders: list[Path], fqe: list[Path], episodes: int, seed: int) -> pd.DataFrame:
     """A row a policy. Raises DataErrors and OSError."""
     from benchmarks.diagnose import choose_alpha, judge
 
-    estimates, runs, rows, task = pd.read_csv(fqe).set_index("policy"), {x: read_run(x) for x in folders}, [], None
+    estimates = pd.concat(map(pd.read_csv, fqe)).set_index("policy")
+    runs, rows, task = {x: read_run(x) for x in folders}, [], None
     sweeps = {config["seed"]: [] for _, config in runs.values()}
     for metrics, config in runs.values():
         sweeps[config["seed"]].append((metrics, config))
@@ -53,7 +54,7 @@ def play(folders: list[Path], fqe: Path, episodes: int, seed: int) -> pd.DataFra
     for folder, metrics, config, row in tqdm(todo, unit="policy", disable=None):
         path = folder / f"policy-{row['step']}.pt"
         if str(path) not in estimates.index:
-            raise DataError(f"{fqe} has no row of {path}")
+            raise DataError(f"--fqe {' '.join(map(str, fqe))} has no row of {path}")
         policy = load_policy(path)
         if task is None:
             options = {"env": config["eval_env"] or config["env"], "episodes": episodes, "seed": seed, "policy": path}
@@ -117,7 +118,7 @@ def main(argv=None):
     parser.error = lambda message: fail(2, message)
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="run folders, or one file that --output wrote")
-    add("--fqe", type=Path, metavar="FILE.csv", help="what fqe.py --output wrote about the policies of the runs")
+    add("--fqe", type=Path, nargs="+", metavar="FILE.csv", help="what fqe.py --output wrote about the runs' policies")
     add("--episodes", type=int, default=50, help="played by each policy (default %(default)s)")
     add("--seed", type=int, default=5000, help="episode i starts from seed + i (default %(default)s)")
     add("--output", type=Path, metavar="FILE.csv", help="where the rows go")

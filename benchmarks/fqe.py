@@ -20,6 +20,7 @@ import copy
 import csv
 import inspect
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -39,7 +40,7 @@ from benchmarks.policies import DataErrors, load_policy
 HIDDEN_SIZES = (64, 2)  # width and number of hidden layers
 BATCH_SIZE = 256
 LEARNING_RATE = 1e-3
-TARGET_RATE = 0.05  # Polyak rate of the target networks, which also give the estimates
+TARGET_RATE = 0.1  # Polyak rate of the target networks, which also give the estimates
 TRUST = 0.1  # largest accepted error of FQE of the behaviour, as a share of the spread of its returns
 BEHAVIOUR, RETURNS = "behaviour", "behaviour's returns"  # names of the last two rows
 
@@ -276,6 +277,12 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def writable(path: Path) -> bool:
+    """Known before the fit, which takes minutes."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return path.suffix == ".csv" and not path.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
+
+
 def parse_arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fqe.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail(2, message)
@@ -285,7 +292,7 @@ def parse_arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     )
     add("--env", required=True, metavar="DATASET", help="Minari id, or D4RL's name, of the dataset to evaluate with")
     add("--discount", type=float, help="default: that of the policies' config.yaml, else 0.99")
-    add("--updates", type=int, default=5000, help="of each network (default %(default)s)")
+    add("--updates", type=int, default=3000, help="of each network (default %(default)s)")
     add("--seeds", type=int, default=3, help="networks a policy (default %(default)s)")
     add("--seed", type=int, default=0, help="of networks, minibatches and bootstrap (default %(default)s)")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or cuda:<index> (default %(default)s)")
@@ -296,9 +303,7 @@ def parse_arguments(argv: Optional[list[str]]) -> argparse.Namespace:
         "--updates must be at least 1": args.updates >= 1,
         "--seeds must be at least 1": args.seeds >= 1,
         "--seed must be at least 0": args.seed >= 0,
-        f"--output {args.output} is no name of a .csv file": args.output is None
-        or args.output.suffix == ".csv"
-        and not args.output.is_dir(),
+        f"--output {args.output} is no .csv file that can be written": args.output is None or writable(args.output),
     }
     for rule, kept in rules.items():
         if not kept:

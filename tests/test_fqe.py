@@ -219,6 +219,7 @@ def refusal(capsys, *arguments, **options):
         (["good.pt", "--discount", "nan"], {}, 2, ["--discount", "below 1"]),
         (["good.pt", "--output", "good.pt"], {}, 2, ["--output good.pt", ".csv"]),
         (["good.pt", "--output", "folder.csv"], {}, 2, ["--output folder.csv", ".csv"]),
+        (["good.pt", "--output", "text.pt/new.csv"], {}, 2, ["--output text.pt/new.csv", "written"]),
         (["good.pt"], {"device": "cuda:99"}, 2, ["--device cuda:99", "--device cpu"]),
         (["good.pt"], {"env": "toy/missing-v0"}, 1, ["--env toy/missing-v0", "cannot be read"]),
         (["missing.pt"], {}, 1, ["missing.pt", "does not exist"]),
