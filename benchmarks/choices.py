@@ -1,32 +1,28 @@
-"""How good are policies that are chosen without a simulator? Plays the policies of runs, and says what choosing costs.
+"""How good are policies that are chosen without a simulator? Compares ways to choose by the returns of evaluations.
 
-    python benchmarks/choices.py runs/alpha-* --fqe fqe.csv --episodes 50 --output policies.csv
+    python benchmarks/choices.py runs/alpha-* --fqe fqe.csv --output policies.csv
     python benchmarks/choices.py benchmarks/results/fqe/lunarlander.csv
 
-The first takes run folders of --keep_policies True and the table that fqe.py made of their policies. It plays these in
-the environment of their dataset, in other episodes than the runs' evaluations, and writes a row a policy. Both print,
-from such rows, the rank correlation of FQE and of the critic's own promise (eval_predicted_value) with real returns,
-and regrets, the best mean return minus that of the chosen policy: choosing by FQE, by the promise, by diagnose.py, the
-last policy, and any policy (a random choice), in a run and in all runs of a seed.
+The first takes run folders of --keep_policies True whose policies were evaluated in a simulator, and the tables that
+fqe.py made of these policies, and writes a row a policy. Both print, from such rows, the rank correlation of FQE and of
+the critic's own promise (eval_predicted_value) with real returns, and regrets, the best mean return minus that of the
+chosen policy: choosing by FQE, by the promise, by diagnose.py, the last policy, and any policy (a random choice), in a
+run and in all runs of a seed.
 
 Exit status: 0 done, 1 cannot be done, 2 a bad command line; an error is one line on stderr and writes nothing.
 """
 
 import argparse
 import csv
-import io
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algorithms.offline.cql import DataError, save
-from benchmarks import record
-from benchmarks.policies import DataErrors, load_policy
+from algorithms.offline.cql import save
 
 
 def fail(status, message):
@@ -40,36 +36,31 @@ def read_run(folder: Path) -> tuple[list[dict[str, str]], dict]:
         return list(csv.DictReader(file)), yaml.safe_load((folder / "config.yaml").read_text())
 
 
-def play(folders: list[Path], fqe: list[Path], episodes: int, seed: int) -> pd.DataFrame:
-    """A row a policy. Raises DataErrors and OSError."""
+def collect(folders: list[Path], fqe: list[Path]) -> pd.DataFrame:
+    """A row a policy. Raises ValueError and OSError."""
     from benchmarks.diagnose import choose_alpha, judge
 
-    estimates = pd.concat(map(pd.read_csv, fqe)).set_index("policy")
-    runs, rows, task = {x: read_run(x) for x in folders}, [], None
-    sweeps = {config["seed"]: [] for _, config in runs.values()}
-    for metrics, config in runs.values():
-        sweeps[config["seed"]].append((metrics, config))
+    estimates, rows, sweeps = pd.concat(map(pd.read_csv, fqe)).set_index("policy"), [], {}
+    for folder in folders:
+        metrics, config = read_run(folder)
+        sweeps.setdefault(config["seed"], []).append((metrics, config))
+        chosen = judge(metrics, config).step
+        for row in metrics:
+            path = folder / f"policy-{row['step']}.pt"
+            if str(path) not in estimates.index:
+                raise ValueError(f"--fqe {' '.join(map(str, fqe))} has no row of {path}")
+            step, estimate = int(row["step"]), estimates.loc[str(path)]
+            rows.append({"run": folder.name, "cql_alpha": config["cql_alpha"], "seed": config["seed"], "step": step})
+            # Discounted returns and promises are of the rewards in training.
+            names = {"return": "eval_return", "return_std": "eval_return_std"}
+            names |= {"discounted_return": "eval_discounted_return", "promise": "eval_predicted_value"}
+            rows[-1] |= {new: float(row[name]) for new, name in names.items()} | {"fqe": estimate["estimate"]}
+            rows[-1] |= {f"fqe_{name}": estimate[name] for name in ("low", "high", "seed_std", "bounded", "off_data")}
+            rows[-1] |= {"diagnose": int(step == chosen), "last": int(row is metrics[-1])}
     alphas = {seed: choose_alpha(sweep).alpha for seed, sweep in sweeps.items() if len(sweep) > 1}
-    todo = [(folder, *run, row) for folder, run in runs.items() for row in run[0]]
-    for folder, metrics, config, row in tqdm(todo, unit="policy", disable=None):
-        path = folder / f"policy-{row['step']}.pt"
-        if str(path) not in estimates.index:
-            raise DataError(f"--fqe {' '.join(map(str, fqe))} has no row of {path}")
-        policy = load_policy(path)
-        if task is None:
-            options = {"env": config["eval_env"] or config["env"], "episodes": episodes, "seed": seed, "policy": path}
-            task = record.make_task(argparse.Namespace(**options), policy)
-            task.config.discount = float(config["discount"])
-        result, estimate = task.rollout(policy), estimates.loc[str(path)]
-        taken = int(row["step"]) == judge(metrics, config).step
-        rows.append({"run": folder.name, "cql_alpha": config["cql_alpha"], "seed": config["seed"], "step": row["step"]})
-        rows[-1] |= {"return": result["return"].mean(), "return_std": result["return"].std()}
-        rows[-1] |= {"discounted_return": result["discounted_return"].mean(), "eval_return": row["eval_return"]}
-        rows[-1] |= {"promise": row["eval_predicted_value"], "fqe": estimate["estimate"]}
-        rows[-1] |= {f"fqe_{name}": estimate[name] for name in ("low", "high", "seed_std", "bounded", "off_data")}
-        rows[-1] |= {"diagnose": int(taken), "last": int(row is metrics[-1])}
-        rows[-1]["diagnose_alpha"] = int(config["cql_alpha"] == alphas.get(config["seed"]))
-    return pd.DataFrame(rows).astype({"step": int, "eval_return": float, "promise": float})
+    for row in rows:
+        row["diagnose_alpha"] = int(row["cql_alpha"] == alphas.get(row["seed"]))
+    return pd.DataFrame(rows)
 
 
 def spearman(x: pd.Series, y: pd.Series) -> float:
@@ -78,8 +69,8 @@ def spearman(x: pd.Series, y: pd.Series) -> float:
 
 def correlation(rows: pd.DataFrame, x: str, y: str) -> str:
     """Spearman's, with its 95 % bootstrap interval over policies."""
-    rng = np.random.default_rng(0)
-    drawn = [rows.iloc[rng.integers(len(rows), size=len(rows))] for _ in range(1000)]
+    rng, columns = np.random.default_rng(0), rows[[x, y]]
+    drawn = [columns.take(rng.integers(len(rows), size=len(rows))) for _ in range(1000)]
     low, high = np.nanquantile([spearman(sample[x], sample[y]) for sample in drawn], [0.025, 0.975])
     return f"{spearman(rows[x], rows[y]):.2f} ({low:.2f} to {high:.2f})"
 
@@ -119,24 +110,19 @@ def main(argv=None):
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="run folders, or one file that --output wrote")
     add("--fqe", type=Path, nargs="+", metavar="FILE.csv", help="what fqe.py --output wrote about the runs' policies")
-    add("--episodes", type=int, default=50, help="played by each policy (default %(default)s)")
-    add("--seed", type=int, default=5000, help="episode i starts from seed + i (default %(default)s)")
     add("--output", type=Path, metavar="FILE.csv", help="where the rows go")
     args = parser.parse_args(argv)
     from_file = args.paths[0].suffix == ".csv" and len(args.paths) == 1
-    if not from_file and not (args.fqe and args.output and args.episodes > 0):
-        parser.error("run folders need --fqe, --output, and --episodes of at least 1")
+    if from_file != (args.fqe is None) or from_file and args.output:
+        parser.error("--fqe and --output go with run folders, which need --fqe")
     try:
-        rows = pd.read_csv(args.paths[0]) if from_file else play(args.paths, args.fqe, args.episodes, args.seed)
-        if not from_file:
-            text = io.StringIO()
-            rows.to_csv(text, index=False)
-            save(args.output, text.getvalue())
-        print(report(rows))
-    except DataErrors as error:
-        fail(error.status, error)
-    except (OSError, KeyError, ValueError) as error:
-        fail(1, f"{args.paths[0]} cannot be used: {error}")
+        rows = pd.read_csv(args.paths[0]) if from_file else collect(args.paths, args.fqe)
+        text = report(rows)
+        if args.output:
+            save(args.output, rows.to_csv(index=False))
+        print(text)
+    except (OSError, KeyError, ValueError) as error:  # DataError is a ValueError
+        fail(1, f"{args.paths[0]} cannot be used: {str(error) or repr(error)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 import pytest
-from conftest import once
+from conftest import once, table
 
 from benchmarks import choices, fqe
 
@@ -42,19 +42,19 @@ def test_rows_of_runs(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [str(run(keep_policies=True, run_id=f"alpha-{alpha}", cql_alpha=alpha)) for alpha in (1, 5)]
     fqe.main([*folders, "--env=toy/counter-v0", "--updates=5", "--seeds=1", "--device=cpu", "--output=fqe.csv"])
-    choices.main([*folders, "--fqe=fqe.csv", "--episodes=3", "--output=rows.csv"])
+    choices.main([*folders, "--fqe=fqe.csv", "--output=rows.csv"])
     rows = pd.read_csv("rows.csv")
     assert list(rows["step"]) == [10, 20, 25] * 2 and list(rows["cql_alpha"]) == [1] * 3 + [5] * 3
-    # Seeds 5000, 5001 and 5002: 3, 4 and 5 steps that return seed + t each, whatever the policy.
-    expected = sum(seed + t for seed, length in ((5000, 3), (5001, 4), (5002, 5)) for t in range(1, length + 1)) / 3
-    assert rows["return"].to_numpy() == pytest.approx(expected)
+    estimates = pd.read_csv("fqe.csv").set_index("policy")["estimate"]
+    assert rows["fqe"][4] == estimates[f"{folders[1]}/policy-20.pt"]
+    assert rows["return"].to_numpy() == pytest.approx(float(table(folders[0])[0]["eval_return"]))  # whatever the policy
     assert list(rows["last"]) == [0, 0, 1] * 2 and rows.groupby("run")["diagnose"].sum().eq(1).all()
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["runs/a"], 2, ["--fqe", "--output"]),
+        (["runs/a"], 2, ["--fqe"]),
         (["missing.csv"], 1, ["missing.csv"]),
         (["empty.csv"], 1, ["empty.csv"]),
         (["other.csv"], 1, ["other.csv", "run"]),
