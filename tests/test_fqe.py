@@ -34,12 +34,12 @@ class Table:
         self.terminal, self.codes = terminal, np.array([[-1.0], [1.0]]) if continuous else np.eye(2, dtype=bool)
 
     def data(self, n_episodes=150):
-        """Random actions, from random states."""
+        """Random actions, from random states; the first one of an episode mostly goes on."""
         rng, rows = np.random.default_rng(0), []
         for _ in range(n_episodes):
             state = rng.integers(3)
             for t in range(4):
-                action = rng.integers(2)
+                action = int(rng.random() < (0.5 if t else 0.8))
                 following, end = (state + action) % 3, self.terminal and state == 2 and action == 1
                 rows.append((state, action, self.rewards[state, action], following, end, t == 3 and not end))
                 state = following
@@ -89,7 +89,7 @@ def test_exact_values(terminal, continuous):
         expected = table.exact(policy)[starts, np.array(policy)[starts]]
         np.testing.assert_allclose(found, np.stack([expected] * 2), atol=0.05)
     expected = table.exact_behaviour(data)
-    np.testing.assert_allclose(values[3], np.stack([expected[starts, table.actions[table.first]]] * 2), atol=0.1)
+    np.testing.assert_allclose(values[3].mean(axis=0), expected[starts, table.actions[table.first]], atol=0.15)
     assert abs(returns.mean() - values[3].mean()) < 0.1 * returns.std() and bounded.max() < 0.1
     # A time-out does not end what the behaviour earns.
     for i in range(len(starts)):
