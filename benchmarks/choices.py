@@ -4,10 +4,10 @@
     python benchmarks/choices.py benchmarks/results/fqe/lunarlander.csv
 
 The first takes run folders of --keep_policies True whose policies were evaluated in a simulator, and the tables that
-fqe.py made of these policies, and writes a row a policy. Both print, from such rows, the rank correlation of FQE and of
-the critic's own promise (eval_predicted_value) with real returns, and regrets, the best mean return minus that of the
-chosen policy: choosing by FQE, by the promise, by diagnose.py, the last policy, and any policy (a random choice), in a
-run and in all runs of a seed.
+fqe.py made of these policies, and writes a row a policy. Both print, from such rows, the rank correlations with real
+returns of FQE, of the critic's own promise (eval_predicted_value) and of nearness to the data (off data of fqe.py); and
+regrets, the best mean return minus that of the chosen policy, of choosing by these, by diagnose.py, the last policy, and
+any policy (a random choice): in a run, and in all runs of a seed.
 
 Exit status: 0 done, 1 cannot be done, 2 a bad command line; an error is one line on stderr and writes nothing.
 """
@@ -80,14 +80,16 @@ def regrets(rows: pd.DataFrame) -> dict[str, float]:
     lost = rows["return"].max() - rows["return"]
     diagnosed = lost[(rows["diagnose"] > 0) & ((rows["diagnose_alpha"] > 0) | (rows["run"].nunique() == 1))]
     result = {"fqe": lost[rows["fqe"].idxmax()], "promise": lost[rows["promise"].idxmax()]}
+    result["near"] = lost[rows["near"].idxmax()]
     return result | {"diagnose": diagnosed.mean(), "last": lost[rows["last"] > 0].mean(), "any": lost.mean()}
 
 
 def report(rows: pd.DataFrame) -> str:
     """Markdown tables."""
+    rows = rows.assign(near=-rows["fqe_off_data"])
     lines = [f"{len(rows)} policies of {rows['run'].nunique()} runs; the best returns {rows['return'].max():.1f}", ""]
     lines += ["| rank correlation with | return | discounted return |", "|---|---|---|"]
-    for name, words in (("fqe", "FQE"), ("promise", "the critic's promise")):
+    for name, words in (("fqe", "FQE"), ("promise", "the critic's promise"), ("near", "nearness to the data")):
         cells = [correlation(rows, name, other) for other in ("return", "discounted_return")]
         lines.append(f"| {words}, all policies | {' | '.join(cells)} |")
         runs = [run for _, run in rows.groupby("run")]
@@ -95,8 +97,11 @@ def report(rows: pd.DataFrame) -> str:
         lines.append(
             f"| {words}, in a run, mean of {len(runs)} | {' | '.join(f'{np.nanmean(x):.2f}' for x in cells)} |"
         )
-    lines += ["", "| regret of choosing | by FQE | by the promise | by diagnose.py | the last | any |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| regret of choosing | by FQE | by the promise | nearest to the data | by diagnose.py | the last | any |",
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
     for words, key in (("in a run", "run"), ("in all runs of a seed", "seed")):
         found = pd.DataFrame([regrets(group) for _, group in rows.groupby(key)])
         cells = [f"{found[name].mean():.1f} (worst {found[name].max():.1f})" for name in found]
@@ -121,8 +126,10 @@ def main(argv=None):
         if args.output:
             save(args.output, rows.to_csv(index=False))
         print(text)
-    except (OSError, KeyError, ValueError) as error:  # DataError is a ValueError
-        fail(1, f"{args.paths[0]} cannot be used: {str(error) or repr(error)}")
+    except KeyError as error:
+        fail(1, f"{args.paths[0]} cannot be used: there is no {error}")
+    except (OSError, ValueError) as error:  # DataError is a ValueError
+        fail(1, f"{args.paths[0]} cannot be used: {error}")
 
 
 if __name__ == "__main__":

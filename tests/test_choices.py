@@ -15,13 +15,27 @@ def rows():
     columns = {"run": list("aabb"), "seed": [1, 1, 1, 1], "return": [10.0, 40.0, 30.0, 20.0]}
     columns |= {"discounted_return": [1.0, 3.0, 4.0, 2.0], "fqe": [1.0, 2.0, 3.0, 0.0], "promise": [4.0, 1.0, 2.0, 3.0]}
     columns |= {"diagnose": [1, 0, 1, 0], "diagnose_alpha": [0, 0, 1, 1], "last": [0, 1, 0, 1]}
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns | {"fqe_off_data": [0.1, 0.2, 0.3, 0.4]})
 
 
 def test_regrets(rows):
-    assert choices.regrets(rows) == {"fqe": 10, "promise": 30, "diagnose": 10, "last": 10, "any": 15}
-    assert choices.regrets(rows[:2]) == {"fqe": 0, "promise": 30, "diagnose": 30, "last": 0, "any": 15}
-    assert math.isnan(choices.regrets(rows.assign(diagnose_alpha=0))["diagnose"])
+    assert choices.regrets(rows.assign(near=-rows["fqe_off_data"])) == {
+        "fqe": 10,
+        "promise": 30,
+        "near": 30,
+        "diagnose": 10,
+        "last": 10,
+        "any": 15,
+    }
+    assert choices.regrets(rows[:2].assign(near=[1, 2])) == {
+        "fqe": 0,
+        "promise": 30,
+        "near": 0,
+        "diagnose": 30,
+        "last": 0,
+        "any": 15,
+    }
+    assert math.isnan(choices.regrets(rows.assign(diagnose_alpha=0, near=0))["diagnose"])
 
 
 def test_correlations_and_table(rows, tmp_path, capsys):
@@ -31,8 +45,11 @@ def test_correlations_and_table(rows, tmp_path, capsys):
     choices.main([str(tmp_path / "rows.csv")])
     printed = capsys.readouterr().out
     assert "4 policies of 2 runs; the best returns 40.0" in printed
-    assert "| in all runs of a seed (1) | 10.0 (worst 10.0) | 30.0 (worst 30.0) | 10.0" in printed
-    assert "| in a run (2) | 0.0 (worst 0.0) | 20.0 (worst 30.0) | 15.0 (worst 30.0) | 5.0 (worst 10.0)" in printed
+    assert "| in all runs of a seed (1) | 10.0 (worst 10.0) | 30.0 (worst 30.0) | 30.0 (worst 30.0) | 10.0" in printed
+    assert (
+        "| in a run (2) | 0.0 (worst 0.0) | 20.0 (worst 30.0) | 15.0 (worst 30.0) | 15.0 (worst 30.0) | 5.0 (worst 10.0)"
+        in printed
+    )
 
 
 @once
@@ -57,7 +74,7 @@ def test_rows_of_runs(run, tmp_path, monkeypatch):
         (["runs/a"], 2, ["--fqe"]),
         (["missing.csv"], 1, ["missing.csv"]),
         (["empty.csv"], 1, ["empty.csv"]),
-        (["other.csv"], 1, ["other.csv", "run"]),
+        (["other.csv"], 1, ["other.csv", "fqe_off_data"]),
         (["runs/a", "--fqe=other.csv", "--output=new.csv"], 1, ["runs/a", "No such file"]),
     ],
 )
