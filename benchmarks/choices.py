@@ -6,8 +6,8 @@
 The first takes run folders of --keep_policies True whose policies were evaluated in a simulator, and the tables that
 fqe.py made of these policies, and writes a row a policy. Both print, from such rows, the rank correlations with real
 returns of FQE, of the critic's own promise (eval_predicted_value) and of nearness to the data (off data of fqe.py); and
-regrets, the best mean return minus that of the chosen policy, of choosing by these, by diagnose.py, the last policy, and
-any policy (a random choice): in a run, and in all runs of a seed.
+regrets, the best mean return minus that of the chosen policy, of choosing by these, by diagnose.py, the last policy,
+and any policy (a random choice): in a run, and in all runs of a seed.
 
 Exit status: 0 done, 1 cannot be done, 2 a bad command line; an error is one line on stderr and writes nothing.
 """
