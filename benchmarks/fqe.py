@@ -36,7 +36,7 @@ from algorithms.discrete import cql_dqn
 from algorithms.offline.cql import ConfigError, DataError, EnsembleCritic, blame, episodes, save
 from benchmarks.policies import DataErrors, load_policy
 
-# Chosen by how soon FQE of the behaviour agrees with its returns on LunarLander; no policy's return was looked at.
+# Chosen by how soon FQE of the behaviour agrees with its returns on LunarLander; no policy's return was used.
 HIDDEN_SIZES = (64, 2)  # width and number of hidden layers
 BATCH_SIZE = 256
 LEARNING_RATE = 1e-3
