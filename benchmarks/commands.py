@@ -1,0 +1,145 @@
+"""Print the runs of sweep files as command lines, one a line, for xargs, GNU parallel or a SLURM array.
+
+    python benchmarks/commands.py configs/sweeps/offline/cql/locomotion.yaml > commands.txt
+    xargs -L 1 -P 4 env < commands.txt                     # or: parallel -j 4 < commands.txt
+    sbatch --array=1-90 benchmarks/slurm/array.sh commands.txt
+
+A sweep file is one that `wandb sweep` takes. Options after a -- go into each line, and win over the file's:
+
+    python benchmarks/commands.py configs/sweeps/offline/cql/alpha.yaml -- --device cuda:1 --max_timesteps 20000
+
+Each line has a --run_id of its own: the file's name, the values that vary, and a hash of all options but those that a
+run may change when it goes on. So the same lines once more go on where the runs were stopped, and skip those that are
+complete. Several files' runs come seed by seed: a study that is stopped has the first seeds of everything.
+
+Only grids of given values: bayes and random searches ask W&B's server for each run's values (wandb sweep, wandb agent).
+Run it, and the lines, in the repository's root. Exit status: 0, or 2 with one line on stderr.
+"""
+
+import argparse
+import ast
+import functools
+import hashlib
+import itertools
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+MACROS = ("${interpreter}", "${program}", "${args}")  # of `command`; its default in W&B is these after ${env}
+# Options that do not change which run it is: another value of theirs goes on with it (the scripts' Run.free; a run may
+# grow longer).
+FREE = {
+    "device", "n_episodes", "keep_policies", "project", "group", "name", "checkpoints_path", "max_timesteps",
+    "online_iterations",
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    seed: int  # its place in the file's list
+    run_id: str
+    line: str
+
+
+@functools.cache
+def option_names(program: str) -> set[str]:
+    """The options of a script: the fields of its TrainConfig, read without importing torch. Raises ValueError."""
+    for node in ast.parse(Path(program).read_text(), program).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TrainConfig":
+            names = {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+            return names - {"run_id"} | {"config_path"}
+    raise ValueError(f"{program} has no TrainConfig")
+
+
+def parse_extra(words: list[str]) -> dict[str, str]:
+    """Options --name=value or --name value. Raises ValueError."""
+    text = "".join(word + "\0" for word in words)
+    if not re.fullmatch(r"(--[^\0=]+[=\0][^\0]*\0)*", text):
+        raise ValueError(f"options after -- are --name=value or --name value, not {shlex.join(words)}")
+    return dict(re.findall(r"--([^\0=]+)[=\0]([^\0]*)\0", text))
+
+
+def choices(name: str, parameter: Any) -> list[str]:
+    """The values of a sweep's parameter, as the agent writes them. Raises ValueError."""
+    keys = set(parameter) - {"distribution"} if isinstance(parameter, dict) else set()
+    if "parameters" in keys:
+        raise ValueError(f"the parameter {name} is nested, and the scripts' options are flat")
+    values = parameter["values"] if keys == {"values"} else [parameter["value"]] if keys == {"value"} else None
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"the parameter {name} needs either `value` or a list of `values`")
+    if any("\n" in str(value) for value in values):
+        raise ValueError(f"a value of the parameter {name} has several lines")
+    return [str(value) for value in values]
+
+
+def identity(path: Path, varied: list[str], options: dict[str, str]) -> str:
+    parts = path.resolve().with_suffix("").parts
+    *_, first = [0, *(i for i, part in enumerate(parts, 1) if part == "sweeps")]
+    words = list(parts[first:] if first else parts[-1:])  # configs/sweeps/offline/cql/alpha.yaml: offline-cql-alpha
+    for name in sorted(varied):  # configs/offline/cql/hopper/medium-v2.yaml: hopper-medium-v2
+        value = options[name]
+        words += Path(value).with_suffix("").parts[-2:] if name == "config_path" else [f"{name}={value}"]
+    text = "\0".join(f"{name}={value}" for name, value in sorted(options.items()) if name not in FREE)
+    legible = re.sub(r"[^\w.=+-]+", "-", "-".join(words), flags=re.ASCII)[:150]
+    return f"{legible}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def expand(path: Path, extra: dict[str, str]) -> list[Run]:
+    """The runs of a sweep file. Raises OSError, SyntaxError, ValueError and yaml.YAMLError."""
+    sweep = yaml.safe_load(path.read_text())
+    if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict) or "program" not in sweep:
+        raise ValueError("it is no sweep: it lacks `program` or `parameters`")
+    if sweep.get("method") != "grid":
+        raise ValueError(f"method {sweep.get('method')} needs W&B (wandb sweep, wandb agent); only grids have lines")
+    program, command = str(sweep["program"]), sweep.get("command", list(MACROS))
+    macros = [word for word in map(str, command) if "${" in word] if isinstance(command, list) else [command]
+    if not set(macros) <= {"${env}", *MACROS}:
+        raise ValueError(f"`command` is a list of words and of ${{env}}, {', '.join(MACROS)}, not {command}")
+    grid = {str(name): choices(name, parameter) for name, parameter in sweep["parameters"].items()}
+    varied = [name for name, parameter in sweep["parameters"].items() if "values" in parameter]
+    grid |= {name: [value] for name, value in extra.items()}
+    for name in grid.keys() - option_names(program):
+        raise ValueError(f"{name} is no option of {program}" if name != "run_id" else "run_id is given by commands.py")
+    for name in grid.get("config_path", []):
+        Path(name).open().close()
+    runs = []
+    for values in itertools.product(*grid.values()):
+        options = dict(zip(grid, values))
+        options["run_id"] = identity(path, varied, options)
+        words = {"${env}": ["/usr/bin/env"], "${interpreter}": ["python"], "${program}": [program]}
+        words["${args}"] = [f"--{name}={value}" for name, value in options.items()]
+        line = shlex.join(part for word in map(str, command) for part in words.get(word, [word]))
+        seed = grid["seed"].index(options["seed"]) if "seed" in grid else 0
+        runs.append(Run(seed, options["run_id"], line))
+    return runs
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(prog="commands.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"commands.py: error: {' '.join(str(message).split())}\n")
+    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml", help="then, after a --, options of runs")
+    sweeps, runs, path = parser.parse_args(argv[:split]).sweeps, [], None
+    try:
+        extra = parse_extra(argv[split + 1 :])
+        for path in sweeps:
+            runs += expand(path, extra)
+    except OSError as error:
+        parser.error(f"{path}: {error.filename}: {error.strerror} (run it in the repository's root)")
+    except (SyntaxError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"{path}: {error}" if path else error)
+    ids = [run.run_id for run in runs]
+    if twice := [run_id for run_id in ids if ids.count(run_id) > 1]:
+        parser.error(f"two runs are {twice[0]}")
+    for run in sorted(runs, key=lambda run: run.seed):  # a stable sort
+        print(run.line)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    main()

@@ -1,0 +1,447 @@
+"""Judge training runs without a simulator: which over-fit, under-fit or diverge, which checkpoint to take, what to
+change next, and which cql_alpha of several.
+
+    python benchmarks/diagnose.py runs/shop
+    python benchmarks/diagnose.py runs/alpha-* --output runs/alphas.png
+
+RUN is the folder of a run of any script, or a metrics.csv; train with --holdout_fraction 0.1 --keep_policies True.
+It prints a verdict a run (healthy, under-fitting, over-fitting, diverging, too short to judge), the evidence in
+numbers, the policy to take and what to change next. Where runs on the same data differ in cql_alpha it compares their
+TD errors and gaps after the same number of updates. Returns of evaluations are never looked at. --output draws the
+curves that the verdicts come from; docs/choosing.md explains them and says how often they were right.
+
+Needs matplotlib for --output. Exit status: 0 with any verdict, 1 what is no run or cannot be written, 2 a bad command
+line; an error is one line on stderr and leaves an older file as it was.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+WINDOW = 3  # rows of a running mean, since the peak of a raw curve is noise
+MIN_ROWS = 8  # fewer show no rise, peak and decline
+MIN_TARGET_LIVES = 5  # updates times target rate: the target network's first weights still count for exp(-5)
+# That data Q declines where critics over-fit, and the policy of its peak is to be taken, is the workflow of Kumar et
+# al. (2021); how far it must decline was set beforehand. The others lie between what the calibration runs in
+# docs/choosing.md reached that were healthy and those that were not.
+DECLINE = 0.05  # of data Q below its peak, as a share of its largest size, and
+NOISE = 2.0  # standard deviations of a curve around its running mean, or of a slope, that are no noise
+GROWTH = 1.5  # of the held-out TD error above its lowest, and
+EXCESS = 3.0  # of its ratio to the training one: up to 2.1 in healthy runs, 4.4 and more where critics over-fitted
+NO_EXCESS = 1.15  # of that ratio, where held-out episodes fare as training ones: 1.02 in a network too small, else 1.4
+SHORT = 0.25  # of the data's mean return, which counts for data Q: 0.38 short in a network too small, 0.1 in good runs
+CLONE_RISE = 0.05  # nats of a clone's held-out negative log-likelihood above its lowest
+DIVERGENCE = 100.0  # of a TD error above its lowest: up to 10 in runs that learned, above 3,000 in those that blew up
+FIT = (
+    math.e
+)  # an alpha fits whose TD error and likelihood of the data are within this factor of the best (set beforehand)
+
+# Curve -> the columns that it is the mean of, in any script; no column of an evaluation is among them.
+CURVES = {
+    "step": "step",
+    "q": "average_qf average_qf1 average_qf2",
+    "holdout_q": "holdout_q",
+    "td": "qf_loss qf1_loss qf2_loss",
+    "holdout_td": "holdout_td_error",
+    "gap": "cql_qf_diff cql_qf1_diff cql_qf2_diff",
+    "holdout_gap": "holdout_gap",
+    "nll": "policy_loss",  # of a clone
+    "holdout_log_prob": "holdout_log_prob",
+    "data_return": "data_discounted_return",
+    "weighted_gap": "cql_min_qf_loss cql_min_qf1_loss cql_min_qf2_loss",
+    "online": "env_steps_per_second",
+}
+LONGER, NOTHING = "a longer run may gain", "nothing has to change"
+# Options in which runs of one sweep of cql_alpha may differ.
+FREE = {
+    *("cql_alpha", "cql_alpha_online", "seed", "eval_seed", "eval_env", "eval_freq", "n_episodes", "max_timesteps"),
+    *("offline_iterations", "online_iterations", "device", "compile", "checkpoints_path", "run_id", "keep_policies"),
+    *("log_interval", "project", "group", "name"),
+}
+Curves = dict[str, np.ndarray]  # [T] each
+
+
+class Verdict(NamedTuple):
+    name: str  # healthy, under-fitting, over-fitting, diverging or too short to judge
+    evidence: str
+    step: int  # of the evaluation whose policy to take
+    advice: str
+
+
+class Choice(NamedTuple):
+    alpha: float | None  # None: none fits
+    step: int  # updates after which the runs are compared
+    table: list[tuple[float, int, float, float, float]]  # alpha, runs, TD error, gap, factor to the best
+    advice: str
+
+
+def fail(status, message):
+    print(f"diagnose.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def number(text: Any) -> float:
+    """NaN where it is none."""
+    with contextlib.suppress(TypeError, ValueError):
+        return float(text)
+    return math.nan
+
+
+def curves(rows: list[dict[str, Any]]) -> Curves:
+    """The curves of a run's offline phase, in the order of steps; NaN where a cell is no number or missing."""
+    found = []
+    for row in rows:
+        cells = {name: [number(row[x]) for x in columns.split() if x in row] for name, columns in CURVES.items()}
+        found.append({name: sum(x) / len(x) if x else math.nan for name, x in cells.items()})
+    found = sorted((x for x in found if math.isfinite(x["step"])), key=lambda x: x["step"])
+    found = [x for x in found if math.isnan(x["online"])]
+    return {name: np.array([x[name] for x in found]) for name in CURVES}
+
+
+def complete(c: Curves, needed: list[str], wanted: str) -> Curves:
+    """The rows in which the needed curves have numbers, and the wanted one too if it has any."""
+    names = [*needed, wanted] if np.isfinite(c[wanted]).any() else needed
+    known = ~np.any([np.isnan(c[name]) for name in names], axis=0)
+    return {name: x[known] for name, x in c.items()}
+
+
+def smooth(x: np.ndarray) -> np.ndarray:
+    """Running mean over WINDOW rows, fewer at the ends: [T] -> [T]."""
+    ones = np.ones(WINDOW)
+    return np.convolve(x, ones, "same") / np.convolve(np.ones_like(x), ones, "same")
+
+
+def falls(x: np.ndarray) -> bool:
+    """Whether a line through the last half of a curve has a slope NOISE standard errors below 0."""
+    x = x[len(x) // 2 :]
+    t = np.arange(len(x)) - (len(x) - 1) / 2
+    slope = (t @ x) / (t @ t)
+    rest = x - x.mean() - slope * t
+    return bool(slope < -NOISE * math.sqrt((rest @ rest) / (len(x) - 2) / (t @ t)))
+
+
+def decline(q: np.ndarray, data_return: float) -> int | None:
+    """Row of the peak of data Q, if Q rose to it and stays clearly below it afterwards: by more than noise, and more
+    than a wiggle beside the data's mean return. (A fall from the first rows on, where Q is what networks begin with, is
+    no sign of over-fitting: negative rewards make it.)"""
+    smoothed = smooth(q)
+    peak, stays = int(smoothed.argmax()), max(WINDOW, len(q) // 4)
+    least = max(DECLINE * np.abs(smoothed).max(), NOISE * np.std(q - smoothed), np.nan_to_num(SHORT * abs(data_return)))
+    fell = len(q) - peak > stays and q[-stays:].max() < smoothed[peak] - least
+    return peak if fell and smoothed[peak] - smoothed[0] > least else None
+
+
+def turn(train: np.ndarray, holdout: np.ndarray, rise: float, excess: float) -> int | None:
+    """The latest row before a held-out loss turns, if it ends `rise` above its lowest, and its difference to the
+    training loss `excess` above what it was there. Losses are logarithms, so differences are factors."""
+    smoothed, difference = smooth(holdout), smooth(holdout - train)
+    lowest = int(smoothed.argmin())
+    risen = holdout[-WINDOW:].min() - smoothed[lowest] > rise
+    if not risen or difference[-1] - difference[lowest] < excess:
+        return None
+    return lowest + int((smoothed[lowest:] > smoothed[lowest] + rise / 4).argmax()) - 1
+
+
+def judge(rows: list[dict[str, Any]], config: dict[str, Any]) -> Verdict:
+    """The verdict on a run from the rows of its metrics.csv (numbers or texts) and its configuration ({}: not known).
+    Only metrics of training and of held-out episodes count, and only the offline phase. Raises ValueError."""
+    c = curves(rows)
+    if not len(c["step"]):
+        raise ValueError("it has no row of offline training")
+    last = int(c["step"][-1])
+    if np.isnan(c["td"]).all():
+        return judge_clone(c, config, last)
+    c = complete(c, ["td", "q"], "holdout_td")
+    return divergence(c) or shortness(c, config, last) or judge_critics(c, config)
+
+
+def divergence(c: Curves) -> Verdict | None:
+    td = np.where(np.isfinite(c["q"]), c["td"], np.inf)
+    lowest = np.minimum.accumulate(td)
+    if not len(td) or not td[-1] > DIVERGENCE * lowest[-1]:
+        return None
+    row = max(int((td > math.sqrt(DIVERGENCE) * lowest).argmax()) - 1, 0)
+    evidence = f"TD error {td[-1]:.3g}, at its lowest {lowest[-1]:.3g}; data Q {c['q'][-1]:.4g}"
+    return Verdict("diverging", evidence, int(c["step"][row]), "a larger --cql_alpha, or a smaller --qf_lr")
+
+
+def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
+    rate = number(config.get("soft_target_update_rate", 0.005)) / max(number(config.get("target_update_period", 1)), 1)
+    needed = math.ceil(MIN_TARGET_LIVES / rate) if rate > 0 and not np.isnan(c["td"]).all() else 0
+    if len(c["step"]) >= MIN_ROWS and last >= needed:
+        return None
+    evidence = f"{len(c['step'])} complete rows up to {last:,} updates; it takes {MIN_ROWS} rows"
+    evidence += f" and {needed:,} updates, in which the target network is renewed" if needed else ""
+    return Verdict("too short to judge", evidence, last, "a larger --max_timesteps, or a smaller --eval_freq")
+
+
+def judge_critics(c: Curves, config: dict[str, Any]) -> Verdict:
+    q, td, held_out, data_return = c["q"], c["td"], bool(np.isfinite(c["holdout_td"]).all()), c["data_return"][-1]
+    step, found, advice = c["step"].astype(int), [], f"{resized(config, 0.5)}, more episodes, or fewer updates"
+    log_td, log_holdout = (np.log(np.maximum(x, 1e-12)) for x in (td, c["holdout_td"]))
+    if held_out and (row := turn(log_td, log_holdout, math.log(GROWTH), math.log(EXCESS))) is not None:
+        change = ((c["holdout_td"][row], c["holdout_td"][-1]), (td[row], td[-1]))
+        words = "held-out TD error went from {:.3g} to {:.3g}", "the training one from {:.3g} to {:.3g}"
+        text = f"after {step[row]:,} the " + ", ".join(x.format(*y) for x, y in zip(words, change))
+        if (late := reached(q, data_return)) > row:
+            text += f", but until {step[late]:,} data Q was short of the data's return of {data_return:.3g}"
+        found.append((max(row, late), text))
+    if (row := decline(q, data_return)) is not None:
+        found.append((row, f"data Q fell from {smooth(q)[row]:.3g} at {step[row]:,} to {q[-1]:.3g}"))
+        if q[-1] < data_return:
+            advice += f"; values are below the data's {data_return:.3g}: a smaller --cql_alpha"
+    if found:
+        return Verdict("over-fitting", "; ".join(text for _, text in found), int(step[min(found)[0]]), advice)
+    return fitting(c, config, held_out)
+
+
+def reached(q: np.ndarray, data_return: float) -> int:
+    """The first row whose data Q, which starts near 0, has come to the data's mean return, else the last row. Before,
+    rewards have not spread over an episode's steps, and a policy that follows such values is not trained."""
+    there = ~(q < data_return)  # also where that is not known
+    return int(there.argmax()) if there.any() else len(q) - 1
+
+
+def fitting(c: Curves, config: dict[str, Any], held_out: bool) -> Verdict:
+    """Under-fitting or healthy, of a run that does not over-fit."""
+    step, q, td, gap, data_return = int(c["step"][-1]), c["q"][-1], c["td"], c["gap"], c["data_return"][-1]
+    learning = [name for name, x in (("TD error", td), ("gap", gap)) if np.isfinite(x).all() and falls(x)]
+    evidence = f"TD error {td[-1]:.3g}" + f" (held out {c['holdout_td'][-1]:.3g})" * held_out
+    if np.isfinite(gap).all():
+        evidence += f", gap {gap[-1]:.3g}" + f" (held out {c['holdout_gap'][-1]:.3g})" * held_out
+    evidence += f"; still falling: {' and '.join(learning) or 'neither'}"
+    larger = f"{resized(config, 2)}, or a smaller --cql_alpha"
+    if data_return - q > SHORT * abs(data_return):
+        evidence = f"data Q {q:.3g} is far below the data's return of {data_return:.3g}; {evidence}"
+        return Verdict("under-fitting", evidence, step, f"a longer run, {larger}")
+    if not held_out:
+        return Verdict("healthy", evidence, step, "--holdout_fraction 0.1: without held-out episodes little shows")
+    if np.isnan(gap).all():
+        advice = "--cql_alpha above 0: nothing here shows what the values of unseen actions are worth"
+        return Verdict("healthy", evidence, step, advice)
+    ratio = smooth(np.log(np.maximum(c["holdout_td"], 1e-12)) - np.log(np.maximum(td, 1e-12)))
+    if not learning and ratio[-1] - ratio.min() < math.log(NO_EXCESS):
+        advice = f"{larger}: if both fall then, this run was too small"
+        return Verdict("under-fitting", f"{evidence}, and held-out episodes fare no worse", step, advice)
+    return Verdict("healthy", evidence, step, LONGER if learning else NOTHING)
+
+
+def judge_clone(c: Curves, config: dict[str, Any], last: int) -> Verdict:
+    """Behaviour cloning, by the log-likelihood of the data's actions; of discrete ones that is minus the gap."""
+    c = c | {"holdout_nll": -c["holdout_log_prob"]}
+    train, holdout = ("gap", "holdout_gap") if np.isnan(c["nll"]).all() else ("nll", "holdout_nll")
+    c = complete(c, [train], holdout)
+    if verdict := shortness(c, config, last):
+        return verdict
+    if not np.isfinite(c[holdout]).all():
+        evidence = "a clone without held-out episodes: nothing shows whether it over-fits"
+        return Verdict("too short to judge", evidence, last, "--holdout_fraction 0.1")
+    row = turn(c[train], c[holdout], CLONE_RISE, CLONE_RISE)
+    ends = [f"{c[name][-1]:.3g}" for name in (train, holdout)]
+    evidence = f"negative log-likelihood of the data's actions {ends[0]}, held out {ends[1]}"
+    if row is not None:
+        step = int(c["step"][row])
+        evidence += f" (at {step:,}: {c[train][row]:.3g} and {c[holdout][row]:.3g})"
+        return Verdict("over-fitting", evidence, step, f"{resized(config, 0.5)}, more episodes, or fewer updates")
+    return Verdict("healthy", evidence, last, LONGER if falls(c[holdout]) else NOTHING)
+
+
+def resized(config: dict[str, Any], factor: float) -> str:
+    words = "a smaller" if factor < 1 else "a larger"
+    width = number(config.get("hidden_dim"))
+    return f"{words} network (--hidden_dim {max(1, round(width * factor))})" if width > 0 else f"{words} --hidden_dim"
+
+
+def alpha_of(rows: list[dict[str, Any]], config: dict[str, Any]) -> float:
+    """cql_alpha, from the metrics where the configuration is not known; NaN for a clone, and where it is tuned."""
+    c = curves(rows)
+    if str(config.get("cql_lagrange")) == "True" or np.isnan(c["td"]).all():
+        return math.nan
+    known = complete(c, ["gap", "weighted_gap"], "gap")
+    measured = float(f"{known['weighted_gap'][-1] / known['gap'][-1]:.4g}") if len(known["gap"]) else 0.0
+    return number(config.get("cql_alpha", measured))
+
+
+def choose_alpha(runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> Choice:
+    """Which cql_alpha of runs (rows, configuration) that differ in it, and in seeds: the one whose TD error and gap are
+    both nearest to the smallest of all, after the same number of updates. Gaps are compared as what they are, minus
+    log-likelihoods of the data's actions under the soft-max policy, so that the offset of an estimate does not matter.
+    Raises ValueError."""
+    found, common = {}, None
+    for rows, config in runs:
+        c = complete(curves(rows), ["td", "gap"], "td")
+        if len(c["step"]):
+            found.setdefault(alpha_of(rows, config), []).append(c)
+            common = set(c["step"]) & (set(c["step"]) if common is None else common)
+    if len(found) < 2 or not common:
+        raise ValueError("it takes two cql_alpha with rows of TD error and gap after the same numbers of updates")
+    compared = sorted(common)[-WINDOW:]
+    means = {}
+    for alpha, group in sorted(found.items()):
+        here = [np.isin(c["step"], compared) for c in group]
+        td = np.mean([np.log(np.maximum(c["td"][rows], 1e-12)).mean() for c, rows in zip(group, here)])
+        means[alpha] = len(group), td, np.mean([c["gap"][rows].mean() for c, rows in zip(group, here)])
+    lowest = np.min(list(means.values()), axis=0)
+    table = [
+        (alpha, n, math.exp(td), float(gap), math.exp(max(td - lowest[1], gap - lowest[2])))
+        for alpha, (n, td, gap) in means.items()
+    ]
+    best = min(table, key=lambda row: (row[-1], -row[0]))  # of equals the larger alpha
+    if best[-1] > FIT:
+        advice = "no alpha makes both small: a larger network, or alphas between these"
+        return Choice(None, int(compared[-1]), table, advice)
+    alphas, advice = [row[0] for row in table], "both are small there"
+    if best[0] in (alphas[0], alphas[-1]):
+        advice = f"it is the end of the sweep: try {'smaller' if best[0] == alphas[0] else 'larger'} ones too"
+    return Choice(best[0], int(compared[-1]), table, advice)
+
+
+class Run(NamedTuple):
+    path: Path
+    rows: list[dict[str, str]]
+    config: dict[str, Any]  # {} where there is no config.yaml
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.name if self.path.name == "metrics.csv" else self.path.stem
+
+    def policy(self, step: int) -> str:
+        """Where the policy of an evaluation is, in words."""
+        kept, last = self.path.with_name(f"policy-{step}.pt"), self.path.with_name("policy.pt")
+        if kept.exists():
+            return str(kept)
+        if last.exists() and step == max(number(row["step"]) for row in self.rows):
+            return str(last)
+        return f"that of step {step:,}" + ", which was not kept: --keep_policies True next time" * bool(self.config)
+
+
+def read(path: Path) -> Run:
+    """Raises ValueError, and OSError."""
+    path = path / "metrics.csv" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(
+            "there is no such file or folder" if path.name != "metrics.csv" else "it has no metrics.csv yet"
+        )
+    config = {}
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        if path.with_name("config.yaml").exists() and path.name == "metrics.csv":
+            config = yaml.safe_load(path.with_name("config.yaml").read_text())
+    except (csv.Error, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"it is no CSV of text, or its config.yaml is no YAML ({error})") from error
+    if not rows or "step" not in rows[0]:
+        raise ValueError("it is no metrics.csv: there is no row, or no column step")
+    return Run(path, rows, config if isinstance(config, dict) else {})
+
+
+def sweeps(runs: list[Run]) -> list[list[Run]]:
+    """The runs that differ in cql_alpha, seeds and length alone, if they differ in cql_alpha."""
+    groups = {}
+    for run in runs:
+        if math.isfinite(alpha_of(run.rows, run.config)):
+            options = {name: value for name, value in run.config.items() if name not in FREE}
+            data = "" if run.config else curves(run.rows)["data_return"][-1:]  # a table alone does not name its data
+            groups.setdefault(f"{sorted(options.items())}{data}", []).append(run)
+    return [x for x in groups.values() if len({alpha_of(run.rows, run.config) for run in x}) > 1]
+
+
+def report(runs: list[Run], verdicts: list[Verdict]) -> None:
+    for run, verdict in zip(runs, verdicts):
+        name = run.path.parent if run.path.name == "metrics.csv" else run.path
+        print(f"{name}: {verdict.name}\n  evidence: {verdict.evidence}")
+        if any(math.isfinite(number(row.get("env_steps_per_second"))) for row in run.rows):
+            print("  of the offline phase alone: online, returns tell more")
+        print(f"  policy:   {run.policy(verdict.step)}\n  next:     {verdict.advice}")
+    for group in sweeps(runs):
+        try:
+            choice = choose_alpha([(run.rows, run.config) for run in group])
+        except ValueError as error:
+            print(f"cql_alpha: {error}")
+            continue
+        n_runs = sum(row[1] for row in choice.table)
+        print(f"cql_alpha of {n_runs} runs, mean of the last {WINDOW} common rows, up to {choice.step:,} updates:")
+        print("  cql_alpha   runs   TD error       gap   factor to the best")
+        for alpha, n, td, gap, factor in choice.table:
+            print(f"  {alpha:9.4g}   {n:4d}   {td:8.4g}   {gap:7.3f}   {factor:18.3g}")
+        print(f"  take: {'none' if choice.alpha is None else f'{choice.alpha:g}'} ({choice.advice})")
+
+
+def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
+    """A column a run: data Q, TD error and gap (of a clone its loss), training and held out. Raises OSError."""
+    try:
+        import matplotlib
+    except ImportError:
+        fail(1, "the package matplotlib is missing: pip install -r requirements-dev.txt")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, len(runs), figsize=(1 + 3.4 * len(runs), 7.5), sharex="col", squeeze=False)
+    for i, (run, verdict) in enumerate(zip(runs, verdicts)):
+        c = curves(run.rows)
+        clone = bool(np.isnan(c["td"]).all() and np.isfinite(c["nll"]).any())
+        c["holdout_nll"] = -c["holdout_log_prob"]
+        panels = {"q": "mean Q of data actions", "td": "TD error (squared)"}
+        panels |= {"nll": "negative log-likelihood (nats)"} if clone else {"gap": "gap (nats)"}
+        for axis, (name, label) in zip(axes[:, i], panels.items()):
+            for curve, style in ((name, "-"), (f"holdout_{name}", "--")):
+                known = np.isfinite(c[curve])
+                words = "held-out episodes" if "holdout" in curve else "training episodes"
+                axis.plot(c["step"][known], c[curve][known], style, label=words, color="C1" if style == "--" else "C0")
+            if name == "q" and np.isfinite(c["data_return"]).any():
+                axis.axhline(np.nanmean(c["data_return"]), color="grey", linestyle=":", label="the data's mean return")
+            if name == "td" and np.nanmax(c["td"], initial=0) > 10 * np.nanmin(c["td"], initial=np.inf):
+                axis.set_yscale("log")
+            if not axis.lines or not any(len(line.get_xdata()) for line in axis.lines):
+                axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
+            axis.axvline(verdict.step, color="black", linewidth=1, label="policy to take")
+            axis.set_ylabel(label if i == 0 or name == "nll" else "")
+        axes[0, i].set_title(f"{run.name}\n{verdict.name}", fontsize=9)
+        axes[-1, i].set_xlabel("updates")
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=min(len(lines), 1 + len(runs)), fontsize=8)
+    figure.tight_layout(rect=(0, 0.03 + 0.03 * (len(runs) < 3), 1, 1))
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png", dpi=100)
+        os.replace(temporary, output)
+    finally:
+        plt.close(figure)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="diagnose.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail(2, message)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a metrics.csv")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the curves of the runs, a column a run")
+    args = parser.parse_args(argv)
+    if args.output and args.output.suffix != ".png":
+        parser.error(f"--output {args.output} does not end in .png")
+    runs, verdicts = [], []
+    for path in args.runs:
+        try:
+            runs.append(read(path))
+            verdicts.append(judge(runs[-1].rows, runs[-1].config))
+        except (ValueError, OSError) as error:
+            fail(1, f"{path}: {error.strerror if isinstance(error, OSError) else error}")
+    report(runs, verdicts)
+    if args.output:
+        try:
+            plot(runs, verdicts, args.output)
+        except OSError as error:
+            fail(1, f"--output {args.output} cannot be written: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Runs the lines of a file that benchmarks/commands.py wrote as a SLURM array, a line a task, at most 20 at a time:
+#   sbatch --array=1-90%20 --gres=gpu:1 benchmarks/slurm/array.sh commands.txt
+# or several lines side by side in a task, which share its GPU and its cores (90 lines are 23 tasks of four):
+#   RUNS_PER_TASK=4 sbatch --array=1-23 --cpus-per-task=4 --gres=gpu:1 benchmarks/slurm/array.sh commands.txt
+# From the root of the repository, with its virtual environment activated: sbatch hands the environment on. Options on
+# the command line win over those below; your cluster may want --partition, --account and --mem.
+# Two minutes before the time limit SLURM sends USR1. The runs get it, save and exit with 138, and the task goes back
+# into the queue, where the same lines go on from their checkpoints. TERM is handed on, too; SLURM itself puts a job that
+# was preempted back into the queue. Exit status: 0, or that of the last line that failed.
+# Tested with a stand-in for SLURM's variables, signals and scontrol; sbatch itself has not been tried.
+#SBATCH --job-name=cql
+#SBATCH --cpus-per-task=2
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%A_%a.out
+set -uo pipefail
+file=${1:?array.sh: which file of commands? sbatch --array=1-<tasks> benchmarks/slurm/array.sh commands.txt}
+task=${SLURM_ARRAY_TASK_ID:?array.sh: start it by sbatch --array=1-<tasks>}
+n_runs=${RUNS_PER_TASK:-1} children=() received="" n_signals=0 stopped="" status=0
+threads=$((${SLURM_CPUS_PER_TASK:-1} / n_runs))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
+
+receive() { # signal
+    received=$1 n_signals=$((n_signals + 1))
+    kill -s "$1" "${children[@]}" 2>/dev/null
+}
+trap 'receive USR1' USR1
+trap 'receive TERM' TERM
+
+first=$(((task - 1) * n_runs + 1))
+mapfile -t lines < <(sed -n "$first,$((first + n_runs - 1))p" "$file" 2>/dev/null)
+if ((task < 1 || ${#lines[@]} == 0)); then
+    echo "array.sh: $file has no line $first for task $task (tasks count from 1)" >&2
+    exit 1
+fi
+for line in "${lines[@]}"; do
+    bash -c "exec $line" &
+    children+=($!)
+    [[ -z $received ]] || kill -s "$received" $! 2>/dev/null # it came before this one
+done
+for child in "${children[@]}"; do
+    while
+        before=$n_signals
+        wait "$child"
+        code=$?
+        ((n_signals > before)) # the wait ended, and perhaps not the run
+    do :; done
+    ((code == 0)) || status=$code
+    ((code != 138)) || stopped=yes # 128 + USR1: saved, and not complete
+done
+if [[ $received == USR1 && -n $stopped ]]; then
+    # By array and task: the id of an array's last task is that of the array, and would put all of it back.
+    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$task"
+fi
+exit "$status"

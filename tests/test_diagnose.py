@@ -1,0 +1,332 @@
+"""benchmarks/diagnose.py: a verdict from made-up histories of each kind, without a look at returns; what it says of
+real runs of each script, and to a user who errs."""
+
+import csv
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import contents, finetune, offline
+
+from benchmarks import diagnose
+
+CONFIG = {"hidden_dim": 64, "cql_alpha": 5.0, "soft_target_update_rate": 0.005}
+N = 20
+T = np.linspace(0, 1, N)
+STEP = 500 * np.arange(1, N + 1)
+NOISE = np.random.default_rng(0).standard_normal((4, N))
+
+
+def history(q=8 * T, td=1 - 0.5 * T, holdout_td=1 - 0.4 * T, gap=3 - T, step=STEP, **more):
+    """Rows of a healthy run but for what is given, as texts."""
+    columns = {"step": step, "average_qf": q, "qf_loss": td, "cql_qf_diff": gap, "cql_min_qf_loss": 5 * gap}
+    columns |= {"holdout_td_error": holdout_td, "holdout_q": q, "holdout_gap": gap + 0.1}
+    columns |= {"eval_return": 100 * NOISE[0], "data_discounted_return": np.full(len(q), 2.0)} | more
+    return [dict(zip(columns, map(str, row))) for row in zip(*columns.values())]
+
+
+def clone(nll=1 - T, holdout=1 - 0.5 * T, **more):
+    step = 500 * np.arange(1, len(nll) + 1)
+    columns = {"step": step, "policy_loss": nll, "holdout_log_prob": -holdout} | more
+    return [dict(zip(columns, map(str, row))) for row in zip(*columns.values())]
+
+
+flat = np.ones(N)
+rises = np.maximum(1, 4 * T)  # after a quarter of the run
+HISTORIES = {
+    "healthy": history(),
+    "healthy, values a little below the data's return": history(1.8 * T),
+    "healthy, values fall to a negative data return": history(-330 * T, data_discounted_return=-300 * flat),
+    "healthy, both TD errors grow with Q": history(td=rises, holdout_td=1.2 * rises),
+    "healthy, held out stays where training falls": history(td=np.exp(-3 * T), holdout_td=flat),
+    "healthy, no held-out episodes": history(holdout_td=flat * math.nan, holdout_gap=flat * math.nan),
+    "healthy, no penalty": history(gap=flat * math.nan),
+    "healthy, a clone": clone(),
+    "over-fitting, data Q": history(8 * np.minimum(2 * T, 1.5 - T)),
+    "over-fitting, data Q falls below the data's return": history(8 * np.minimum(2 * T, 1 - 2 * T)),
+    "over-fitting, held-out TD error": history(td=1 - 0.5 * T, holdout_td=rises),
+    "over-fitting, a clone": clone(holdout=np.maximum(1 - T, T)),
+    "over-fitting, a discrete clone": [
+        {name: x for name, x in row.items() if name not in ("qf_loss", "holdout_td_error")}
+        for row in history(holdout_gap=3 + T)
+    ],
+    "under-fitting": history(td=flat, holdout_td=flat, gap=3 * flat),
+    "under-fitting, values far from the data's return": history(T),
+    "under-fitting, values rise and fall by a tenth of the data's return": history(0.2 * np.minimum(2 * T, 1.5 - T)),
+    "under-fitting, values fall from the first row on": history(-8 * T),
+    "under-fitting, values below a negative data return": history(-400 * T, data_discounted_return=-300 * flat),
+    "diverging": history(8 * 10 ** (4 * T), 10 ** (4 * T), 10 ** (4 * T)),
+    "diverging, infinite": history(td=np.append(flat[1:], math.inf)),
+    "too short to judge, few rows": history()[:5],
+    "too short to judge, few updates": history(step=np.arange(1, N + 1)),
+    "too short to judge, one row": history()[:1],
+    "too short to judge, empty cells": [row | {"qf_loss": ""} for row in history()[:15]] + history()[15:],
+    "too short to judge, a clone without held-out episodes": clone(holdout=flat * math.nan),
+    "too short to judge, no metric": [{"step": str(i)} for i in range(20)],
+}
+
+
+@pytest.mark.parametrize("kind", HISTORIES)
+def test_verdicts(kind):
+    assert diagnose.judge(HISTORIES[kind], CONFIG).name == kind.partition(",")[0]
+
+
+def test_noise_around_a_flat_curve_is_no_over_fitting():
+    names = []
+    for seed in range(200):
+        q, td, holdout_td, gap = np.random.default_rng(seed).standard_normal((4, N))
+        rows = history(8 + q, np.exp(0.2 * td), np.exp(0.2 * holdout_td), 3 + 0.1 * gap)
+        names.append(diagnose.judge(rows, CONFIG).name)
+    assert set(names) <= {"healthy", "under-fitting", "over-fitting"} and names.count("over-fitting") <= 4
+
+
+def test_which_checkpoint():
+    """The last one, or that before the signs; never one from before the values came to the data's return."""
+    last = 500 * N
+    assert diagnose.judge(HISTORIES["healthy"], CONFIG).step == last
+    assert diagnose.judge(HISTORIES["under-fitting"], CONFIG).step == last
+    peak = 500 * (1 + np.argmax(8 * np.minimum(2 * T, 1.5 - T)))
+    assert abs(diagnose.judge(HISTORIES["over-fitting, data Q"], CONFIG).step - peak) <= 500
+    over = history(td=1 - 0.5 * T, holdout_td=rises)  # the held-out error is 1 up to row 5, and data Q is 2 there
+    assert diagnose.judge(over, CONFIG).step == 500 * 6
+    late = history(4 * T, 1 - 0.5 * T, rises)
+    assert diagnose.judge(late, CONFIG).step == 500 * (1 + math.ceil(0.5 * (N - 1)))
+    assert diagnose.judge(history(T, 1 - 0.5 * T, rises), CONFIG).step == last
+    assert diagnose.judge(HISTORIES["over-fitting, a clone"], CONFIG).step in (500 * 10, 500 * 11)
+    assert diagnose.judge(HISTORIES["diverging"], CONFIG).step <= last / 2
+    shuffled = random.Random(0).sample(over, N)
+    assert diagnose.judge(shuffled, CONFIG) == diagnose.judge(over, CONFIG)
+
+
+@pytest.mark.parametrize("kind", HISTORIES)
+def test_returns_change_nothing(kind):
+    rows = HISTORIES[kind]
+    expected = diagnose.judge(rows, CONFIG)
+    without = [{name: x for name, x in row.items() if not name.startswith("eval_")} for row in rows]
+    better = [row | {"eval_return": str(i), "d4rl_normalized_score": str(-i)} for i, row in enumerate(rows)]
+    assert diagnose.judge(without, CONFIG) == diagnose.judge(better, CONFIG) == expected
+    assert not any(x.startswith(("eval", "d4rl")) for names in diagnose.CURVES.values() for x in names.split())
+
+
+def test_values_and_texts_are_alike():
+    for rows in HISTORIES.values():
+        values = [{name: float(x) if x else None for name, x in row.items()} for row in rows]
+        assert diagnose.judge(values, CONFIG) == diagnose.judge(rows, CONFIG)
+
+
+def test_columns_of_both_critics_count_and_online_rows_do_not():
+    rows = [
+        {
+            "qf1_loss": float(x["qf_loss"]) * 2,
+            "qf2_loss": 0,
+            "average_qf1": 0,
+            "average_qf2": 2 * float(x["average_qf"]),
+        }
+        | {name: x[name] for name in ("step", "holdout_td_error", "data_discounted_return")}
+        for x in HISTORIES["over-fitting, held-out TD error"]
+    ]
+    verdict = diagnose.judge(HISTORIES["over-fitting, held-out TD error"], CONFIG)
+    assert diagnose.judge(rows, CONFIG) == verdict
+    online = [row | {"step": 10**6 + i, "env_steps_per_second": 5, "qf1_loss": 1e9} for i, row in enumerate(rows)]
+    assert diagnose.judge(rows + online, CONFIG) == verdict
+    with pytest.raises(ValueError, match="no row of offline training"):
+        diagnose.judge(online, CONFIG)
+
+
+# Which cql_alpha
+
+
+def sweep(alphas, td, gap, **config):
+    return [(history(td=x * flat, gap=y * flat), {"cql_alpha": a} | config) for a, x, y in zip(alphas, td, gap)]
+
+
+@pytest.mark.parametrize("offset", [0, -10])
+def test_alpha(offset):
+    """A sum of logarithms counts, so neither the scale of rewards nor the offset of the gap does."""
+    for scale in (1, 100):
+        td, gap = scale * np.array([1, 1.2, 1.5, 4, 9]), offset + np.array([3, 2.4, 1.5, 1.2, 1.0])
+        choice = diagnose.choose_alpha(sweep((0.2, 1, 5, 25, 125), td, gap))
+        assert (choice.alpha, choice.step) == (5, 500 * N) and [row[0] for row in choice.table] == [0.2, 1, 5, 25, 125]
+        assert choice.table[2][1:] == pytest.approx((1, td[2], gap[2], math.exp(0.5)))
+
+
+def test_alpha_at_an_end_none_and_ties():
+    ends = diagnose.choose_alpha(sweep((1, 5), (1, 5), (1, 0.9)))
+    assert ends.alpha == 1 and "smaller" in ends.advice
+    assert "larger" in diagnose.choose_alpha(sweep((1, 5), (1, 1), (3, 1))).advice
+    none = diagnose.choose_alpha(sweep((1, 5), (1, 9), (9, 1)))
+    assert none.alpha is None and "larger network" in none.advice
+    assert diagnose.choose_alpha(sweep((1, 2, 5), (1, 1, 1), (1, 1, 1))).alpha == 5
+
+
+def test_alpha_is_compared_at_the_same_updates_over_seeds():
+    short = sweep((1, 5), (2, 1), (1, 1))
+    longer = [(rows + history(td=9 * flat, step=10**5 * np.arange(1, N + 1)), config) for rows, config in short]
+    mixed = [short[0], longer[1], *sweep((1,), (8,), (1,))]
+    choice = diagnose.choose_alpha(mixed)
+    assert choice.step == 500 * N
+    assert [row[:3] for row in choice.table] == [(1, 2, pytest.approx(4)), (5, 1, pytest.approx(1))]  # a geometric mean
+    with pytest.raises(ValueError, match="two cql_alpha"):
+        diagnose.choose_alpha([short[0], (history(step=7 + 10**6 * np.arange(1, N + 1)), {"cql_alpha": 5})])
+
+
+def test_alpha_without_a_configuration_comes_from_the_metrics():
+    assert diagnose.alpha_of(history(), {}) == 5
+    assert diagnose.alpha_of(HISTORIES["healthy, no penalty"], {}) == 0
+    assert math.isnan(diagnose.alpha_of(clone(), {})) and math.isnan(
+        diagnose.alpha_of(history(), {"cql_lagrange": True})
+    )
+
+
+# The program
+
+
+def diagnosed(capsys, *arguments):
+    capsys.readouterr()
+    diagnose.main([str(x) for x in arguments])
+    out, err = capsys.readouterr()
+    assert not err
+    return out
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        diagnose.main([str(x) for x in arguments])
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("diagnose.py: error: ") and err.count("\n") == 1
+    return stop.value.code, err
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+LONG = {
+    "max_timesteps": 40,
+    "eval_freq": 4,
+    "eval_env": "none",
+    "holdout_fraction": 0.2,
+    "soft_target_update_rate": 0.2,
+}
+
+
+def test_real_runs_of_each_script(run, capsys, tmp_path):
+    folder = run(**LONG, keep_policies=True)
+    out = diagnosed(capsys, folder, "--output", tmp_path / "new/curves.png")
+    name = out.splitlines()[0].removeprefix(f"{folder}: ")
+    assert name in ("healthy", "under-fitting", "over-fitting")
+    policy = Path(out.split("policy:")[1].split()[0])
+    assert policy.parent == folder and policy.exists()
+    height, width, _ = matplotlib.image.imread(tmp_path / "new/curves.png").shape
+    assert (height, width) == (750, 440)
+    # A table alone does not tell the rate of the target network, nor where policies are.
+    moved = tmp_path / "other.csv"
+    moved.write_bytes((folder / "metrics.csv").read_bytes())
+    out = diagnosed(capsys, moved)
+    assert f"{moved}: too short to judge\n" in out and "1,000 updates" in out and "that of step 40\n" in out
+
+
+@offline
+def test_a_run_without_held_out_episodes_or_policies_and_a_clone(run, capsys):
+    folder = run(**LONG | {"holdout_fraction": 0}, run_id="all")
+    out = diagnosed(capsys, folder)
+    assert ": under-fitting" in out and "held out" not in out and f"{folder}/policy.pt" in out
+    out = diagnosed(capsys, run(**LONG, run_id="clone", bc_only=True))
+    assert "likelihood of the data's actions" in out
+    assert "policy.pt" in out or "--keep_policies True" in out
+
+
+@finetune
+def test_of_a_finetuned_run_the_offline_phase_is_judged(run, capsys):
+    options = LONG | {"eval_env": None, "online_iterations": 8, "warmup_steps": 4, "n_episodes": 1}
+    out = diagnosed(capsys, run(**options))
+    assert "offline phase alone" in out and ("that of step" in out or "policy-" in out) and "policy.pt" not in out
+
+
+def test_several_alphas(tmp_path, capsys):
+    paths = []
+    for alpha, td, gap in ((1, 1, 9), (5, 1.2, 2), (25, 9, 1)):
+        rows = history(td=td * flat, gap=gap * flat, cql_min_qf_loss=alpha * gap * flat)
+        paths.append(write(tmp_path / f"toy-alpha{alpha}-seed0.csv", rows))
+        folder = write(tmp_path / f"runs/{alpha}/metrics.csv", history(td=td * flat, gap=gap * flat)).parent
+        (folder / "config.yaml").write_text(f"cql_alpha: {alpha}.0\nenv: toy\nseed: {alpha}\n")
+    for words in (paths, [tmp_path / f"runs/{x}" for x in (1, 5, 25)]):
+        out = diagnosed(capsys, *words)
+        assert "cql_alpha of 3 runs" in out and "take: 5 (both are small there)" in out
+    (tmp_path / "runs/1/config.yaml").write_text("cql_alpha: 1.0\nenv: other\n")  # of other data
+    assert "cql_alpha of 2 runs" in diagnosed(capsys, *(tmp_path / f"runs/{x}" for x in (1, 5, 25)))
+    assert "cql_alpha of" not in diagnosed(capsys, tmp_path / "runs/5", tmp_path / "runs/5")
+
+
+def test_as_a_program(tmp_path):
+    program, path = Path(diagnose.__file__), write(tmp_path / "a.csv", history()[:1])
+    result = subprocess.run([sys.executable, program, path], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and "too short to judge" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ((), 2, "RUN"),
+        (("good.csv", "--no_such"), 2, "--no_such"),
+        (("good.csv", "--output", "curves.pdf"), 2, ".png"),
+        (("missing",), 1, "missing: there is no such"),
+        (("empty_folder",), 1, "empty_folder: it has no metrics.csv"),
+        (("empty.csv",), 1, "no metrics.csv: there is no row"),
+        (("other.csv",), 1, "no column step"),
+        (("binary.csv",), 1, "binary.csv"),
+        (("online.csv",), 1, "no row of offline training"),
+        (("broken",), 1, "config.yaml"),
+        (("good.csv", "other.csv"), 1, "other.csv"),
+        (("good.csv", "--output", "good.csv/curves.png"), 1, "cannot be written"),
+    ],
+)
+def test_refusals(arguments, status, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(Path("good.csv"), history())
+    write(Path("other.csv"), [{"a": 1}])
+    write(Path("online.csv"), [{"step": 1, "env_steps_per_second": 3}])
+    write(Path("broken/metrics.csv"), history())
+    Path("broken/config.yaml").write_text("a: [")
+    Path("empty_folder").mkdir()
+    Path("empty.csv").write_text("")
+    Path("binary.csv").write_bytes(bytes(range(256)))
+    before = contents(".")
+    if "cannot" in words:
+        monkeypatch.setattr(diagnose, "report", lambda *_: None)  # which comes first
+    code, line = refusal(capsys, *arguments)
+    assert code == status and words in line
+    assert contents(".") == before
+
+
+def test_a_failed_picture_leaves_the_older_one(tmp_path, monkeypatch, capsys):
+    path, output = write(tmp_path / "good.csv", history()), tmp_path / "curves.png"
+    output.write_text("older")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(diagnose.os, "replace", full)
+    with pytest.raises(SystemExit) as stop:
+        diagnose.main([str(path), "--output", str(output)])
+    assert stop.value.code == 1 and "curves.png cannot be written: No space left" in capsys.readouterr().err
+    assert output.read_text() == "older" and sorted(x.name for x in tmp_path.iterdir()) == ["curves.png", "good.csv"]
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "good.csv", history())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        diagnose.main([str(path), "--output", str(tmp_path / "curves.png")])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1 and "matplotlib is missing: pip install" in err and ": healthy" in out

@@ -1,0 +1,481 @@
+"""Sweeps: the files of configs/sweeps, the command lines of benchmarks/commands.py under a real xargs, the SLURM script
+under stand-ins for what SLURM gives it, and the real `wandb agent` against a stand-in for its server."""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SCRIPTS, contents, equal, once, suited, table, weights
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+from wandb_server import Sweep
+
+from benchmarks import commands
+
+PATHS = sorted(ROOT.glob("configs/sweeps/**/*.yaml"))
+TEXTS = {path.relative_to(ROOT / "configs/sweeps").as_posix(): path.read_text() for path in PATHS}
+SWEEPS = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
+GRIDS = [name for name, sweep in SWEEPS.items() if sweep["method"] == "grid"]
+CONFIGURATIONS = {path.relative_to(ROOT).as_posix() for path in {*ROOT.glob("configs/*/**/*.yaml")} - {*PATHS}}
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@functools.cache
+def source(name):
+    return inspect.getsource(name)
+
+
+def parse(program, arguments, patch):
+    script = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    patch.setattr(inspect, "getsource", source)  # else it is read for each line
+    patch.setattr(sys, "argv", [program, *arguments])
+    return script.parse_arguments(script.TrainConfig)
+
+
+def listed(sweep, name):
+    """The values of a parameter; of a range its ends."""
+    parameter = sweep["parameters"].get(name, {})
+    return parameter.get("values") or [parameter[key] for key in ("value", "min", "max") if key in parameter]
+
+
+# The files
+
+
+def test_every_script_has_its_sweeps():
+    for script in SCRIPTS:
+        _, setting, method = script.split(".")
+        program = f"algorithms/{setting}/{method}.py"
+        names = {name for name, sweep in SWEEPS.items() if sweep["program"] == program}
+        assert names == {name for name in SWEEPS if name.startswith(f"{setting}/{method}/")}
+        wanted = {"alpha", "bayes"} | ({"lagrange"} if method == "cql" else set())
+        assert {f"{setting}/{method}/{name}.yaml" for name in wanted} <= names
+    assert len(SWEEPS) > 30
+
+
+def test_a_benchmark_lists_all_datasets_of_its_domain():
+    """A domain is a folder of configurations, in that of Minari's D4RL the names of one first word."""
+
+    def domain(path):
+        folder, name = path.rsplit("/", 1)
+        return folder + name.split("-")[0] if folder.endswith("/D4RL") else folder
+
+    benchmarks = [name for name, text in TEXTS.items() if text.startswith("# Benchmark: ")]
+    lists = {name: set(listed(SWEEPS[name], "config_path")) for name in benchmarks}
+    assert set().union(*lists.values()) == CONFIGURATIONS
+    for name, paths in lists.items():
+        domains = set(map(domain, paths))
+        assert paths == {path for path in CONFIGURATIONS if domain(path) in domains}, name
+    covered = [path for paths in lists.values() for path in paths]
+    assert len(covered) == len(set(covered))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_comment_of_a_grid_counts_its_runs(name, capsys):
+    comment = TEXTS[name].split("\nprogram:")[0].replace("\n# ", " ")
+    n = math.prod(len(listed(SWEEPS[name], x)) for x in SWEEPS[name]["parameters"])
+    assert f" {n} runs" in comment and f"wandb sweep configs/sweeps/{name} " in comment
+    (pattern,) = re.findall(r"python benchmarks/commands.py (\S+) > commands.txt", comment)
+    files = sorted(ROOT.glob(pattern))
+    assert ROOT / "configs/sweeps" / name in files
+    commands.main([str(path.relative_to(ROOT)) for path in files])
+    n_lines = len(capsys.readouterr().out.splitlines())
+    assert f"sbatch --array=1-{n_lines} " in comment and n_lines >= n
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_values_arrive_as_they_stand_in_the_file(name, monkeypatch):
+    """As W&B's agent writes them, each value once; of ranges their ends; in grids the same line of commands.py."""
+    sweep, path = SWEEPS[name], Path("configs/sweeps", name)
+    assert sweep.keys() <= {"program", "method", "metric", "early_terminate", "run_cap", "parameters"}
+    lines = []
+    if sweep["method"] == "grid":
+        lines = [shlex.split(run.line) for run in commands.expand(path, {})]
+        assert len(lines) == math.prod(len(listed(sweep, x)) for x in sweep["parameters"])
+    values = {x: listed(sweep, x) for x in sweep["parameters"]}
+    assert all(values.values())
+    assert {value for value in values.get("config_path", [])} <= CONFIGURATIONS
+    for i in range(max(len(x) for key, x in values.items() if key != "config_path")):
+        point = {key: x[i % len(x)] for key, x in values.items()}
+        arguments = create_sweep_command_args({"args": {key: {"value": x} for key, x in point.items()}})["args"]
+        config = parse(sweep["program"], arguments, monkeypatch)
+        for key, value in point.items():
+            if key != "config_path":
+                assert getattr(config, key) == value and type(getattr(config, key)) is type(value), (key, value)
+        assert not lines or ["python", sweep["program"], *arguments] in [line[:-1] for line in lines]
+
+
+def test_ids_are_unique_legible_and_good_names_of_runs():
+    runs = [run for name in GRIDS for run in commands.expand(Path("configs/sweeps", name), {})]
+    ids = [run.run_id for run in runs]
+    assert len(ids) == len(set(ids)) > 700
+    assert all(re.fullmatch(r"[\w.=+-]{20,128}", x) for x in ids)
+    assert all(shlex.split(run.line)[-1] == f"--run_id={run.run_id}" for run in runs)
+    assert any(x.startswith("offline-cql-locomotion-hopper-medium-v2-seed=3-") for x in ids)
+
+
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in GRIDS])
+def test_searches_stop_at_evaluations_that_happen(name, monkeypatch):
+    sweep = SWEEPS[name]
+    assert sweep["metric"] == {"name": "d4rl_normalized_score", "goal": "maximize"} and sweep["run_cap"] <= 100
+    fixed = {key: x["value"] for key, x in sweep["parameters"].items() if "value" in x}
+    config = vars(parse(sweep["program"], [f"--{key}={x}" for key, x in fixed.items()], monkeypatch))
+    n_steps = config.get("max_timesteps") or config["offline_iterations"] + config["online_iterations"]
+    stop = sweep["early_terminate"]
+    bands = [stop["max_iter"] / stop["eta"] ** (i + 1) for i in range(stop["s"])]
+    assert all(3 <= band == int(band) < n_steps / config["eval_freq"] for band in bands)
+
+
+def test_the_page_names_files_that_exist_and_counts_their_runs(capsys):
+    page = (ROOT / "docs/sweeps.md").read_text()
+    for pattern in re.findall(r"configs/sweeps/\S+\.yaml", page):
+        assert list(ROOT.glob(pattern)), pattern
+    for pattern, n in re.findall(
+        r"commands.py (\S+) > commands.txt\nsbatch --array=1-(\d+)%", page.replace("    ", "")
+    ):
+        assert len(commands.expand(Path(pattern), {})) == int(n)
+    for cell in re.findall(r"^\| `(\S+)` \|", page, re.MULTILINE):
+        start, names, end = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", cell).groups()
+        for name in names.split(","):
+            assert list(ROOT.glob(f"configs/sweeps/{start}{name}{end}")), cell
+
+
+# commands.py
+
+
+def write(path, method="grid", program="algorithms/offline/cql.py", more=None, **parameters):
+    """A sweep file: lists are varied, dicts stand as they are."""
+    kinds = {list: lambda x: {"values": x}, dict: lambda x: x}
+    parameters = {key: kinds.get(type(x), lambda x: {"value": x})(x) for key, x in parameters.items()}
+    sweep = {"program": program, "method": method, "parameters": parameters} | (more or {})
+    path.write_text(yaml.dump(sweep, sort_keys=False))
+    return path
+
+
+def lines(capsys, *arguments):
+    commands.main([str(x) for x in arguments])
+    return capsys.readouterr().out.splitlines()
+
+
+def ids(*arguments):
+    return {shlex.split(line)[-1] for line in lines(*arguments)}
+
+
+def test_values_are_quoted_and_seeds_come_last_to_change(tmp_path, capsys):
+    first = write(tmp_path / "a.yaml", seed=[7, 3], cql_alpha=[1.5, 10], name="it's $HOME; `ls` #", compile=None)
+    second = write(tmp_path / "b.yaml", seed=[1], bc_only=True, load_model="")
+    found = [line.rsplit(" ", 1)[0] for line in lines(capsys, first, second)]
+    start, quoted = "python algorithms/offline/cql.py", """'--name=it'"'"'s $HOME; `ls` #' --compile=None"""
+    assert found == [
+        f"{start} --seed=7 --cql_alpha=1.5 {quoted}",
+        f"{start} --seed=7 --cql_alpha=10 {quoted}",
+        f"{start} --seed=1 --bc_only=True --load_model=",
+        f"{start} --seed=3 --cql_alpha=1.5 {quoted}",
+        f"{start} --seed=3 --cql_alpha=10 {quoted}",
+    ]
+
+
+def test_ids_follow_what_is_run_and_not_how_it_is_written(tmp_path, capsys):
+    seen = functools.partial(ids, capsys)
+    base = seen(write(tmp_path / "a.yaml", seed=[0, 1], cql_alpha=[1.0, 5.0], batch_size=64))
+    assert seen(write(tmp_path / "a.yaml", batch_size=64, cql_alpha=[5.0, 1.0], seed=[1, 0])) == base
+    assert seen(os.path.relpath(tmp_path / "a.yaml")) == base
+    more = write(tmp_path / "a.yaml", seed=[0, 1, 2], cql_alpha=[1.0, 5.0], batch_size=64)
+    assert seen(more) > base, "runs of before go on when the grid grows"
+    free = ["--device=cpu", "--max_timesteps", "3", "--checkpoints_path=/x", "--seed", "0"]
+    assert seen(more, "--", *free) < base and "--max_timesteps=3 " in lines(capsys, more, "--", *free)[0]
+    assert len({*base, *seen(more, "--", "--batch_size", "32"), *seen(more, "--", "--compile", "True")}) == 4 + 6 + 6
+    assert not base & seen(write(tmp_path / "b.yaml", seed=[0, 1], cql_alpha=[1.0, 5.0], batch_size=64))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_free_options_are_those_that_a_resume_may_change(script):
+    run = importlib.import_module(script).Run
+    assert run.free | {"max_timesteps", "online_iterations"} == commands.FREE | {"run_id"}
+
+
+def test_command_of_the_file(tmp_path, capsys):
+    words = ["${env}", "OMP_NUM_THREADS=1", "${interpreter}", "-u", "${program}", "${args}", "--n_episodes", 3]
+    (line,) = lines(capsys, write(tmp_path / "a.yaml", seed=0, more={"command": words}))
+    wanted = "/usr/bin/env OMP_NUM_THREADS=1 python -u algorithms/offline/cql.py --seed=0 --run_id=.* --n_episodes 3"
+    assert re.fullmatch(wanted, line)
+
+
+BAD = {  # arguments of write -> what the line names
+    "random": ({"method": "random", "seed": [0]}, "method random"),
+    "bayes": ({"method": "bayes", "seed": {"min": 0, "max": 3}}, "method bayes"),
+    "no method": ({"method": None, "seed": [0]}, "method None"),
+    "range": ({"seed": {"min": 0, "max": 3}}, "seed"),
+    "distribution": ({"qf_lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}, "qf_lr"),
+    "value and values": ({"seed": {"value": 0, "values": [0]}}, "seed"),
+    "no value": ({"seed": {}}, "seed"),
+    "empty values": ({"seed": []}, "seed"),
+    "values no list": ({"seed": {"values": 3}}, "seed"),
+    "bare": ({"more": {"parameters": {"seed": 3}}}, "seed"),
+    "nested": ({"seed": {"parameters": {"a": {"value": 1}}}}, "nested"),
+    "two lines": ({"name": "a\nb"}, "name"),
+    "unknown option": ({"sed": [0]}, "sed is no option"),
+    "another script's option": ({"head": ["c51"]}, "head is no option"),
+    "run_id": ({"run_id": "mine"}, "run_id"),
+    "missing configuration": ({"config_path": ["configs/no.yaml"]}, "configs/no.yaml"),
+    "missing program": ({"program": "algorithms/no.py", "seed": 0}, "algorithms/no.py"),
+    "program no script": ({"program": "tests/conftest.py", "seed": 0}, "TrainConfig"),
+    "program no Python": ({"program": "README.md", "seed": 0}, "README.md"),
+    "no parameters": ({"more": {"parameters": None}}, "parameters"),
+    "macro": ({"seed": 0, "more": {"command": ["${program}", "${args_json}"]}}, "args_json"),
+    "macro inside": ({"seed": 0, "more": {"command": ["--x=${envvar:X}", "${args}"]}}, "envvar"),
+    "command a text": ({"seed": 0, "more": {"command": "python x.py"}}, "command"),
+    "twice": ({"seed": [0, 0]}, "two runs are a-seed=0-"),
+    "twice as text": ({"seed": [0, "0"]}, "two runs are a-seed=0-"),
+}
+
+
+@pytest.fixture
+def refusal(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            commands.main([str(x) for x in arguments])
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and not printed.out and printed.err.count("\n") == 1, printed
+        assert printed.err.startswith("commands.py: error: ")
+        return printed.err
+
+    return call
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_sweeps(name, refusal, tmp_path):
+    arguments, named = BAD[name]
+    assert named in refusal(write(tmp_path / "a.yaml", **arguments))
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "program: algorithms/offline/cql.py", "\x00"])
+def test_bad_files(text, refusal, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert "bad.yaml" in refusal(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_bytes(b"\xff")
+    assert "bad.yaml" in refusal(tmp_path / "bad.yaml")
+
+
+def test_bad_command_lines(refusal, tmp_path):
+    good = write(tmp_path / "a.yaml", seed=[0])
+    assert "no.yaml" in refusal("no.yaml") and str(tmp_path) in refusal(tmp_path) and "SWEEP" in refusal()
+    for words in (["cpu"], ["--device"], ["-x", "1"], ["--=1"], ["--a=1", "b"]):
+        assert "--name=value" in refusal(good, "--", *words)
+    assert "devise" in refusal(good, "--", "--devise=cpu") and "run_id" in refusal(good, "--", "--run_id=x")
+    assert "unrecognized" in refusal(good, "--device=cpu") and "two runs are" in refusal(good, good)
+
+
+# Runs
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Starts a program in a session of its own; what it and its children print goes to a pipe, which ends with them."""
+    processes = []
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # whose python has the packages
+
+    def popen(*arguments, **options):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(arguments, start_new_session=True, **pipes | options))
+        return processes[-1]
+
+    yield popen
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition, what, pause=0.05):
+    end = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < end, f"waited for {what}"
+        time.sleep(pause)
+
+
+def rows(folder):
+    """Rows of metrics.csv, none where there is no such file yet."""
+    with contextlib.suppress(FileNotFoundError):
+        return table(folder)
+    return []
+
+
+def last_step(folder):
+    return int(rows(folder)[-1]["step"]) if rows(folder) else 0
+
+
+@pytest.fixture
+def toy(script, tiny, tmp_path):
+    """Writes a grid of tiny runs, and returns the file and a function that makes the folder of an uninterrupted run."""
+    options = {"eval_env": "none", "eval_freq": 50, "checkpoints_path": str(tmp_path / "runs")}
+    fixed = {key: x for key, x in suited(script, **options).items() if key != "run_id"}
+
+    def expected(**varied):
+        config = tiny(**options | varied | {"checkpoints_path": str(tmp_path), "run_id": "expected"})
+        script.train(config)
+        return tmp_path / "expected"
+
+    return lambda **varied: (write(tmp_path / "toy.yaml", **fixed | varied), expected)
+
+
+def check_same(folder, expected):
+    assert table(folder) == table(expected) and equal(weights(folder), weights(expected))
+
+
+@once
+def test_xargs_killed_and_started_again(toy, start, tmp_path, capsys):
+    """Of two runs the short one is complete by then; started again it is skipped, and the other goes on."""
+    path, expected = toy(max_timesteps=[20, 1000])
+    (tmp_path / "commands.txt").write_text("\n".join(lines(capsys, path)) + "\n")
+    names = [line.split("--run_id=")[1] for line in (tmp_path / "commands.txt").read_text().splitlines()]
+    short, long = (tmp_path / "runs" / name for name in names)
+    xargs = "xargs", "-L", "1", "-P", "2", "env"
+    with open(tmp_path / "commands.txt") as file:
+        process = start(*xargs, stdin=file)
+        wait_for(lambda: last_step(short) == 20 and rows(long), "the first rows")
+        os.killpg(process.pid, signal.SIGTERM)
+        printed = process.communicate()[0]
+    assert process.returncode == -signal.SIGTERM and f"saved in {long}" in printed, printed
+    assert 50 <= last_step(long) < 1000 and (long / "checkpoint.pt").exists()
+    before = contents(short)
+    with open(tmp_path / "commands.txt") as file:
+        process = start(*xargs, stdin=file)
+        printed = process.communicate()[0]
+    assert process.returncode == 0 and f"{short} is complete" in printed, printed
+    assert contents(short) == before
+    check_same(long, expected(max_timesteps=1000))
+
+
+RUN = """
+trap '[ "$2" = slow ] && { until [ -e "run 4.saved" ]; do sleep 0.1; done; sleep 1; }; touch "$1.saved"; exit 138' USR1
+trap 'exit 143' TERM
+echo "$OMP_NUM_THREADS" >"$1.started"
+[ ! -e "$1.saved" ] && [[ "$2" = [ls]* ]] && while :; do sleep 0.02; done
+trap '' USR1
+touch "$1.done"
+[ "$2" != fails ]
+"""
+
+
+@pytest.fixture
+def slurm(start, tmp_path, monkeypatch):
+    """Starts array.sh as a task with 6 cores, of lines `bash run.sh <name> <kind>`; scontrol notes how it is called."""
+    (tmp_path / "run.sh").write_text(RUN)
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/requeued\n')
+    (tmp_path / "scontrol").chmod(0o755)
+
+    def task(number, *kinds, **variables):
+        monkeypatch.chdir(tmp_path)
+        Path("commands.txt").write_text("".join(f"bash run.sh 'run {i}' {kind}\n" for i, kind in enumerate(kinds, 1)))
+        given = {"SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_JOB_ID": 77, "SLURM_CPUS_PER_TASK": 6} | variables
+        environment = {key: x for key, x in os.environ.items() if key != "OMP_NUM_THREADS"}
+        environment |= {key: str(x) for key, x in given.items()} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return start("bash", ROOT / "benchmarks/slurm/array.sh", "commands.txt", env=environment)
+
+    return task
+
+
+def made(kind):
+    return sorted(path.stem for path in Path.cwd().glob(f"*.{kind}"))
+
+
+def test_slurm_task_runs_its_lines(slurm):
+    assert slurm(2, "", "", "").communicate() == ("", None) and made("done") == ["run 2"]
+    assert slurm(2, *5 * [""], RUNS_PER_TASK=3).wait() == 0 and made("done") == ["run 2", "run 4", "run 5"]
+    threads = {name: Path(f"{name}.started").read_text().strip() for name in made("started")}
+    assert threads == {"run 2": "6", "run 4": "2", "run 5": "2"}
+    assert slurm(1, "", SLURM_CPUS_PER_TASK=1, RUNS_PER_TASK=2).wait() == 0
+    assert Path("run 1.started").read_text() == "1\n" and not Path("requeued").exists()
+
+
+def test_slurm_time_limit_saves_and_requeues_what_is_not_complete(slurm):
+    kinds = "slow", "", "fails", "long"
+    process = slurm(1, *kinds, RUNS_PER_TASK=4)
+    wait_for(lambda: len(made("started")) == 4 and len(made("done")) == 2, "the runs")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 138 and made("saved") == ["run 1", "run 4"] and made("done") == ["run 2", "run 3"]
+    assert Path("requeued").read_text() == "requeue 77_1\n"
+    assert slurm(1, *kinds, RUNS_PER_TASK=4).wait() == 1, "the status of the one that fails"
+    assert made("done") == ["run 1", "run 2", "run 3", "run 4"] and Path("requeued").read_text().count("\n") == 1
+
+
+def test_slurm_ends_that_do_not_requeue(slurm):
+    process = slurm(1, "long")
+    wait_for(lambda: made("started"), "the run")
+    process.send_signal(signal.SIGTERM)  # SLURM itself requeues what it preempts, and not what its user cancels
+    assert process.wait() == 143
+    assert slurm(1, "fails").wait() == 1 and not Path("requeued").exists()
+    for number, lacks in ((3, "line 3 for task 3"), (0, "line 0 for task 0")):
+        printed, _ = slurm(number, "", "").communicate()
+        assert lacks in printed and printed.count("\n") == 1
+    assert "sbatch" in slurm("", "").communicate()[0]
+
+
+# W&B's agent
+
+AGENT = """
+from wandb.cli.cli import cli
+from wandb.wandb_agent import Agent
+Agent.POLL_INTERVAL = 0.5  # seconds, of 5
+cli()
+"""
+
+
+@once
+def test_agents_share_a_sweep_through_preemption_and_a_dead_server(toy, start, tmp_path):
+    """Two agents, four runs. The first run is preempted with its agent, and handed out again as the last one; then the
+    server dies while it trains."""
+    path, expected = toy(seed=[0, 1], max_timesteps=[2000, 100])
+    environment = {key: x for key, x in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"WANDB_API_KEY": 40 * "0", "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
+    folders = {f"run{i}": tmp_path / "runs" / f"run{i}" for i in range(4)}
+    agents = []
+    with contextlib.closing(Sweep(yaml.safe_load(path.read_text()))) as server:
+
+        def start_agent():
+            arguments = sys.executable, "-c", AGENT, "agent", "--forward-signals", "e/p/s"
+            where = environment | {"WANDB_BASE_URL": server.address}
+            with open(tmp_path / f"agent{len(agents)}.txt", "w") as log:
+                agents.append(start(*arguments, env=where, stdout=log))
+            wait_for(lambda: server.agents == len(agents), "an agent")  # whose id is its place in the list
+
+        start_agent()
+        start_agent()
+        first = folders["run0"]
+        wait_for(lambda: rows(first), "a row")
+        number = {run: agent for agent, run in server.handed}["run0"]
+        agents[int(number)].terminate()
+        wait_for(lambda: server.exit_codes["run0"], "its end")
+        step = last_step(first)
+        assert 0 < step < 2000 and (first / "checkpoint.pt").exists() and server.exit_codes["run0"] == [1]
+        start_agent()  # as a scheduler would
+        wait_for(lambda: len(server.handed) == 5, "its second start")
+        server.later = "refused"
+        wait_for(lambda: server.fault, "the server's death")
+    ends = {folder: server.grid[run]["max_timesteps"] for run, folder in folders.items()}
+    wait_for(lambda: all(last_step(folder) == end for folder, end in ends.items()), "the end of all")
+    for agent in agents:
+        wait_for(lambda: agent.poll() is not None or agent.terminate(), "the agents", pause=0.5)  # noqa: B023
+    assert sorted(run for _, run in server.handed) == sorted([*folders, "run0"])
+    for name, folder in folders.items():
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert server.grid[name].items() <= config.items() and config["run_id"] == name
+    assert server.exit_codes["run0"] == [1], "the server died too late"
+    steps = [row["_step"] for row in server.history["run0"]]
+    assert steps and steps == sorted(set(steps))
+    check_same(first, expected(max_timesteps=2000))
