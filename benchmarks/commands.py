@@ -76,9 +76,9 @@ def choices(name: str, parameter: Any) -> list[str]:
 
 
 def identity(path: Path, program: str, varied: list[str], options: dict[str, str]) -> str:
-    parts = path.resolve().with_suffix("").parts
-    *_, first = [0, *(i for i, part in enumerate(parts, 1) if part == "sweeps")]
-    words = list(parts[first:] if first else parts[-1:])  # configs/sweeps/offline/cql/alpha.yaml: offline-cql-alpha
+    """A run's --run_id: legible, and the same whenever the same run is meant."""
+    _, folder, name = path.resolve().with_suffix("").as_posix().rpartition("/sweeps/")
+    words = [name if folder else path.stem]  # configs/sweeps/offline/cql/alpha.yaml: offline-cql-alpha
     for name in sorted(varied):  # configs/offline/cql/hopper/medium-v2.yaml: hopper-medium-v2
         value = options[name]
         words += Path(value).with_suffix("").parts[-2:] if name == "config_path" else [f"{name}={value}"]

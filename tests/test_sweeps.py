@@ -430,6 +430,7 @@ def test_slurm_ends_that_do_not_requeue(slurm):
         printed, _ = slurm(number, "", "").communicate()
         assert lacks in printed and printed.count("\n") == 1
     assert "sbatch" in slurm("", "").communicate()[0]
+    assert "RUNS_PER_TASK" in slurm(1, "", RUNS_PER_TASK=0).communicate()[0]
 
 
 # W&B's agent
