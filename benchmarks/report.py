@@ -50,8 +50,7 @@ RETURN, STD, SCORE = "eval_return", "eval_return_std", "d4rl_normalized_score"
 # Options that do not make another method: what is in the columns, and what cannot change a policy.
 NEUTRAL = {
     "env", "seed", "eval_seed", "run_id", "device", "checkpoints_path", "keep_policies", "log_interval", "compile",
-    "project", "group", "name", "buffer_size", "eval_freq", "n_episodes", "max_timesteps", "offline_iterations",
-    "online_iterations",
+    "project", "group", "name", "buffer_size", "eval_freq", "n_episodes", "max_timesteps", "online_iterations",
 }  # fmt: skip
 REPEATS = 5000  # resamples of a bootstrap interval
 METRICS = {  # a panel of training metrics -> the columns it may stand in
@@ -133,17 +132,24 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def from_config(config: Any, rows: pd.DataFrame, source: str) -> Run:
-    if not isinstance(config, dict) or not {"env", "seed", "name"} <= config.keys():
-        raise ReportError(f"{source}: its configuration lacks env, seed or name")
-    dataset, offline, online = str(config["env"]), config.get("offline_iterations"), config.get("online_iterations")
-    if dataset == "none":
-        dataset = f"none ({config.get('eval_env')})"
-    elif "/" not in dataset:
-        dataset = f"d4rl/{dataset}"
-    run = Run(dataset, "", int(config["seed"]), source, rows, config=config)
-    run.last_step = config.get("max_timesteps", math.nan) if offline is None else offline + online
-    run.online_from = offline if online else math.nan
-    run.episodes = config.get("n_episodes", math.nan)
+    """Raises ReportError for what is no configuration of a run."""
+
+    def option(name: str) -> float:
+        return float(config.get(name, math.nan))
+
+    try:
+        dataset = str(config["env"])
+        if dataset == "none":
+            dataset = f"none ({config.get('eval_env')})"
+        elif "/" not in dataset:
+            dataset = f"d4rl/{dataset}"
+        config = config | {"name": str(config["name"])}
+        run = Run(dataset, "", int(config["seed"]), source, rows, config=config, episodes=option("n_episodes"))
+        offline, online = option("offline_iterations"), option("online_iterations")
+        run.last_step = option("max_timesteps") if math.isnan(offline) else offline + online
+        run.online_from = offline if online else math.nan
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"{source}: its config.yaml is not that of a run: {error!r}") from None
     return run
 
 
@@ -427,24 +433,28 @@ class Comparison(NamedTuple):
         return all(len(x) > 1 for strata in self.scores.values() for x in strata)
 
 
+def version(dataset: str) -> str:
+    match = re.fullmatch(r"d4rl/.*-(v\d+)", dataset)
+    return f"D4RL {match[1]}" if match else "Minari's"
+
+
 def compare(results: Results, notes: list[str]) -> Comparison:
-    datasets, methods = (unique(names) for names in zip(*results))
-    last = {key: cell.last(SCORE) for key, cell in results.items()}
-    scored = [x for x in datasets if any(len(last.get((x, method), ())) for method in methods)]
-    if unscored := [
-        x for x in datasets if x not in scored and any(len(results[k].last()) for k in results if k[0] == x)
-    ]:
-        notes.append(
-            f"no reference returns, hence no scores: {', '.join(unscored)} (left out where datasets are pooled)"
-        )
-    methods = [x for x in methods if any(len(last.get((dataset, x), ())) for dataset in scored)]
+    """Of finished runs; of nothing where datasets are of several versions, whose scores are not to be pooled."""
+    last = {key: cell.last(SCORE) if cell.finished else () for key, cell in results.items()}
+    scored, methods = (unique(key[i] for key, x in last.items() if len(x)) for i in (0, 1))
     shared = [x for x in scored if all(len(last.get((x, method), ())) for method in methods)]
-    if methods and set(shared) != set(scored):
-        missing = ", ".join(x for x in scored if x not in shared)
-        notes.append(f"not every method has a score on: {missing} (left out where datasets are pooled)")
-    if not shared:
-        return Comparison([], {})
-    return Comparison(shared, {method: [last[dataset, method] for dataset in shared] for method in methods})
+    returned = unique(dataset for (dataset, _), cell in results.items() if len(cell.last()))
+    if missing := [x for x in returned if not any(len(results[k].last(SCORE)) for k in results if k[0] == x)]:
+        notes.append(
+            f"no reference returns, hence no scores: {', '.join(missing)} (left out where datasets are pooled)"
+        )
+    if missing := [x for x in scored if x not in shared]:
+        missing = ", ".join(missing)
+        notes.append(f"not every method has a finished run on: {missing} (left out where datasets are pooled)")
+    if len(versions := unique(map(version, shared))) > 1:
+        notes.append(f"scores of {' and '.join(versions)} datasets are not pooled: make a report of each")
+        shared = []
+    return Comparison(shared, {method: [last[dataset, method] for dataset in shared] for method in methods if shared})
 
 
 def pairs(comparison: Comparison) -> list[tuple[str, str]]:
@@ -476,7 +486,9 @@ class Table(NamedTuple):
 
 
 def spread(values: np.ndarray, digits: int = 1) -> str:
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}" if len(values) else "-"
+    """Mean ± standard deviation over seeds, of which one has none."""
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}" if len(values) else "-"
 
 
 def returns_text(cell: Cell) -> str:
@@ -529,9 +541,9 @@ def score_table(results: Results, behaviours: Behaviours, comparison: Comparison
         rows.append([*row, *(published_text(own.loc[x]) if x in own.index else "-" for x in others)])
     if comparison.datasets:
         row = [f"interquartile mean of {len(comparison.datasets)} dataset(s)", "-"]
-        for strata in comparison.scores.values():
-            ends = f" {brackets(iqm_interval(strata))}" if comparison.spread else ""
-            row.append(f"{iqm(np.concatenate(strata)):.1f}{ends}")
+        for strata in (comparison.scores.get(method) for method in methods):
+            ends = f" {brackets(iqm_interval(strata))}" if strata and comparison.spread else ""
+            row.append(f"{iqm(np.concatenate(strata)):.1f}{ends}" if strata else "-")
         rows.append(row + ["-"] * len(others))
     text = (
         "Score of the last evaluation, 0 and 100 at the dataset's reference returns: mean ± standard deviation over "
@@ -605,6 +617,7 @@ def matplotlib_pyplot():
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False})
+    plt.rcParams["text.parse_math"] = False  # a dollar in a name is one
     return plt
 
 
@@ -776,7 +789,7 @@ def aggregates(plt, comparison: Comparison, methods: list[str]):
     axes[0].set_yticks(-np.arange(len(comparison.scores)), list(comparison.scores))
     axes[0].set(xlabel=f"normalised score, {len(comparison.datasets)} dataset(s)")
     axes[0].set(ylim=(0.5 - len(comparison.scores), 0.5))
-    axes[1].set(xlabel="normalised score $\\tau$", ylabel="share of runs above $\\tau$")
+    axes[1].set(xlabel="normalised score τ", ylabel="share of runs above τ")
     names = pairs(comparison)
     for i, (first, second) in enumerate(names):
         strata = comparison.scores[first], comparison.scores[second]
@@ -836,7 +849,7 @@ table { border-collapse: collapse; font-size: 13px } th, td { border: 1px solid 
 th { background: #f2f2f2; text-align: left } .wide { overflow-x: auto } img { max-width: 100% }"""
 
 
-def versions() -> str:
+def packages() -> str:
     found = [f"Python {sys.version.split()[0]}"]
     for name in ("torch", "numpy", "gymnasium", "minari", "mujoco", "matplotlib"):
         try:
@@ -911,7 +924,7 @@ def report(names: list[str], out: Path, by: Optional[list[str]], pairs: list[lis
     tables = [x for x in (*tables, improvement_table(comparison), phase_table(results)) if x]
     counts = [len(runs), len(datasets), len(unique(x.method for x in runs))]
     summary = "{} runs, {} datasets, {} methods".format(*counts)
-    text = f"Made by: {command}; with {versions()} (the runs may have had others). Run folders can be run again."
+    text = f"Made by: {command}; with {packages()} (the runs may have had others). Run folders can be run again."
     made = Table("How it was made", ["dataset", "method", "seed", "run", "the same again"], sources(runs), text)
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
