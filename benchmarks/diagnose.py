@@ -402,12 +402,12 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
             if name == "td" and np.nanmax(c["td"], initial=0) > 10 * np.nanmin(c["td"], initial=np.inf):
                 axis.set_yscale("log")
             if not np.isfinite([c[name], c[f"holdout_{name}"]]).any():
-                axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
+                axis.text(0.5, 0.7, "not logged", ha="center", transform=axis.transAxes)
             axis.axvline(verdict.step, color="black", linewidth=1, label="policy to take")
             axis.set_ylabel(label)
         axes[0, i].set_title(f"{run.name}\n{verdict.name}", fontsize=9)
         axes[-1, i].set_xlabel("updates")
-    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if len(line.get_xdata())}
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=min(len(lines), 1 + len(runs)), fontsize=8)
     figure.tight_layout(rect=(0, 0.03 + 0.03 * (len(runs) < 3), 1, 1))
     temporary = output.with_name(output.name + ".tmp")

@@ -303,9 +303,9 @@ class Cell:
         values = self.values(name)[:, -1:].ravel()
         return values[np.isfinite(values)]
 
-    def best(self, name: str = SCORE) -> np.ndarray:
-        values = self.values(name)
-        return np.array([np.nanmax(x) for x in values if np.isfinite(x).any()])
+    def best(self) -> np.ndarray:
+        """Largest scores of the runs, [seeds]."""
+        return np.array([np.nanmax(x) for x in self.values(SCORE) if np.isfinite(x).any()])
 
     def phases(self) -> dict[str, np.ndarray]:
         """Scores and regrets of offline and online phase, [seeds] each."""
@@ -740,9 +740,9 @@ def values(plt, results: Results, methods: list[str]):
         tame(axis.set_xscale, everything)
         tame(axis.set_yscale, everything)
         for method, x in own.items():
-            color = style(methods, method)["color"]
-            axis.scatter(*x[:, :, :-1].reshape(2, -1), s=9, alpha=0.4, color=color, linewidths=0)
-            axis.scatter(*x[:, :, -1], s=34, color=color, edgecolors="black", linewidths=0.5, label=method)
+            look = {"color": style(methods, method)["color"], "marker": "os^"[methods.index(method) // 10 % 3]}
+            axis.scatter(*x[:, :, :-1].reshape(2, -1), s=9, alpha=0.4, linewidths=0, **look)
+            axis.scatter(*x[:, :, -1], s=34, edgecolors="black", linewidths=0.5, label=method, **look)
         line = np.linspace(everything.min(), everything.max(), 500)
         axis.plot(line, line, "--", color="black", linewidth=1, label="promise kept")
         axis.set(xlabel="realised discounted return", ylabel="value promised at the starts")
@@ -966,7 +966,6 @@ QUANTITIES = {
     "return (score)": with_score,
     "each return": lambda cell: ", ".join(f"{x:.1f}" for x in cell.last()),  # of the seeds in order
     "mean return": lambda cell: spread(cell.values(RETURN).mean(axis=1)),  # over a run's evaluations
-    "score": lambda cell: spread(cell.last(SCORE)),
     "steps": lambda cell: f"{cell.steps[-1]:,.0f}",
 } | {name: lambda cell, name=name: spread(cell.phases()[name], 3 if "regret" in name else 1) for name in PHASES}
 

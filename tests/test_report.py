@@ -263,6 +263,14 @@ def test_labels_say_what_differs_and_no_more(make, tmp_path):
     assert status == 2 and "nobody" in err and err.count("\n") == 1
 
 
+def test_names_are_text(make, tmp_path):
+    env, name = "<script>alert(1)</script>/a&b-v0", "$\\frac$ <b>"  # neither HTML nor mathematics
+    folder(tmp_path / "runs/a", lines(1, 2), env=env, name=name)
+    assert make("runs", "--out", "out", pictures=True)[0] == 0
+    page = (tmp_path / "out/index.html").read_text()
+    assert "<script" not in page and "<b>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;/a&amp;b-v0" in page
+
+
 def test_two_runs_of_a_seed(make, tmp_path):
     folder(tmp_path / "runs/a", lines(1, 2))
     folder(tmp_path / "runs/b", lines(1), max_timesteps=20)  # an attempt that was stopped
