@@ -10,11 +10,11 @@ folders of those, a runs.csv that this program wrote (or its folder), and wandb:
 index.html, its tables as table.md, its pictures as PNG files, runs.csv (every row of every run, an input for later) and
 behaviour.csv (the returns of the data: of local datasets, and of what behaviour.csv beside an input has).
 
-A run's dataset is its option env (hopper-medium-v2 is d4rl/hopper-medium-v2): versions never share a row, nor a
-number over datasets. Its method is the option name and what differs between runs of that name on that dataset, but for seeds and what cannot change a
-policy; --by names the options instead. Runs that were not finished are named, and count only where no run of their kind
-was finished; CSV files do not say what was asked for, and the longest of a dataset stands for it. Seeds of different
-length are compared at the last step that all have.
+A run's dataset is its option env (hopper-medium-v2 is d4rl/hopper-medium-v2): versions never share a row, nor a number
+over datasets. Its method is the option name and what differs between runs of that name on that dataset, but for seeds
+and what cannot change a policy; --by names the options instead. Runs that were not finished are named, count only where
+no run of their kind was finished, and never over datasets; CSV files do not say what was asked for, and the longest of
+a dataset stands for it. Seeds of different length are compared at the last step that all have.
 
 A table in a file is written anew between <!-- report: {...} --> and <!-- end -->. The braces hold YAML: `runs`, folders
 from the root of the repository; `rows` and `columns`, each a mapping from datasets, methods (or behaviour) and
