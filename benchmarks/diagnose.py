@@ -19,6 +19,7 @@ import contextlib
 import csv
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -445,6 +446,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     try:
         main()
     except KeyboardInterrupt:
