@@ -382,7 +382,7 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        fail(1, "the package matplotlib is missing: pip install -r requirements-dev.txt")
+        fail(1, "the package matplotlib is missing: pip install -r requirements-extra.txt")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -80,8 +80,8 @@ def draws(*methods, repeats=200):
 
 
 def test_statistics_against_rliable_itself():
-    library = pytest.importorskip("rliable.library")
-    from rliable import metrics
+    pytest.importorskip("rliable")
+    from rliable import library, metrics
 
     def ends(scores, statistic, repeats=200):
         np.random.seed(0)
