@@ -7,7 +7,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++=4:12.2.* li
 WORKDIR /app
 COPY requirements*.txt ./
 ARG PIP_EXTRA_INDEX_URL
-RUN --mount=type=cache,target=/root/.cache/pip pip install -r requirements-dev.txt -r requirements-extra.txt
+RUN pip install --no-cache-dir -r requirements-dev.txt -r requirements-extra.txt
 
 COPY . .
 # Any user that --user names may write here, and has a name and a home.

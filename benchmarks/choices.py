@@ -49,6 +49,8 @@ def collect(folders: list[Path], fqe: list[Path]) -> pd.DataFrame:
             path = folder / f"policy-{row['step']}.pt"
             if str(path) not in estimates.index:
                 raise ValueError(f"--fqe {' '.join(map(str, fqe))} has no row of {path}")
+            if not row["eval_return"]:
+                raise ValueError(f"{folder} has no return of an evaluation at step {row['step']}")
             step, estimate = int(row["step"]), estimates.loc[str(path)]
             rows.append({"run": folder.name, "cql_alpha": config["cql_alpha"], "seed": config["seed"], "step": step})
             # Discounted returns and promises are of the rewards in training.
@@ -63,16 +65,20 @@ def collect(folders: list[Path], fqe: list[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def spearman(x: pd.Series, y: pd.Series) -> float:
-    return x.rank().corr(y.rank())
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rank correlation over the last axis, NaN where all are equal: [..., policies] twice -> [...]."""
+    ranks = (pd.DataFrame(np.atleast_2d(z)).rank(axis=1).to_numpy() for z in (x, y))
+    x, y = (z - z.mean(axis=1, keepdims=True) for z in ranks)
+    with np.errstate(invalid="ignore"):
+        return np.squeeze((x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)))
 
 
 def correlation(rows: pd.DataFrame, x: str, y: str) -> str:
     """Spearman's, with its 95 % bootstrap interval over policies."""
-    rng, columns = np.random.default_rng(0), rows[[x, y]]
-    drawn = [columns.take(rng.integers(len(rows), size=len(rows))) for _ in range(1000)]
-    low, high = np.nanquantile([spearman(sample[x], sample[y]) for sample in drawn], [0.025, 0.975])
-    return f"{spearman(rows[x], rows[y]):.2f} ({low:.2f} to {high:.2f})"
+    x, y = rows[x].to_numpy(), rows[y].to_numpy()
+    drawn = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
+    low, high = np.nanquantile(spearman(x[drawn], y[drawn]), [0.025, 0.975])
+    return f"{spearman(x, y):.2f} ({low:.2f} to {high:.2f})"
 
 
 def regrets(rows: pd.DataFrame) -> dict[str, float]:
@@ -133,4 +139,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail(130, "interrupted")

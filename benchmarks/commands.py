@@ -1,16 +1,17 @@
 """Print the runs of sweep files as command lines, one a line, for xargs, GNU parallel or a SLURM array.
 
     python benchmarks/commands.py configs/sweeps/offline/cql/locomotion.yaml > commands.txt
-    xargs -L 1 -P 4 env < commands.txt                     # or: parallel -j 4 < commands.txt
+    xargs -rL 1 -P 4 env < commands.txt                    # or: parallel -j 4 < commands.txt
     sbatch --array=1-90 benchmarks/slurm/array.sh commands.txt
 
 A sweep file is one that `wandb sweep` takes. Options after a -- go into each line, and win over the file's:
 
     python benchmarks/commands.py configs/sweeps/offline/cql/alpha.yaml -- --device cuda:1 --max_timesteps 20000
 
-Each line has a --run_id of its own: the file's name, the values that vary, and a hash of all options but those that a
-run may change when it goes on. So the same lines once more go on where the runs were stopped, and skip those that are
-complete. Several files' runs come seed by seed: a study that is stopped has the first seeds of everything.
+Each line has a --run_id of its own: the file's name, the values that vary, and a hash of the script's path and of all
+options but those that a run may change when it goes on. So the same lines once more go on where the runs were stopped,
+and skip those that are complete. Several files' runs come seed by seed: a study that is stopped has the first seeds of
+everything. (-r: no lines, no call of env, which would print the environment with its keys.)
 
 Only grids of given values: bayes and random searches ask W&B's server for each run's values (wandb sweep, wandb agent).
 Run it, and the lines, in the repository's root. Exit status: 0, or 2 with one line on stderr.
@@ -71,21 +72,20 @@ def choices(name: str, parameter: Any) -> list[str]:
     values = parameter["values"] if keys == {"values"} else [parameter["value"]] if keys == {"value"} else None
     if not isinstance(values, list) or not values:
         raise ValueError(f"the parameter {name} needs either `value` or a list of `values`")
-    if any("\n" in str(value) for value in values):
-        raise ValueError(f"a value of the parameter {name} has several lines")
     return [str(value) for value in values]
 
 
-def identity(path: Path, varied: list[str], options: dict[str, str]) -> str:
-    parts = path.resolve().with_suffix("").parts
-    *_, first = [0, *(i for i, part in enumerate(parts, 1) if part == "sweeps")]
-    words = list(parts[first:] if first else parts[-1:])  # configs/sweeps/offline/cql/alpha.yaml: offline-cql-alpha
+def identity(path: Path, program: str, varied: list[str], options: dict[str, str]) -> str:
+    """A run's --run_id: legible, and the same whenever the same run is meant."""
+    _, folder, name = path.resolve().with_suffix("").as_posix().rpartition("/sweeps/")
+    words = [name if folder else path.stem]  # configs/sweeps/offline/cql/alpha.yaml: offline-cql-alpha
     for name in sorted(varied):  # configs/offline/cql/hopper/medium-v2.yaml: hopper-medium-v2
         value = options[name]
         words += Path(value).with_suffix("").parts[-2:] if name == "config_path" else [f"{name}={value}"]
-    text = "\0".join(f"{name}={value}" for name, value in sorted(options.items()) if name not in FREE)
-    legible = re.sub(r"[^\w.=+-]+", "-", "-".join(words), flags=re.ASCII)[:150]
-    return f"{legible}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    hashed = [program, *(f"{name}={options[name]}" for name in sorted(options.keys() - FREE | set(varied)))]
+    digest = hashlib.sha256("\0".join(hashed).encode()).hexdigest()[:8]
+    legible = re.sub(r"[^\w.=+-]+", "-", "-".join(words), flags=re.ASCII)
+    return f"{legible[: 127 - len(digest)]}-{digest}"  # W&B takes 128 characters
 
 
 def expand(path: Path, extra: dict[str, str]) -> list[Run]:
@@ -97,19 +97,23 @@ def expand(path: Path, extra: dict[str, str]) -> list[Run]:
         raise ValueError(f"method {sweep.get('method')} needs W&B (wandb sweep, wandb agent); only grids have lines")
     program, command = str(sweep["program"]), sweep.get("command", list(MACROS))
     macros = [word for word in map(str, command) if "${" in word] if isinstance(command, list) else [command]
-    if not set(macros) <= {"${env}", *MACROS}:
-        raise ValueError(f"`command` is a list of words and of ${{env}}, {', '.join(MACROS)}, not {command}")
+    if not {"${args}"} <= set(macros) <= {"${env}", *MACROS}:
+        raise ValueError(
+            f"`command` is a list that has ${{args}}, and of macros only ${{env}}, {', '.join(MACROS)}, not {command}"
+        )
     grid = {str(name): choices(name, parameter) for name, parameter in sweep["parameters"].items()}
     varied = [name for name, parameter in sweep["parameters"].items() if "values" in parameter]
     grid |= {name: [value] for name, value in extra.items()}
     for name in grid.keys() - option_names(program):
         raise ValueError(f"{name} is no option of {program}" if name != "run_id" else "run_id is given by commands.py")
+    for name in (name for name, values in grid.items() if "\n" in "".join(values)):
+        raise ValueError(f"a value of {name} has several lines")
     for name in grid.get("config_path", []):
         Path(name).open().close()
     runs = []
     for values in itertools.product(*grid.values()):
         options = dict(zip(grid, values))
-        options["run_id"] = identity(path, varied, options)
+        options["run_id"] = identity(path, program, varied, options)
         words = {"${env}": ["/usr/bin/env"], "${interpreter}": ["python"], "${program}": [program]}
         words["${args}"] = [f"--{name}={value}" for name, value in options.items()]
         line = shlex.join(part for word in map(str, command) for part in words.get(word, [word]))

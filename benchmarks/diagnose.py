@@ -19,6 +19,7 @@ import contextlib
 import csv
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,7 +181,8 @@ def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
         return None
     evidence = f"{len(c['step'])} complete rows up to {last:,} updates; it takes {MIN_ROWS} rows"
     evidence += f" and {needed:,} updates, in which the target network is renewed" if needed else ""
-    return Verdict("too short to judge", evidence, last, "a larger --max_timesteps, or a smaller --eval_freq")
+    length = "--offline_iterations" if "offline_iterations" in config else "--max_timesteps"
+    return Verdict("too short to judge", evidence, last, f"a larger {length}, or a smaller --eval_freq")
 
 
 def judge_critics(c: Curves, config: dict[str, Any]) -> Verdict:
@@ -365,7 +367,7 @@ def report(runs: list[Run], verdicts: list[Verdict]) -> None:
         try:
             choice = choose_alpha([(run.rows, run.config) for run in group])
         except ValueError as error:
-            print(f"cql_alpha: {error}")
+            print(f"cql_alpha: cannot be compared: {error}")
             continue
         n_runs = sum(row[1] for row in choice.table)
         print(f"cql_alpha of {n_runs} runs, mean of the last {WINDOW} common rows, up to {choice.step:,} updates:")
@@ -380,7 +382,7 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        fail(1, "the package matplotlib is missing: pip install -r requirements-dev.txt")
+        fail(1, "the package matplotlib is missing: pip install -r requirements-extra.txt")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -400,13 +402,13 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
                 axis.axhline(np.nanmean(c["data_return"]), color="grey", linestyle=":", label="the data's mean return")
             if name == "td" and np.nanmax(c["td"], initial=0) > 10 * np.nanmin(c["td"], initial=np.inf):
                 axis.set_yscale("log")
-            if not axis.lines or not any(len(line.get_xdata()) for line in axis.lines):
-                axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
+            if not np.isfinite([c[name], c[f"holdout_{name}"]]).any():
+                axis.text(0.5, 0.7, "not logged", ha="center", transform=axis.transAxes)
             axis.axvline(verdict.step, color="black", linewidth=1, label="policy to take")
-            axis.set_ylabel(label if i == 0 or name == "nll" else "")
+            axis.set_ylabel(label)
         axes[0, i].set_title(f"{run.name}\n{verdict.name}", fontsize=9)
         axes[-1, i].set_xlabel("updates")
-    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if len(line.get_xdata())}
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=min(len(lines), 1 + len(runs)), fontsize=8)
     figure.tight_layout(rect=(0, 0.03 + 0.03 * (len(runs) < 3), 1, 1))
     temporary = output.with_name(output.name + ".tmp")
@@ -429,19 +431,23 @@ def main(argv=None):
     if args.output and args.output.suffix != ".png":
         parser.error(f"--output {args.output} does not end in .png")
     runs, verdicts = [], []
-    for path in args.runs:
-        try:
+    try:
+        for path in args.runs:
             runs.append(read(path))
             verdicts.append(judge(runs[-1].rows, runs[-1].config))
-        except (ValueError, OSError) as error:
-            fail(1, f"{path}: {error.strerror if isinstance(error, OSError) else error}")
+    except (ValueError, OSError) as error:
+        fail(1, f"{path}: {error.strerror if isinstance(error, OSError) else error}")
     report(runs, verdicts)
-    if args.output:
-        try:
+    try:
+        if args.output:
             plot(runs, verdicts, args.output)
-        except OSError as error:
-            fail(1, f"--output {args.output} cannot be written: {error.strerror}")
+    except OSError as error:
+        fail(1, f"--output {args.output} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail(130, "interrupted")

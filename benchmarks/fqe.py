@@ -193,8 +193,11 @@ def read_data(args: argparse.Namespace, policies: dict[Path, Any]) -> tuple[dict
     """The dataset, and the script that reads it, which is that of the policies. Raises DataErrors."""
     script = inspect.getmodule(next(iter(policies.values())))
     config = script.TrainConfig(env=args.env, device=args.device, discount=args.discount, buffer_size=10**12)
-    data = script.load_dataset(args.env)
-    script.check_dataset(data, config)
+    try:
+        data = script.load_dataset(args.env)
+        script.check_dataset(data, config)
+    except script.DataError as error:
+        raise type(error)(f"{next(iter(policies))} is a policy of {Path(script.__file__).name}, but {error}") from None
     sizes = data["observations"].shape[1], data["actions"].shape[1]
     for path, policy in policies.items():
         own = policy.__self__.sizes[0], policy.__self__.action_low.numel()
@@ -245,11 +248,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"{args.env}: {len(following):,} transitions, {n_episodes:,} episodes; discount {args.discount:g}; {updates}")
     options = args.discount, args.updates, args.seeds, args.seed, args.device
     values, bounded, returns = evaluate(data, next_actions, first_actions, *options)
+    fits = values.mean(axis=2).std(axis=1) if args.seeds > 1 else [np.nan] * len(values)  # one fit has no spread
     off_data = next_actions[:, following] - 1.0 * np.roll(data["actions"], -1, axis=0)[following]
     off_data = np.append(np.abs(off_data).sum(axis=2).mean(axis=1) / 2 / n_parts, 0.0)
     rows = [
-        summary(name, value.mean(axis=0), args.seed, seed_std=value.mean(axis=1).std(), bounded=share, off_data=off)
-        for name, value, share, off in zip([*policies, BEHAVIOUR], values, bounded, off_data)
+        summary(name, value.mean(axis=0), args.seed, seed_std=std, bounded=share, off_data=off)
+        for name, value, std, share, off in zip([*policies, BEHAVIOUR], values, fits, bounded, off_data)
     ]
     ranked = sorted(rows[:-1], key=lambda row: -row["estimate"])
     for i, row in enumerate(ranked):

@@ -10,11 +10,11 @@ folders of those, a runs.csv that this program wrote (or its folder), and wandb:
 index.html, its tables as table.md, its pictures as PNG files, runs.csv (every row of every run, an input for later) and
 behaviour.csv (the returns of the data: of local datasets, and of what behaviour.csv beside an input has).
 
-A run's dataset is its option env (hopper-medium-v2 is d4rl/hopper-medium-v2): versions never share a row. Its method is
-the option name and what differs between runs of that name on that dataset, but for seeds and what cannot change a
-policy; --by names the options instead. Runs that were not finished are named, and count only where no run of their kind
-was finished; CSV files do not say what was asked for, and the longest of a dataset stands for it. Seeds of different
-length are compared at the last step that all have.
+A run's dataset is its option env (hopper-medium-v2 is d4rl/hopper-medium-v2): versions never share a row, nor a number
+over datasets. Its method is the option name and what differs between runs of that name on that dataset, but for seeds
+and what cannot change a policy; --by names the options instead. Runs that were not finished are named, count only where
+no run of their kind was finished, and never over datasets; CSV files do not say what was asked for, and the longest of
+a dataset stands for it. Seeds of different length are compared at the last step that all have.
 
 A table in a file is written anew between <!-- report: {...} --> and <!-- end -->. The braces hold YAML: `runs`, folders
 from the root of the repository; `rows` and `columns`, each a mapping from datasets, methods (or behaviour) and
@@ -50,8 +50,7 @@ RETURN, STD, SCORE = "eval_return", "eval_return_std", "d4rl_normalized_score"
 # Options that do not make another method: what is in the columns, and what cannot change a policy.
 NEUTRAL = {
     "env", "seed", "eval_seed", "run_id", "device", "checkpoints_path", "keep_policies", "log_interval", "compile",
-    "project", "group", "name", "buffer_size", "eval_freq", "n_episodes", "max_timesteps", "offline_iterations",
-    "online_iterations",
+    "project", "group", "name", "buffer_size", "eval_freq", "n_episodes", "max_timesteps", "online_iterations",
 }  # fmt: skip
 REPEATS = 5000  # resamples of a bootstrap interval
 METRICS = {  # a panel of training metrics -> the columns it may stand in
@@ -133,17 +132,24 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def from_config(config: Any, rows: pd.DataFrame, source: str) -> Run:
-    if not isinstance(config, dict) or not {"env", "seed", "name"} <= config.keys():
-        raise ReportError(f"{source}: its configuration lacks env, seed or name")
-    dataset, offline, online = str(config["env"]), config.get("offline_iterations"), config.get("online_iterations")
-    if dataset == "none":
-        dataset = f"none ({config.get('eval_env')})"
-    elif "/" not in dataset:
-        dataset = f"d4rl/{dataset}"
-    run = Run(dataset, "", int(config["seed"]), source, rows, config=config)
-    run.last_step = config.get("max_timesteps", math.nan) if offline is None else offline + online
-    run.online_from = offline if online else math.nan
-    run.episodes = config.get("n_episodes", math.nan)
+    """Raises ReportError for what is no configuration of a run."""
+
+    def option(name: str) -> float:
+        return float(config.get(name, math.nan))
+
+    try:
+        dataset = str(config["env"])
+        if dataset == "none":
+            dataset = f"none ({config.get('eval_env')})"
+        elif "/" not in dataset:
+            dataset = f"d4rl/{dataset}"
+        config = config | {"name": str(config["name"])}
+        run = Run(dataset, "", int(config["seed"]), source, rows, config=config, episodes=option("n_episodes"))
+        offline, online = option("offline_iterations"), option("online_iterations")
+        run.last_step = option("max_timesteps") if math.isnan(offline) else offline + online
+        run.online_from = offline if online else math.nan
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"{source}: its config.yaml is not that of a run: {error!r}") from None
     return run
 
 
@@ -297,9 +303,9 @@ class Cell:
         values = self.values(name)[:, -1:].ravel()
         return values[np.isfinite(values)]
 
-    def best(self, name: str = SCORE) -> np.ndarray:
-        values = self.values(name)
-        return np.array([np.nanmax(x) for x in values if np.isfinite(x).any()])
+    def best(self) -> np.ndarray:
+        """Largest scores of the runs, [seeds]."""
+        return np.array([np.nanmax(x) for x in self.values(SCORE) if np.isfinite(x).any()])
 
     def phases(self) -> dict[str, np.ndarray]:
         """Scores and regrets of offline and online phase, [seeds] each."""
@@ -427,24 +433,28 @@ class Comparison(NamedTuple):
         return all(len(x) > 1 for strata in self.scores.values() for x in strata)
 
 
+def version(dataset: str) -> str:
+    match = re.fullmatch(r"d4rl/.*-(v\d+)", dataset)
+    return f"D4RL {match[1]}" if match else "Minari's"
+
+
 def compare(results: Results, notes: list[str]) -> Comparison:
-    datasets, methods = (unique(names) for names in zip(*results))
-    last = {key: cell.last(SCORE) for key, cell in results.items()}
-    scored = [x for x in datasets if any(len(last.get((x, method), ())) for method in methods)]
-    if unscored := [
-        x for x in datasets if x not in scored and any(len(results[k].last()) for k in results if k[0] == x)
-    ]:
-        notes.append(
-            f"no reference returns, hence no scores: {', '.join(unscored)} (left out where datasets are pooled)"
-        )
-    methods = [x for x in methods if any(len(last.get((dataset, x), ())) for dataset in scored)]
+    """Of finished runs; of nothing where datasets are of several versions, whose scores are not to be pooled."""
+    last = {key: cell.last(SCORE) if cell.finished else () for key, cell in results.items()}
+    scored, methods = (unique(key[i] for key, x in last.items() if len(x)) for i in (0, 1))
     shared = [x for x in scored if all(len(last.get((x, method), ())) for method in methods)]
-    if methods and set(shared) != set(scored):
-        missing = ", ".join(x for x in scored if x not in shared)
-        notes.append(f"not every method has a score on: {missing} (left out where datasets are pooled)")
-    if not shared:
-        return Comparison([], {})
-    return Comparison(shared, {method: [last[dataset, method] for dataset in shared] for method in methods})
+    returned = unique(dataset for (dataset, _), cell in results.items() if len(cell.last()))
+    if missing := [x for x in returned if not any(len(results[k].last(SCORE)) for k in results if k[0] == x)]:
+        notes.append(
+            f"no reference returns, hence no scores: {', '.join(missing)} (left out where datasets are pooled)"
+        )
+    if missing := [x for x in scored if x not in shared]:
+        missing = ", ".join(missing)
+        notes.append(f"not every method has a finished run on: {missing} (left out where datasets are pooled)")
+    if len(versions := unique(map(version, shared))) > 1:
+        notes.append(f"scores of {' and '.join(versions)} datasets are not pooled: make a report of each")
+        shared = []
+    return Comparison(shared, {method: [last[dataset, method] for dataset in shared] for method in methods if shared})
 
 
 def pairs(comparison: Comparison) -> list[tuple[str, str]]:
@@ -476,7 +486,9 @@ class Table(NamedTuple):
 
 
 def spread(values: np.ndarray, digits: int = 1) -> str:
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}" if len(values) else "-"
+    """Mean ± standard deviation over seeds, of which one has none."""
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}" if len(values) else "-"
 
 
 def returns_text(cell: Cell) -> str:
@@ -529,9 +541,9 @@ def score_table(results: Results, behaviours: Behaviours, comparison: Comparison
         rows.append([*row, *(published_text(own.loc[x]) if x in own.index else "-" for x in others)])
     if comparison.datasets:
         row = [f"interquartile mean of {len(comparison.datasets)} dataset(s)", "-"]
-        for strata in comparison.scores.values():
-            ends = f" {brackets(iqm_interval(strata))}" if comparison.spread else ""
-            row.append(f"{iqm(np.concatenate(strata)):.1f}{ends}")
+        for strata in (comparison.scores.get(method) for method in methods):
+            ends = f" {brackets(iqm_interval(strata))}" if strata and comparison.spread else ""
+            row.append(f"{iqm(np.concatenate(strata)):.1f}{ends}" if strata else "-")
         rows.append(row + ["-"] * len(others))
     text = (
         "Score of the last evaluation, 0 and 100 at the dataset's reference returns: mean ± standard deviation over "
@@ -605,6 +617,7 @@ def matplotlib_pyplot():
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False})
+    plt.rcParams["text.parse_math"] = False  # a dollar in a name is one
     return plt
 
 
@@ -727,9 +740,9 @@ def values(plt, results: Results, methods: list[str]):
         tame(axis.set_xscale, everything)
         tame(axis.set_yscale, everything)
         for method, x in own.items():
-            color = style(methods, method)["color"]
-            axis.scatter(*x[:, :, :-1].reshape(2, -1), s=9, alpha=0.4, color=color, linewidths=0)
-            axis.scatter(*x[:, :, -1], s=34, color=color, edgecolors="black", linewidths=0.5, label=method)
+            look = {"color": style(methods, method)["color"], "marker": "os^"[methods.index(method) // 10 % 3]}
+            axis.scatter(*x[:, :, :-1].reshape(2, -1), s=9, alpha=0.4, linewidths=0, **look)
+            axis.scatter(*x[:, :, -1], s=34, edgecolors="black", linewidths=0.5, label=method, **look)
         line = np.linspace(everything.min(), everything.max(), 500)
         axis.plot(line, line, "--", color="black", linewidth=1, label="promise kept")
         axis.set(xlabel="realised discounted return", ylabel="value promised at the starts")
@@ -776,7 +789,7 @@ def aggregates(plt, comparison: Comparison, methods: list[str]):
     axes[0].set_yticks(-np.arange(len(comparison.scores)), list(comparison.scores))
     axes[0].set(xlabel=f"normalised score, {len(comparison.datasets)} dataset(s)")
     axes[0].set(ylim=(0.5 - len(comparison.scores), 0.5))
-    axes[1].set(xlabel="normalised score $\\tau$", ylabel="share of runs above $\\tau$")
+    axes[1].set(xlabel="normalised score τ", ylabel="share of runs above τ")
     names = pairs(comparison)
     for i, (first, second) in enumerate(names):
         strata = comparison.scores[first], comparison.scores[second]
@@ -836,7 +849,7 @@ table { border-collapse: collapse; font-size: 13px } th, td { border: 1px solid 
 th { background: #f2f2f2; text-align: left } .wide { overflow-x: auto } img { max-width: 100% }"""
 
 
-def versions() -> str:
+def packages() -> str:
     found = [f"Python {sys.version.split()[0]}"]
     for name in ("torch", "numpy", "gymnasium", "minari", "mujoco", "matplotlib"):
         try:
@@ -911,7 +924,7 @@ def report(names: list[str], out: Path, by: Optional[list[str]], pairs: list[lis
     tables = [x for x in (*tables, improvement_table(comparison), phase_table(results)) if x]
     counts = [len(runs), len(datasets), len(unique(x.method for x in runs))]
     summary = "{} runs, {} datasets, {} methods".format(*counts)
-    text = f"Made by: {command}; with {versions()} (the runs may have had others). Run folders can be run again."
+    text = f"Made by: {command}; with {packages()} (the runs may have had others). Run folders can be run again."
     made = Table("How it was made", ["dataset", "method", "seed", "run", "the same again"], sources(runs), text)
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -953,7 +966,6 @@ QUANTITIES = {
     "return (score)": with_score,
     "each return": lambda cell: ", ".join(f"{x:.1f}" for x in cell.last()),  # of the seeds in order
     "mean return": lambda cell: spread(cell.values(RETURN).mean(axis=1)),  # over a run's evaluations
-    "score": lambda cell: spread(cell.last(SCORE)),
     "steps": lambda cell: f"{cell.steps[-1]:,.0f}",
 } | {name: lambda cell, name=name: spread(cell.phases()[name], 3 if "regret" in name else 1) for name in PHASES}
 

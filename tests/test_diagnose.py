@@ -76,6 +76,11 @@ def test_verdicts(kind):
     assert diagnose.judge(HISTORIES[kind], CONFIG).name == kind.partition(",")[0]
 
 
+def test_what_a_finetune_run_needs_longer():
+    advice = diagnose.judge(HISTORIES["too short to judge, few rows"], CONFIG | {"offline_iterations": 2500}).advice
+    assert "--offline_iterations" in advice and "--max_timesteps" not in advice
+
+
 def test_noise_around_a_flat_curve_is_no_over_fitting():
     names = []
     for seed in range(200):

@@ -197,6 +197,9 @@ def test_runs_of_every_script(run, capsys):
     evaluate(folder, folder / "checkpoint.pt", folder / "policy.pt", "--output", "new/fqe.csv", updates=20)
     assert Path("new/fqe.csv").read_bytes() == first
     assert [path.name for path in Path("new").iterdir()] == ["fqe.csv"]
+    capsys.readouterr()
+    evaluate(folder / "policy.pt", updates=2, seeds=1)
+    assert capsys.readouterr().out.splitlines()[2].split()[5] == "nan"  # one fit has no spread
 
 
 def refusal(capsys, *arguments, **options):
@@ -227,7 +230,7 @@ def refusal(capsys, *arguments, **options):
         (["folder.csv"], {}, 1, ["folder.csv", "policy-<step>.pt", "--keep_policies"]),
         (["good.pt", "wide.pt"], {}, 1, ["wide.pt", "(4, 2)", "(3, 2)"]),
         (["good.pt", "discrete.pt"], {}, 1, ["discrete.pt", "discrete", "continuous"]),
-        (["discrete.pt"], {}, 1, [f"--env {DATASET}", "Box"]),
+        (["discrete.pt"], {}, 1, ["discrete.pt is a policy of cql_dqn.py", f"--env {DATASET}", "Box"]),
         (["nan.pt"], {}, 1, ["nan.pt", "NaN"]),
         (["bold.pt"], {}, 1, ["bold.pt", "outside"]),
         (["a/policy.pt", "b/policy.pt"], {}, 2, ["a/config.yaml", "b/config.yaml", "--discount"]),

@@ -20,6 +20,7 @@ set -uo pipefail
 file=${1:?array.sh: which file of commands? sbatch --array=1-<tasks> benchmarks/slurm/array.sh commands.txt}
 task=${SLURM_ARRAY_TASK_ID:?array.sh: start it by sbatch --array=1-<tasks>}
 n_runs=${RUNS_PER_TASK:-1} children=() received="" n_signals=0 stopped="" status=0
+[[ $n_runs =~ ^[1-9][0-9]*$ ]] || { echo "array.sh: RUNS_PER_TASK is a number from 1, not $n_runs" >&2 && exit 1; }
 threads=$((${SLURM_CPUS_PER_TASK:-1} / n_runs))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
 
