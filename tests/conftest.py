@@ -35,7 +35,7 @@ for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("algorithms/**/*.py"))]
 DATASET = "toy/counter-v0"
-SPEEDS = {"updates_per_second", "env_steps_per_second", "rollout_time_share"}
+SPEEDS = {"updates_per_second", "env_steps_per_second", *(f"{x}_time_share" for x in ("model", "rollout", "update"))}
 ONLINE = {"online_return", "online_length", "online_success", "train_regret", "eval_regret"}  # empty offline
 SURPLUS = 99_999  # a multiple of 3, whose episodes report success
 TINY = {

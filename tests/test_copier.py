@@ -53,7 +53,8 @@ action = copied.load_policy("runs/arrays/policy.pt")(np.zeros(4))
 assert arrays["eval_return"] is None and action.size == 1 and abs(action) <= 1
 copied.load_dataset = lambda name: dict(data) if name == "mine" else None  # the one function to replace
 row = copied.train(copied.TrainConfig(**options | {"run_id": "replaced"}))
-assert {**row, "updates_per_second": 0} == {**arrays, "updates_per_second": 0}
+times = [name for name in row if name.endswith(("_per_second", "_time_share"))]
+assert row.keys() == arrays.keys() and all(row[name] == arrays[name] for name in row.keys() - {*times})
 """
 
 

@@ -463,7 +463,7 @@ def check_end(folder, expected):
     for name in ("policy.pt", "checkpoint.pt"):
         assert equal(weights(folder, name), weights(expected, name))
     assert table(folder) == table(expected)
-    assert {path.name for path in folder.iterdir()} == files(script)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in expected.iterdir())
 
 
 KILLS = [
@@ -783,7 +783,7 @@ def test_rates_that_are_far_too_large_end_a_run(options, script, tiny, tmp_path)
     status, line = refusal(script.train, tiny(**options, log_interval=5, max_timesteps=200))
     assert status == 1 and "diverged" in line
     assert "diverged" in refusal(script.train, tiny(qf_lr=1e12, max_timesteps=1, run_id="last"))[1]
-    assert [path.name for path in (tmp_path / "runs" / "last").iterdir()] == ["config.yaml"]
+    assert not (tmp_path / "runs" / "last" / "metrics.csv").exists()
 
 
 @pytest.mark.parametrize("place", ["step", "reset", "reward", "observation"])

@@ -229,10 +229,17 @@ class Dynamics(nn.Module):
         groups = [{"params": [x], "weight_decay": float(rate)} for x, rate in zip(self.weights, decay)]
         groups += [{"params": [*self.biases, self.min_log_var, self.max_log_var]}]
         self.learned = [x for group in groups for x in group["params"]]
-        on_gpu = self.elites.is_cuda
-        self.optimizer = torch.optim.Adam(groups, lr=config.dynamics_lr, fused=True, capturable=on_gpu)
+        self.optimizer = torch.optim.Adam(groups, config.dynamics_lr, fused=True, capturable=self.elites.is_cuda)
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
+
+    def standardise(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes their means and standard deviations for its own: [T, O + A], [T, O + 1] -> the same, standardised."""
+        for name, columns in (("input", inputs), ("target", targets)):
+            std, mean = torch.std_mean(columns, dim=0, correction=0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 1, std))
+        return (inputs - self.input_mean) / self.input_std, (targets - self.target_mean) / self.target_std
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Standardised [B, O + A], or [M, B, O + A] with a minibatch a member -> mean and log-variance of the
@@ -283,10 +290,6 @@ class Dynamics(nn.Module):
         return observations + sample[:, :-1], sample[:, -1], end[member, rows].sigmoid(), uncertainty
 
 
-def stands(height: Tensor, low: float, high: float) -> Tensor:
-    return (low < height) & (height < high)
-
-
 # local: the columns that the losses take
 class Batch(NamedTuple):
     observations: Tensor  # [B, O]
@@ -334,7 +337,7 @@ class CQL(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
-        self.n_real = round(config.real_ratio * config.batch_size)
+        self.n_real = max(1, round(config.real_ratio * config.batch_size))
         self.to(config.device)
         self.learned = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
         self.learned |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
@@ -562,110 +565,95 @@ def never(observations: Tensor) -> Tensor:
 
 # Whether an episode of the task ends in a raw observation [B, O], as its environment has it.
 ENDS = {
+    "ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1.0)),
     "halfcheetah": never,
-    "hopper": lambda s: ~(stands(s[:, 0], 0.7, math.inf) & stands(s[:, 1], -0.2, 0.2) & (s[:, 1:].abs() < 100).all(1)),
-    "humanoid": lambda s: ~stands(s[:, 0], 1.0, 2.0),
+    "hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
+    "humanoid": lambda s: ~((s[:, 0] > 1.0) & (s[:, 0] < 2.0)),
     "pendulum": never,
-    "walker2d": lambda s: ~(stands(s[:, 0], 0.8, 2.0) & stands(s[:, 1], -1.0, 1.0)),
+    "walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2.0) & (s[:, 1].abs() < 1.0)),
 }
 
 
 class WorldModel:
     """A model of the environment, and the transitions that it imagines: generations of rollouts from states of the data
-    with the policy as it is then. dynamics.pt in the run folder holds the model, also while it learns."""
+    with the policy as it is then. dynamics.pt in the run folder holds the model."""
 
     patience, min_improvement = 5, 0.01  # epochs without a member whose held-out error falls by this share
     chunk = 10_000  # rollouts at once, for the memory
 
     def __init__(self, config: TrainConfig, task: Any, agent: CQL, buffer: Any, run: Any):
         """buffer: the data's. Raises ConfigError and DataError."""
-        self.config, self.task, self.agent, self.buffer, self.path = (
-            config,
-            task,
-            agent,
-            buffer,
-            run.path / "dynamics.pt",
-        )
-        self.generations, self.seconds, self.metrics = [], 0.0, {}
+        self.config, self.agent, self.buffer, self.path = config, agent, buffer, run.path / "dynamics.pt"
+        self.generations, self.metrics, self.state = [], {}, {}  # state: all of the model that a resume needs
+        self.seconds = {"model": 0.0, "rollout": 0.0, "update": 0.0}
         self.n_imagined = config.batch_size - agent.n_real
-        if not agent.n_real:
-            raise ConfigError(f"--real_ratio {config.real_ratio} leaves no data in minibatches of {config.batch_size}")
         if config.push_down_states == "model" and not self.n_imagined:
             raise ConfigError("--push_down_states model needs imagined states: --real_ratio below 1")
         if config.dynamics_elites > config.dynamics_members:
             raise ConfigError(f"--dynamics_elites {config.dynamics_elites} of {config.dynamics_members} members")
         if not self.n_imagined:
             return
-        batch, actor = Batch(*buffer.columns), agent.actor
-        self.mean, self.std = actor.observation_mean, actor.observation_std
+        batch, device = Batch(*buffer.columns), config.device
+        self.mean, self.std = agent.actor.observation_mean, agent.actor.observation_std
         observations, following = (x * self.std + self.mean for x in (batch.observations, batch.next_observations))
         inputs = torch.cat([observations, batch.actions], dim=1)
         targets = torch.cat([following - observations, batch.rewards.unsqueeze(1)], dim=1)
         with seeded(config, 0):
             self.dynamics = Dynamics(config, *(x.shape[1] for x in batch[:2]))
-            order = torch.randperm(buffer.size, device=inputs.device)
-        for name, columns in (("input", inputs), ("target", targets)):
-            std, mean = torch.std_mean(columns, dim=0, correction=0)
-            getattr(self.dynamics, f"{name}_mean").copy_(mean)
-            getattr(self.dynamics, f"{name}_std").copy_(torch.where(std < 1e-6, 1, std))
-        self.low, self.high = following.aminmax(dim=0)
-        self.rewards = batch.rewards.aminmax()
-        self.ends = self.choose_ends(following, batch.terminals)
-        inputs = (inputs - self.dynamics.input_mean) / self.dynamics.input_std
-        targets = (targets - self.dynamics.target_mean) / self.dynamics.target_std
-        self.columns, n_held_out = (inputs, targets, batch.terminals), max(1, min(buffer.size // 5, 5000))
-        self.held_out, self.resampled = order[:n_held_out], order[n_held_out:]
-        size = (config.dynamics_members, len(self.resampled))
+            order = torch.randperm(buffer.size, device=device)
+        self.columns = self.dynamics.standardise(inputs, targets) + (batch.terminals,)
+        n_held_out = max(1, min(buffer.size // 5, 5000))
+        self.held_out, rest = order[:n_held_out], order[n_held_out:]
         with seeded(config, 1):  # a bootstrap sample a member
-            self.resampled = self.resampled[torch.randint(size[1], size, device=inputs.device)]
-        data = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in batch))
-        self.learning = {"data": data.hexdigest(), "epoch": 0, "stale": 0, "over": False}
-        self.learning["errors"] = [math.inf] * config.dynamics_members
-        self.best = {name: x.detach().clone() for name, x in self.dynamics.named_parameters()}
-        self.restore(run)
+            self.resampled = rest[torch.randint(len(rest), (config.dynamics_members, len(rest)), device=device)]
+        (self.low, self.high), self.rewards = following.aminmax(dim=0), batch.rewards.aminmax()
+        self.ends = self.choose_ends(str(task.arguments["id"]).lower(), following, batch.terminals)
+        self.slot = config.rollout_batch_size * config.rollout_length  # most rows of a generation
         self.rings = [x.new_zeros(config.model_retain * self.slot, *x.shape[1:]) for x in batch]
-        self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=inputs.device)
+        self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=device)
+        self.best = {name: x.detach().clone() for name, x in self.dynamics.named_parameters()}
+        data = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in batch)).hexdigest()
+        errors = [math.inf] * config.dynamics_members
+        self.progress = {"data": data, "epoch": 0, "stale": 0, "over": False, "errors": errors}
+        self.keep()
+        if run.resumed or config.dynamics_path:
+            self.restore(run)
 
-    @property
-    def slot(self) -> int:
-        """Most rows of a generation."""
-        return self.config.rollout_batch_size * self.config.rollout_length
-
-    def choose_ends(self, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
+    def choose_ends(self, id: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
         """The task's rule where it is wanted, known, and right on the data; None: what the model learns."""
-        id, config = str(self.task.arguments["id"]).lower(), self.config
+        wanted = self.config.termination
         rule = next((rule for name, rule in ENDS.items() if re.match(rf"{name}-v\d", id)), None)
-        if config.termination == "never" or config.termination == "auto" and rule is None and not terminals.any():
+        if wanted == "never" or wanted == "auto" and rule is None and not terminals.any():
             return never
-        if config.termination == "learned" or rule is None:
+        if wanted == "learned" or rule is None:
             return None
         agreement = (rule(observations) == terminals.bool()).float().mean().item()
-        if agreement < 0.999:
-            print(f"the rule for ends of {id} is right in {agreement:.1%} of the data; the model learns them instead")
-            return None
-        return rule
+        if agreement >= 0.999:
+            return rule
+        print(f"the rule for ends of {id} is right in {agreement:.1%} of the data; the model learns them instead")
+        return None
+
+    def keep(self) -> None:
+        """Copies what goes on with the next epoch, so that a signal in the midst of one does no harm."""
+        state = {"progress": self.progress, "best": self.best}
+        if not self.progress["over"]:
+            state |= {"now": self.dynamics.state_dict(), "optimizer": self.dynamics.optimizer.state_dict()["state"]}
+        self.state = copy.deepcopy(state)
 
     def restore(self, run: Any) -> None:
-        """From the checkpoint, else from the run's dynamics.pt, which is there before any checkpoint, else from
-        dynamics_path. Raises DataError."""
-        paths = [
-            path for path in (self.path, self.config.dynamics_path) if path and (path != self.path or path.exists())
-        ]
-        if not run.resumed and not paths:
-            return
-        path = run.source if run.resumed else paths[0]
-        state = run.start["model"] if run.resumed else load(path, self.config.device, "learning", "best")
-        with blame(f"{path} holds a model of other data, or of other sizes"):
-            if state["learning"]["data"] != self.learning["data"]:
+        """From the run's checkpoint, else from dynamics_path. Raises DataError."""
+        path = run.source if run.resumed else self.config.dynamics_path
+        with blame(f"--dynamics_path {path}: no model, or one of other data or sizes"):
+            state = run.start["model"] if run.resumed else load(path, self.config.device)
+            if state["progress"]["data"] != self.progress["data"]:
                 raise ValueError("it learned from other transitions, rewards or held-out episodes")
             self.dynamics.load_state_dict(state["best"], strict=False)
-            if path == self.config.dynamics_path and not state["learning"]["over"]:
-                raise ValueError("it has not learned to the end")
-            self.learning, self.best = state["learning"], state["best"]
-            if not self.learning["over"]:
+            if "now" in state:
                 self.dynamics.load_state_dict(state["now"])
                 optimizer = self.dynamics.optimizer
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
+        self.progress, self.best = state["progress"], state["best"]
+        self.keep()
 
     def sample_transitions(self, batch_size: int) -> tuple[Tensor, ...]:
         """A minibatch for each member, from its own bootstrap sample."""
@@ -673,59 +661,51 @@ class WorldModel:
         rows = self.resampled.gather(1, places)  # [M, B]
         return tuple(column[rows] for column in self.columns)
 
-    def learn(self, stop: Any) -> None:
+    def learn(self, save_run: Callable, stop: Any) -> None:
         """Trains the model until no member gets better on held-out transitions; each keeps its best weights."""
         if not self.n_imagined:
             return
-        config, dynamics, state, started = self.config, self.dynamics, self.learning, time.perf_counter()
-        if not self.learning["over"]:
-            transitions = types.SimpleNamespace(sample=self.sample_transitions)
-            advance = updater(config, dynamics, transitions, RunningMean())
-            n_updates = math.ceil(self.resampled.shape[1] / config.batch_size)
-            progress = tqdm(total=config.dynamics_max_epochs, initial=state["epoch"], unit="epoch", disable=None)
-            while not self.learning["over"] and not stop:
-                with seeded(config, 2, state["epoch"]):
-                    left = n_updates
-                    while left:
-                        left -= advance(left)
+        config, dynamics, progress, started = self.config, self.dynamics, self.progress, time.perf_counter()
+        bar = tqdm(total=config.dynamics_max_epochs, initial=progress["epoch"], unit="epoch", disable=None)
+        if not progress["over"]:
+            data = types.SimpleNamespace(sample=self.sample_transitions)
+            advance = updater(config, dynamics, data, RunningMean())
+        while not progress["over"] and not stop:
+            with seeded(config, 2, progress["epoch"]):
+                left = math.ceil(self.resampled.shape[1] / config.batch_size)
+                while left and not stop:
+                    left -= advance(left)
+            if not left:
                 self.judge()
-                progress.update()
-                progress.set_postfix_str(f"held-out error {min(state['errors']):.4g}")
-                save(self.path, self.state())
-            progress.close()
-        if not stop:
-            dynamics.load_state_dict(self.best, strict=False)
-            dynamics.elites.copy_(torch.tensor(state["errors"]).argsort()[: len(dynamics.elites)])
-            save(self.path, self.state())
-            self.metrics = self.describe_dynamics()
-            errors = " ".join(f"{x:.3g}" for x in state["errors"])
-            print(
-                f"model: {state['epoch']} epochs, {time.perf_counter() - started:.0f} s, held-out errors {errors}; "
-                + ", ".join(f"{name} {value:.3g}" for name, value in self.metrics.items())
-            )
-
-    def state(self) -> dict[str, Any]:
-        if not self.n_imagined:
-            return {}
-        state = {"learning": self.learning, "best": self.best}
-        if not self.learning["over"]:
-            now, moments = self.dynamics.state_dict(), self.dynamics.optimizer.state_dict()["state"]
-            state |= {"now": now, "optimizer": moments}
-        return state
+                self.keep()
+                save_run(0)
+                bar.update()
+                bar.set_postfix_str(f"held-out error {min(progress['errors']):.4g}")
+        bar.close()
+        if stop:
+            return
+        dynamics.load_state_dict(self.best, strict=False)
+        dynamics.elites.copy_(torch.tensor(progress["errors"]).argsort()[: len(dynamics.elites)])
+        if not self.path.exists():
+            save(self.path, self.state)
+        self.seconds["model"], self.metrics = time.perf_counter() - started, self.describe_dynamics()
+        errors = ", ".join(f"{x:.3g}" for x in progress["errors"])
+        print(f"model: {progress['epoch']} epochs, {self.seconds['model']:.0f} s, held-out errors {errors}")
+        print(", ".join(f"{name} {value:.3g}" for name, value in self.metrics.items()))
 
     @torch.no_grad()
     def judge(self) -> None:
         """After an epoch: keeps the weights of the members whose held-out error [M] fell."""
         inputs, targets, _ = (column[self.held_out] for column in self.columns)
-        errors, state = (self.dynamics(inputs)[0] - targets).square().mean(dim=(1, 2)), self.learning
-        best = torch.tensor(state["errors"], device=errors.device)
+        errors, progress = (self.dynamics(inputs)[0] - targets).square().mean(dim=(1, 2)), self.progress
+        best = torch.tensor(progress["errors"], device=errors.device)
         better = errors < best * (1 - self.min_improvement)
         for name, parameter in self.dynamics.named_parameters():
             self.best[name][better] = parameter[better]
-        state["errors"] = torch.where(better, errors, best).tolist()
-        state["epoch"], state["stale"] = state["epoch"] + 1, 0 if better.any() else state["stale"] + 1
-        state["over"] = state["stale"] == self.patience or state["epoch"] == self.config.dynamics_max_epochs
-        if not math.isfinite(min(state["errors"])):
+        progress["errors"] = torch.where(better, errors, best).tolist()
+        progress["epoch"], progress["stale"] = progress["epoch"] + 1, 0 if better.any() else progress["stale"] + 1
+        progress["over"] = progress["stale"] == self.patience or progress["epoch"] == self.config.dynamics_max_epochs
+        if not math.isfinite(min(progress["errors"])):
             raise DataError("training diverged: the model's held-out error is no number; try a smaller --dynamics_lr")
 
     @torch.no_grad()
@@ -734,28 +714,22 @@ class WorldModel:
         end of an episode, and that it goes on, is foreseen (the mean of both shares)."""
         inputs, targets, ends = (column[self.held_out] for column in self.columns)
         mean, log_var, end = (x[self.dynamics.elites] for x in self.dynamics(inputs))
-        errors = (mean - targets).square()
-        r2 = [
-            1 - (x.mean() / y.var().clamp(min=1e-6)).item()
-            for x, y in ((errors[..., :-1], targets[:, :-1]), (errors[..., -1], targets[:, -1]))
-        ]
-        inside = errors.sqrt() <= 1.6449 * (log_var / 2).exp()
-        result = {"model_error": errors.mean().item(), "model_r2_observation": r2[0]}
-        result |= {"model_r2_reward": r2[1], "model_coverage": inside.float().mean().item()}
+        errors = (mean - targets).square()  # [elites, held out, O + 1]
+        parts = [(errors[..., i].mean(), targets[:, i].var(correction=0).clamp(min=1e-6)) for i in (slice(-1), -1)]
+        result = {"model_error": errors.mean().item()}
+        result["model_r2_observation"], result["model_r2_reward"] = (1 - (x / y).item() for x, y in parts)
+        result["model_coverage"] = (errors.sqrt() <= 1.6449 * (log_var / 2).exp()).float().mean().item()
         foreseen = ((end > 0) == ends.bool()).float().mean(dim=0)
-        return result | {
-            "model_end_accuracy": np.mean([foreseen[ends == x].mean().item() for x in ends.unique()]).item()
-        }
+        shares = [foreseen[ends == kind].mean().item() for kind in ends.unique()]
+        return result | {"model_end_accuracy": sum(shares) / len(shares)}
 
     @torch.no_grad()
     def imagine(self, observations: Tensor, actor: TanhGaussianActor) -> Batch:
         """Rollouts from normalised observations [B, O]; those that end go no further."""
         config, parts = self.config, []
         for _ in range(config.rollout_length):
-            if config.rollout_actions == "policy":
-                actions = sample_actions(*actor(observations), 1)[0].squeeze(1)
-            else:
-                actions = torch.empty(len(observations), len(actor.action_low), device=observations.device)
+            actions = sample_actions(*actor(observations), 1)[0].squeeze(1)
+            if config.rollout_actions == "uniform":
                 actions.uniform_(-1, 1)
             following, rewards, end, uncertainty = self.dynamics.step(observations * self.std + self.mean, actions)
             ended = torch.rand_like(end) < end if self.ends is None else self.ends(following)
@@ -770,23 +744,26 @@ class WorldModel:
         now), the step and the seed: a resumed run imagines the same again."""
         if not self.n_imagined:
             return
-        started, config, actor = time.perf_counter(), self.config, self.agent.actor
-        if weights is None:
-            weights = {name: x.clone() for name, x in actor.state_dict().items()}
-        else:
-            actor = copy.deepcopy(actor)
-            actor.load_state_dict(weights)
-        self.generations = [*self.generations, {"step": step, "weights": weights}][-config.model_retain :]
+        started, config, actor = time.perf_counter(), self.config, copy.deepcopy(self.agent.actor)
+        actor.load_state_dict(weights or actor.state_dict())
+        self.generations = [*self.generations, {"step": step, "weights": actor.state_dict()}][-config.model_retain :]
         with seeded(config, 3, step):
-            starts = self.buffer.sample(config.rollout_batch_size).observations
-            parts = [self.imagine(part, actor) for part in starts.split(self.chunk)]
+            rows = torch.randint(self.buffer.size, (config.rollout_batch_size,), device=self.counts.device)
+            parts = [self.imagine(self.buffer.columns[0][part], actor) for part in rows.split(self.chunk)]
         slot, n = step // config.rollout_freq % config.model_retain, sum(len(x.rewards) for x in parts)
         for ring, column in zip(self.rings, zip(*parts)):
             ring[slot * self.slot : slot * self.slot + n] = torch.cat(column)
         self.counts[slot] = n
         self.metrics["rollout_length"] = n / config.rollout_batch_size
         self.metrics["rollout_reward"] = torch.cat([x.rewards for x in parts]).mean().item()
-        self.seconds += time.perf_counter() - started
+        self.seconds["rollout"] += time.perf_counter() - started
+
+    def clock(self) -> float:
+        """Seconds, but for those of rollouts."""
+        return time.perf_counter() - self.seconds["rollout"]
+
+    def time_shares(self) -> dict[str, float]:
+        return {f"{name}_time_share": x / sum(self.seconds.values()) for name, x in self.seconds.items()}
 
     def sample(self, batch_size: int) -> Batch:
         """First the data's rows, then imagined ones."""
@@ -797,8 +774,7 @@ class WorldModel:
         ends = self.counts.cumsum(dim=0)
         slot = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
         rows = slot * self.slot + (place - (ends - self.counts)[slot]).long()
-        real = self.buffer.sample(n_real)
-        return Batch(*[torch.cat([x, ring[rows]]) for x, ring in zip(real, self.rings)])
+        return Batch(*[torch.cat([x, ring[rows]]) for x, ring in zip(self.buffer.sample(n_real), self.rings)])
 
 
 @contextlib.contextmanager
@@ -841,7 +817,8 @@ LIMITS = {
     "max_timesteps eval_freq n_episodes batch_size buffer_size log_interval": (1, 1e12),
     "target_update_period cql_n_actions hidden_dim policy_n_hidden_layers q_n_hidden_layers": (1, 1e6),
     "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap": (-1e12, 1e12),
-    "discount soft_target_update_rate real_ratio": (0, 1),
+    "discount soft_target_update_rate": (0, 1),
+    "real_ratio": (1e-6, 1),
     "rollout_freq rollout_batch_size rollout_length model_retain dynamics_max_epochs": (1, 1e12),
     "dynamics_members dynamics_elites dynamics_hidden_dim dynamics_n_hidden_layers": (1, 1e6),
     "mopo_penalty dynamics_lr": (0, 1e12),
@@ -1435,26 +1412,29 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
         run.restore(agent, means)
     agent.actor.load_state_dict(scaling, strict=False)
     model = WorldModel(config, task, agent, buffer, run)
+
+    def save_run(step: int) -> None:
+        run.save(agent, means, step, generations=model.generations, model=model.state)
+
     run.begin(task, f"updates {agent.n_updates:,}")
     torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     progress = tqdm(total=run.n_steps, initial=agent.n_updates, unit="update", disable=None)
     try:
-        model.learn(stop)
+        model.learn(save_run, stop)
         for generation in run.start["generations"] if run.resumed else ():
             model.generate(**generation)
-        model.seconds = 0.0
         advance = updater(config, agent, model, *means)
         n, begun = 0, (agent.n_updates, time.perf_counter())
-        since = begun
+        since = (agent.n_updates, model.clock())
         while run.last_step < run.n_steps:
             step = agent.n_updates
             due = step > run.last_step and (step % config.eval_freq == 0 or step == run.n_steps)
             if due and not stop:
                 averages = task.check(total.read(), agent)  # waits for the device
-                seconds = time.perf_counter() - since[1]
-                speed = (step - since[0]) / (seconds - model.seconds)
+                seconds = model.clock() - since[1]
+                speed, model.seconds["update"] = (step - since[0]) / seconds, model.seconds["update"] + seconds
                 row = {"step": step} | task.evaluate(agent, holdout, stop) | {"updates_per_second": speed}
-                row |= model.metrics | {"rollout_time_share": model.seconds / seconds}
+                row |= model.metrics | model.time_shares()
                 if not stop:  # else the evaluation was cut short, and is made when the run goes on
                     run.rows.append(task.check(row, agent) | averages)
                     run.log(row | recent.read(), step)
@@ -1462,8 +1442,8 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                     progress.write(f"update {step:,}: {describe(run.rows[-1])}, {speed:.0f} updates/s")
                     for mean in means:
                         mean.reset()
-                    run.save(agent, means, step, generations=model.generations, model=model.state())
-                    since, model.seconds = (step, time.perf_counter()), 0.0
+                    save_run(step)
+                    since = (step, model.clock())
             elif step > begun[0] and step % config.log_interval == 0 and not stop:
                 run.log(task.check(recent.read(), agent), step)
                 recent.reset()
@@ -1473,10 +1453,10 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                 print(f"update {step:,}: {rate:.0f} updates/s, the end in about {left}", flush=True)
             if stop:
                 task.check(total.read(), agent)  # no checkpoint of a run that diverged
-                run.save(agent, means, step, generations=model.generations, model=model.state())
+                save_run(step)
                 progress.write(f"signal {stop[0]} at update {step:,}: saved in {run.path}")
                 raise SystemExit(128 + stop[0])
-            if step % config.rollout_freq == 0:
+            if step % config.rollout_freq == 0 and step < run.n_steps:
                 model.generate(step)
             ends = (step + n - step % n for n in (config.eval_freq, config.log_interval, config.rollout_freq))
             n = advance(min(run.n_steps, *ends) - step)
