@@ -425,8 +425,8 @@ ACTS = {
     "real_ratio": ({}, 0.25), "push_down_states": ({}, "model"), "mopo_penalty": ({}, 1.0), "rollout_freq": ({}, 5),
     "rollout_batch_size": ({}, 9), "rollout_length": ({}, 3), "rollout_actions": ({}, "uniform"),
     "model_retain": ({"rollout_freq": 5}, 1), "termination": ({}, "never"), "dynamics_members": ({}, 4),
-    "dynamics_elites": ({}, 1), "dynamics_hidden_dim": ({}, 9), "dynamics_n_hidden_layers": ({}, 2), "dynamics_lr": ({}, 1e-2),
-    "dynamics_max_epochs": ({"dynamics_lr": 1e-2}, 2), "dynamics_path": ({}, "dynamics.pt"),
+    "dynamics_elites": ({}, 1), "dynamics_hidden_dim": ({}, 9), "dynamics_n_hidden_layers": ({}, 2),
+    "dynamics_lr": ({}, 1e-2), "dynamics_max_epochs": ({"dynamics_lr": 1e-2}, 2), "dynamics_path": ({}, "dynamics.pt"),
     # of algorithms/discrete/cql_dqn.py
     "eval_epsilon": ({"eval_env": "Paid-v0"}, 0.5), "head": ({}, "qr"), "n_atoms": ({"head": "c51"}, 11),
     "v_min": ({"head": "c51"}, -500.0), "v_max": ({"head": "c51"}, 5000.0), "n_quantiles": ({"head": "qr"}, 11),
