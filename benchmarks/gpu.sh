@@ -51,6 +51,9 @@ step speed 150 $speed ${peer:+--peer "$peer"} --variants compile=False - precisi
     precision=bfloat16,cql_backprop_actions=2
 step speed-discrete 70 $speed --script discrete/cql_dqn --observation 8 --action 4 --layers 2 --variants compile=False - \
     head=c51
+step speed-combo 70 $speed --script offline/combo --variants real_ratio=1 -
+step speed-model 50 $speed --script offline/combo --part model --variants dynamics_members=1,dynamics_elites=1 -
+step speed-rollouts 30 $speed --script offline/combo --part rollouts
 nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu --format=csv,nounits -l 1 >"$out/memory.csv" 2>/dev/null &
 watcher=$!
 step alone 60 bash -c 'train 0'

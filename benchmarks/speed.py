@@ -3,6 +3,9 @@
     python benchmarks/speed.py --layers 3 --variants compile=False precision=bfloat16,compile=True --peer ../CORL
     python benchmarks/speed.py --script discrete/cql_dqn --observation 8 --action 4 --batch 64 --layers 2
     python benchmarks/speed.py --script finetune/cql --env Hopper-v5 --layers 2 --variants - n_online_envs=4
+    python benchmarks/speed.py --script offline/combo --variants real_ratio=1 real_ratio=0.5
+    python benchmarks/speed.py --script offline/combo --part model --variants dynamics_members=1,dynamics_elites=1 -
+    python benchmarks/speed.py --script offline/combo --part rollouts
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
     python benchmarks/speed.py --variants OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 --copies 1 2 4
 
@@ -10,6 +13,7 @@ A variant is options of the script and, in capitals, environment variables (`-`:
 own; windows alternate between them, and the median counts. `--peer` is a checkout of CORL
 (https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads that
 the scripts set. `--env` times the online steps of finetune/cql too: acting, environment, file and buffer, no updates.
+`--part` times that part of offline/combo instead: updates of its model, or imagined transitions.
 `--copies` says how many of a variant's processes run at once, as runs packed on a GPU or a CPU do; the rate is their
 sum. `--beside` says how many busy processes run meanwhile. Several numbers of either are measured in turn. Rows are
 added to benchmarks/results/speed.csv.
@@ -46,15 +50,15 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algorithms.discrete import cql_dqn
 from algorithms.finetune import cql as finetune_cql
-from algorithms.offline import cql
+from algorithms.offline import combo, cql
 
-SCRIPTS = {"offline/cql": cql, "discrete/cql_dqn": cql_dqn, "finetune/cql": finetune_cql}
+SCRIPTS = {"offline/cql": cql, "offline/combo": combo, "discrete/cql_dqn": cql_dqn, "finetune/cql": finetune_cql}
 N_ROWS = 100_000
 COLUMNS = (
     "script", "variant", "beside", "device", "threads", "observation", "action", "batch", "layers", "actions",
     "updates_per_second", "slowest_window", "fastest_window", "ratio", "gflop_per_update", "matmul_gflop_per_second",
     "utilisation", "peak_memory_mb", "compile_seconds", "launches_per_update", "torch", "machine",
-    "env", "env_steps_per_second", "copies",
+    "env", "env_steps_per_second", "copies", "part",
 )  # fmt: skip
 
 
@@ -104,10 +108,35 @@ def prepare_script(job, variant):
     else:
         agent = script.CQL(config, job.observation, job.action)
     buffer = script.ReplayBuffer(data, job.device)
+    if script is combo:
+        return prepare_combo(job, config, agent, buffer)
     operations = count_operations(lambda: agent.update(buffer.sample(job.batch)))
     started = time.perf_counter()
     advance = script.updater(config, agent, buffer, script.RunningMean(), script.RunningMean())
     return functools.partial(advance, script.GRAPH_UPDATES), operations, time.perf_counter() - started
+
+
+def prepare_combo(job, config, agent, buffer):
+    """The same for updates of the agent, with imagined transitions; or of the model; or for imagined transitions."""
+    task, run = types.SimpleNamespace(arguments={"id": "none"}), types.SimpleNamespace(path=Path(), resumed=False)
+    model, steps = combo.WorldModel(config, task, agent, buffer, run), itertools.count(0, config.rollout_freq)
+
+    def generate():
+        step = next(steps)
+        model.generate(step)
+        return int(model.counts[step // config.rollout_freq % config.model_retain])
+
+    if job.part == "rollouts":
+        return generate, count_operations(generate) / generate(), 0.0
+    if job.part == "model":
+        agent, source = model.dynamics, types.SimpleNamespace(sample=model.sample_transitions)
+    else:
+        source = model
+        model.generate(0)
+    operations = count_operations(lambda: agent.update(source.sample(job.batch)))
+    started = time.perf_counter()
+    advance = combo.updater(config, agent, source, combo.RunningMean())
+    return functools.partial(advance, combo.GRAPH_UPDATES), operations, time.perf_counter() - started
 
 
 def prepare_online(job, variant):
@@ -266,7 +295,7 @@ def compare(job):
             limit = limits["bfloat16" if "bfloat16" in variant else "float32"]
             name = "CORL" if kind == "peer" else variant
             rows.append(make_row(job, name, n_beside, group[0][1], found, base, limit))
-            rows[-1]["copies"] = len(group[:copies])
+            rows[-1] |= {"copies": len(group[:copies]), "part": job.part}
             if name in steps:
                 rows[-1] |= {"env": job.env, "env_steps_per_second": round(steps[name], 1)}
     for connection, _ in itertools.chain(*workers):
@@ -293,6 +322,7 @@ def main():
     parser.add_argument("--variants", nargs="+", default=["-"], help="options of the script, as name=value,name=value")
     parser.add_argument("--script", choices=SCRIPTS, default="offline/cql", help="below algorithms/")
     parser.add_argument("--peer", help="checkout of CORL, for offline/cql")
+    parser.add_argument("--part", choices=("model", "rollouts"), help="of offline/combo; else its agent's updates")
     parser.add_argument("--env", metavar="GYM_ID", help="environment of finetune/cql's online steps")
     for name, default in {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -316,6 +346,8 @@ def main():
         parser.error(f"--copies {min(job.copies)} is no number of processes above 0")
     if job.env and job.script != "finetune/cql":
         parser.error(f"--env {job.env} is for --script finetune/cql")
+    if job.part and job.script != "offline/combo":
+        parser.error(f"--part {job.part} is for --script offline/combo")
     if job.peer and job.script != "offline/cql":
         parser.error(f"--peer {job.peer} has no {job.script}")
     if job.peer and not (Path(job.peer) / "algorithms/offline/cql.py").exists():

@@ -47,6 +47,13 @@ def test_the_rate_of_copies_is_their_sum(measure, monkeypatch):
     assert [row["updates_per_second"] for row in measure("--copies", "1", "3")] == ["3", f"{6 + 7 + 8}"]
 
 
+@pytest.mark.parametrize("part", [None, "model", "rollouts"])
+def test_parts_of_combo(part, measure):
+    variant = "rollout_batch_size=9,rollout_length=2,dynamics_hidden_dim=8,dynamics_members=5"
+    (row,) = measure("--script=offline/combo", f"--variants={variant}", *([f"--part={part}"] if part else []))
+    assert row["part"] == (part or "") and float(row["updates_per_second"]) > 0 and float(row["utilisation"]) > 0
+
+
 def test_a_variant_is_options_and_environment_variables():
     job = type("Job", (), {"script": "offline/cql", "device": "cpu", "batch": 8, "layers": 1, "actions": 2})
     config, variables = speed.make_config(job, "GOMP_SPINCOUNT=0,cql_alpha=2")
@@ -82,6 +89,7 @@ def test_operations_of_the_discrete_script_are_those_of_the_products():
         ["--peer=/nowhere"],
         ["--beside=-1"],
         ["--copies=0"],
+        ["--part=model"],
         ["--no_such"],
     ],
 )
@@ -105,4 +113,5 @@ def test_gpu_script_goes_on_after_a_step_that_fails(device, tmp_path):
         return
     with open(tmp_path / "runs/gpu/steps.csv", newline="") as file:
         rows = {row["step"]: row["status"] for row in csv.DictReader(file)}
-    assert rows == dict.fromkeys(("collect", "tests", "speed", "speed-discrete", "alone"), "3") | {"four": "123"}
+    names = {"collect", "tests", "alone", "speed", *(f"speed-{x}" for x in ("discrete", "combo", "model", "rollouts"))}
+    assert rows == dict.fromkeys(names, "3") | {"four": "123"}

@@ -283,9 +283,7 @@ class Dynamics(nn.Module):
         mean, log_var, end = self(inputs)
         std, rows = (log_var / 2).exp(), torch.arange(len(actions), device=actions.device)
         member = self.elites[torch.randint(len(self.elites), rows.shape, device=rows.device)]
-        sample = mean[member, rows]
-        sample = sample + std[member, rows] * torch.randn_like(sample)
-        sample = self.target_mean + self.target_std * sample
+        sample = self.target_mean + self.target_std * torch.normal(mean[member, rows], std[member, rows])
         uncertainty = (std * self.target_std).norm(dim=-1).max(dim=0).values
         return observations + sample[:, :-1], sample[:, -1], end[member, rows].sigmoid(), uncertainty
 
