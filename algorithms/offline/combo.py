@@ -709,7 +709,7 @@ class WorldModel:
     @torch.no_grad()
     def describe_dynamics(self) -> dict[str, float]:
         """Of the elites on held-out transitions: error, R^2, share of targets in the 90 % interval, and how often the
-        end of an episode, and that it goes on, is foreseen (the mean of both shares)."""
+        end of an episode, and that it goes on, is foreseen (the mean of both shares), as more likely than on average."""
         inputs, targets, ends = (column[self.held_out] for column in self.columns)
         mean, log_var, end = (x[self.dynamics.elites] for x in self.dynamics(inputs))
         errors = (mean - targets).square()  # [elites, held out, O + 1]
@@ -717,7 +717,8 @@ class WorldModel:
         result = {"model_error": errors.mean().item()}
         result["model_r2_observation"], result["model_r2_reward"] = (1 - (x / y).item() for x, y in parts)
         result["model_coverage"] = (errors.sqrt() <= 1.6449 * (log_var / 2).exp()).float().mean().item()
-        foreseen = ((end > 0) == ends.bool()).float().mean(dim=0)
+        average = self.columns[2].mean() % 1 or 0.5  # where all transitions end, or none
+        foreseen = ((end.sigmoid() > average) == ends.bool()).float().mean(dim=0)
         shares = [foreseen[ends == kind].mean().item() for kind in ends.unique()]
         return result | {"model_end_accuracy": sum(shares) / len(shares)}
 
