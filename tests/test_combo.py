@@ -197,7 +197,7 @@ def test_each_member_keeps_its_best_weights_and_learning_stops(make, monkeypatch
             break
     assert epoch == 2 + model.patience and model.progress["epoch"] == epoch + 1
     assert model.progress["errors"] == pytest.approx([0.9, 0.9, 1.0], rel=1e-4)
-    for x in model.best.values():
+    for x in (model.best[name] for name, _ in model.dynamics.named_parameters()):
         assert [x[i].unique().tolist() for i in range(3)] == [[1.0], [2.0], [0.0]]
     monkeypatch.undo()
     model.learn(lambda step: None, ())

@@ -223,7 +223,7 @@ class Dynamics(nn.Module):
         for name, size in (("input", sizes[0]), ("target", n_out)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
-        self.register_buffer("elites", torch.arange(config.dynamics_elites))
+        self.register_buffer("elites", torch.arange(config.dynamics_elites), persistent=False)
         self.to(config.device)
         decay = np.interp(np.linspace(0, 1, len(weights)), np.linspace(0, 1, len(self.decay)), self.decay)
         groups = [{"params": [x], "weight_decay": float(rate)} for x, rate in zip(self.weights, decay)]
@@ -609,7 +609,7 @@ class WorldModel:
         self.slot = config.rollout_batch_size * config.rollout_length  # most rows of a generation
         self.rings = [x.new_zeros(config.model_retain * self.slot, *x.shape[1:]) for x in batch]
         self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=device)
-        self.best = {name: x.detach().clone() for name, x in self.dynamics.named_parameters()}
+        self.best = copy.deepcopy(self.dynamics.state_dict())
         data = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in batch)).hexdigest()
         errors = [math.inf] * config.dynamics_members
         self.progress = {"data": data, "epoch": 0, "stale": 0, "over": False, "errors": errors}
@@ -645,7 +645,7 @@ class WorldModel:
             state = run.start["model"] if run.resumed else load(path, self.config.device)
             if state["progress"]["data"] != self.progress["data"]:
                 raise ValueError("it learned from other transitions, rewards or held-out episodes")
-            self.dynamics.load_state_dict(state["best"], strict=False)
+            self.dynamics.load_state_dict(state["best"])
             if "now" in state:
                 self.dynamics.load_state_dict(state["now"])
                 optimizer = self.dynamics.optimizer
@@ -682,7 +682,7 @@ class WorldModel:
         bar.close()
         if stop:
             return
-        dynamics.load_state_dict(self.best, strict=False)
+        dynamics.load_state_dict(self.best)
         dynamics.elites.copy_(torch.tensor(progress["errors"]).argsort()[: len(dynamics.elites)])
         if not self.path.exists():
             save(self.path, self.state)
@@ -708,8 +708,8 @@ class WorldModel:
 
     @torch.no_grad()
     def describe_dynamics(self) -> dict[str, float]:
-        """Of the elites on held-out transitions: error, R^2, share of targets in the 90 % interval, and how often the
-        end of an episode, and that it goes on, is foreseen (the mean of both shares), as more likely than on average."""
+        """Of the elites on held-out transitions: error, R^2, share of targets in the 90 % interval, and how often ends
+        are foreseen, and that there is none (mean of both shares), by more than the average probability."""
         inputs, targets, ends = (column[self.held_out] for column in self.columns)
         mean, log_var, end = (x[self.dynamics.elites] for x in self.dynamics(inputs))
         errors = (mean - targets).square()  # [elites, held out, O + 1]
