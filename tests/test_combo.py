@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import equal, refusal, weights
+from conftest import SPEEDS, equal, refusal, weights
 
 from algorithms.offline import combo, cql
 
@@ -331,6 +331,36 @@ def test_dynamics_path_takes_the_model_of_another_run(tmp_path, capsys):
         assert status == 1 and "no model, or one of other data or sizes" in text
     status, text = refusal(combo.train, config_of(path=tmp_path, run_id="4", dynamics_path=str(path) + "x"), line())
     assert status == 1 and "does not exist" in text
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kill", [True, False])
+@pytest.mark.parametrize("n", [1, 15, 23, 45])  # of 3 epochs of 15 minibatches
+def test_stopped_while_the_model_learns_it_goes_on_with_the_same_bits(n, kill, tmp_path, monkeypatch):
+    whole = combo.train(config_of(path=tmp_path / "whole"), line())
+    sample, calls, stop = combo.WorldModel.sample_transitions, itertools.count(1), []
+
+    def stopping(*arguments):
+        if next(calls) == n:
+            if kill:
+                raise Killed
+            stop.append(15)
+        return sample(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed if kill else SystemExit):
+        patch.setattr(combo.WorldModel, "sample_transitions", stopping)
+        combo.train(config_of(path=tmp_path), line(), stop=stop)
+    folder = tmp_path / "run"
+    path = folder / "checkpoint.pt"
+    done = torch.load(path, weights_only=True)["model"]["progress"]["epoch"] if path.exists() else 0
+    assert done in ({(n - 1) // 15} if kill else {(n - 1) // 15, n // 15}) and not (folder / "metrics.csv").exists()
+    row = combo.train(config_of(path=tmp_path), line())
+    assert all(row[name] == whole[name] for name in row.keys() - SPEEDS)
+    for name in ("checkpoint.pt", "dynamics.pt"):
+        assert equal(weights(folder, name), weights(tmp_path / "whole/run", name))
 
 
 @pytest.mark.parametrize("options", [{"push_down_states": "model", "real_ratio": 1.0}, {"dynamics_elites": 4}])
