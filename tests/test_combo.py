@@ -337,10 +337,16 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run, and its last row."""
+    path = tmp_path_factory.mktemp("whole")
+    return path / "run", combo.train(config_of(path=path), line())
+
+
 @pytest.mark.parametrize("kill", [True, False])
 @pytest.mark.parametrize("n", [1, 15, 23, 45])  # of 3 epochs of 15 minibatches
-def test_stopped_while_the_model_learns_it_goes_on_with_the_same_bits(n, kill, tmp_path, monkeypatch):
-    whole = combo.train(config_of(path=tmp_path / "whole"), line())
+def test_stopped_while_the_model_learns_it_goes_on_with_the_same_bits(n, kill, tmp_path, monkeypatch, uninterrupted):
     sample, calls, stop = combo.WorldModel.sample_transitions, itertools.count(1), []
 
     def stopping(*arguments):
@@ -358,9 +364,10 @@ def test_stopped_while_the_model_learns_it_goes_on_with_the_same_bits(n, kill, t
     done = torch.load(path, weights_only=True)["model"]["progress"]["epoch"] if path.exists() else 0
     assert done in ({(n - 1) // 15} if kill else {(n - 1) // 15, n // 15}) and not (folder / "metrics.csv").exists()
     row = combo.train(config_of(path=tmp_path), line())
-    assert all(row[name] == whole[name] for name in row.keys() - SPEEDS)
+    whole, expected = uninterrupted
+    assert all(row[name] == expected[name] for name in row.keys() - SPEEDS)
     for name in ("checkpoint.pt", "dynamics.pt"):
-        assert equal(weights(folder, name), weights(tmp_path / "whole/run", name))
+        assert equal(weights(folder, name), weights(whole, name))
 
 
 @pytest.mark.parametrize("options", [{"push_down_states": "model", "real_ratio": 1.0}, {"dynamics_elites": 4}])
