@@ -313,7 +313,11 @@ def test_ends_are_the_tasks_where_its_rule_is_right_else_learned(make, capsys):
     states = torch.tensor([[1.25, 0.0] + [0.0] * 9]).repeat(1000, 1)
     states[::10, 0] = 0.5
     assert model.choose_ends("hopper-v5", states, (states[:, 0] < 0.7).float()) is combo.ENDS["hopper"]
-    assert model.choose_ends("hopper-v5", states, torch.zeros(1000)) is None and "90.0%" in capsys.readouterr().out
+    for name in ("hopper-v5", "hopper-medium-v2 none", "local/hopper/medium-v0 none"):
+        assert model.choose_ends(name, states, (states[:, 0] < 0.7).float()) is combo.ENDS["hopper"]
+        assert model.choose_ends(name, states, 1 - (states[:, 0] < 0.7).float()) is None
+        assert "learned (the rule of hopper is right in 0.0%)" in capsys.readouterr().out
+    assert model.choose_ends("hopper-v5", states, torch.zeros(1000)) is combo.never
     assert model.choose_ends("hoppermaze-v0", states, torch.zeros(1000)) is combo.never
 
 
@@ -328,7 +332,7 @@ def test_dynamics_path_takes_the_model_of_another_run(tmp_path, capsys):
     for data, options in ((line(seed=1), {}), (line(), {"dynamics_hidden_dim": 8}), (line(), {"dynamics_members": 4})):
         config = config_of(path=tmp_path, run_id="third", dynamics_path=str(path), **options)
         status, text = refusal(combo.train, config, data)
-        assert status == 1 and "no model, or one of other data or sizes" in text
+        assert status == 1 and "no model of these data and sizes" in text
     status, text = refusal(combo.train, config_of(path=tmp_path, run_id="4", dynamics_path=str(path) + "x"), line())
     assert status == 1 and "does not exist" in text
 
@@ -380,3 +384,15 @@ def test_few_data_end_in_no_high_promise(tmp_path):
     options = {"rollout_length": 20, "max_timesteps": 300, "eval_freq": 300, "cql_alpha": 5.0, "discount": 0.9}
     row = combo.train(config_of(path=tmp_path, qf_lr=1e-2, policy_lr=1e-3, **options), line(60))
     assert row["average_qf1"] < line(60)["rewards"].max() / (1 - 0.9)
+
+
+@pytest.mark.parametrize("discount", [0.9, 1.0])
+def test_no_target_is_above_what_rewards_can_add_up_to(discount, make):
+    model, agent = make(discount=discount)
+    largest = model.buffer.columns[2].max().item() / max(1 - discount, 1e-9)
+    assert agent.largest_value == pytest.approx(largest) and make(real_ratio=1.0)[1].largest_value == np.inf
+    batch = model.buffer.sample(32)
+    agent.target_critic.biases[-1].data.fill_(1e30)
+    target, *_ = agent.propose(batch, *agent.actor(torch.cat([batch.observations, batch.next_observations])))
+    ended = batch.terminals == 1
+    assert torch.allclose(target[~ended], torch.tensor(largest)) and torch.equal(target[ended], batch.rewards[ended])

@@ -9,7 +9,7 @@ COMBO: https://arxiv.org/abs/2102.08363; MOPO: https://arxiv.org/abs/2005.13239;
 Differs from the papers
 1. The model also learns whether an episode ends, where the task's own rule is not known; imagined episodes end there.
 2. Changes and rewards are standardised too, so that limits of log-variances mean the same in any units.
-3. Imagined observations and rewards stay within the smallest and largest ones of the data.
+3. Imagined observations and rewards stay within those of the data, TD targets below what such rewards can add up to.
 4. The TD loss is the squared error without 1/2, as in offline/cql.py, so cql_alpha is twice the paper's beta.
 
 Known failures: a model of few data is believed all the same. docs/combo.md explains each option and metric.
@@ -95,7 +95,7 @@ class TrainConfig:
     use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient for an entropy of -A
     backup_entropy: bool = False  # subtract alpha log pi from the TD target's next value
 
-    cql_alpha: float = 1.0  # weight of the penalty; 0 is MBPO, or MOPO
+    cql_alpha: float = 10.0  # weight of the penalty; 0 is MBPO, or MOPO
     cql_n_actions: int = 10  # actions sampled from each of the three proposals
     cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all, exactly
     cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
@@ -238,7 +238,7 @@ class Dynamics(nn.Module):
         for name, columns in (("input", inputs), ("target", targets)):
             std, mean = torch.std_mean(columns, dim=0, correction=0)
             getattr(self, f"{name}_mean").copy_(mean)
-            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 1, std))
+            getattr(self, f"{name}_std").copy_(torch.where(std <= 1e-6 * columns.abs().amax(dim=0), 1, std))
         return (inputs - self.input_mean) / self.input_std, (targets - self.target_mean) / self.target_std
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,6 +336,7 @@ class CQL(nn.Module):
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
         self.n_real = max(1, round(config.real_ratio * config.batch_size))
+        self.largest_value = math.inf  # of a TD target; WorldModel knows it
         self.to(config.device)
         self.learned = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
         self.learned |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
@@ -376,7 +377,8 @@ class CQL(nn.Module):
         next_q, best = next_q.max(dim=1)  # [B]
         if self.config.backup_entropy:
             next_q = next_q - self.alpha * next_log_prob.gather(1, best.unsqueeze(1)).squeeze(1)
-        return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
+        target = batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
+        return target.clamp(max=self.largest_value)
 
     def critic_loss(
         self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor, n_real: int
@@ -581,12 +583,12 @@ class WorldModel:
 
     def __init__(self, config: TrainConfig, task: Any, agent: CQL, buffer: Any, run: Any):
         """buffer: the data's. Raises ConfigError and DataError."""
-        self.config, self.agent, self.buffer, self.path = config, agent, buffer, run.path / "dynamics.pt"
+        self.config, self.agent, self.buffer, self.run = config, agent, buffer, run
         self.generations, self.metrics, self.state = [], {}, {}  # state: all of the model that a resume needs
         self.seconds = {"model": 0.0, "rollout": 0.0, "update": 0.0}
         self.n_imagined = config.batch_size - agent.n_real
         if config.push_down_states == "model" and not self.n_imagined:
-            raise ConfigError("--push_down_states model needs imagined states: --real_ratio below 1")
+            raise ConfigError("--push_down_states model needs imagined states: a smaller --real_ratio")
         if config.dynamics_elites > config.dynamics_members:
             raise ConfigError(f"--dynamics_elites {config.dynamics_elites} of {config.dynamics_members} members")
         if not self.n_imagined:
@@ -605,7 +607,8 @@ class WorldModel:
         with seeded(config, 1):  # a bootstrap sample a member
             self.resampled = rest[torch.randint(len(rest), (config.dynamics_members, len(rest)), device=device)]
         (self.low, self.high), self.rewards = following.aminmax(dim=0), batch.rewards.aminmax()
-        self.ends = self.choose_ends(str(task.arguments["id"]).lower(), following, batch.terminals)
+        agent.largest_value = max(0.0, self.rewards[1].item()) / max(1 - config.discount, 1e-9)
+        self.ends = self.choose_ends(f"{config.env} {task.arguments['id']}".lower(), following, batch.terminals)
         self.slot = config.rollout_batch_size * config.rollout_length  # most rows of a generation
         self.rings = [x.new_zeros(config.model_retain * self.slot, *x.shape[1:]) for x in batch]
         self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=device)
@@ -615,33 +618,28 @@ class WorldModel:
         self.progress = {"data": data, "epoch": 0, "stale": 0, "over": False, "errors": errors}
         self.keep()
         if run.resumed or config.dynamics_path:
-            self.restore(run)
+            self.restore()
 
-    def choose_ends(self, id: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
-        """The task's rule where it is wanted, known, and right on the data; None: what the model learns."""
-        wanted = self.config.termination
-        rule = next((rule for name, rule in ENDS.items() if re.match(rf"{name}-v\d", id)), None)
-        if wanted == "never" or wanted == "auto" and rule is None and not terminals.any():
-            return never
-        if wanted == "learned" or rule is None:
-            return None
-        agreement = (rule(observations) == terminals.bool()).float().mean().item()
-        if agreement >= 0.999:
-            return rule
-        print(f"the rule for ends of {id} is right in {agreement:.1%} of the data; the model learns them instead")
-        return None
+    def choose_ends(self, names: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
+        """The task's rule where it is known and right on the data; None: what the model learns."""
+        name, kind = next((x for x in ENDS if re.search(rf"\b{x}\b", names)), ""), self.config.termination
+        agreement = (ENDS[name](observations) == terminals.bool()).float().mean().item() if name else 0.0
+        if kind == "auto":
+            kind = name if agreement >= 0.999 else "learned" if terminals.any() else "never"
+        print(f"ends of imagined episodes: {kind}" + f" (the rule of {name} is right in {agreement:.1%})" * bool(name))
+        return {"learned": None, "never": never}.get(kind, ENDS.get(name))
 
     def keep(self) -> None:
         """Copies what goes on with the next epoch, so that a signal in the midst of one does no harm."""
-        state = {"progress": self.progress, "best": self.best}
+        state = {"progress": self.progress, "best": self.best, "held_out": self.held_out}
         if not self.progress["over"]:
             state |= {"now": self.dynamics.state_dict(), "optimizer": self.dynamics.optimizer.state_dict()["state"]}
         self.state = copy.deepcopy(state)
 
-    def restore(self, run: Any) -> None:
+    def restore(self) -> None:
         """From the run's checkpoint, else from dynamics_path. Raises DataError."""
-        path = run.source if run.resumed else self.config.dynamics_path
-        with blame(f"--dynamics_path {path}: no model, or one of other data or sizes"):
+        run, path = self.run, self.run.source if self.run.resumed else self.config.dynamics_path
+        with blame(f"{path} holds no model of these data and sizes; --dynamics_path takes a run's dynamics.pt"):
             state = run.start["model"] if run.resumed else load(path, self.config.device)
             if state["progress"]["data"] != self.progress["data"]:
                 raise ValueError("it learned from other transitions, rewards or held-out episodes")
@@ -650,7 +648,7 @@ class WorldModel:
                 self.dynamics.load_state_dict(state["now"])
                 optimizer = self.dynamics.optimizer
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
-        self.progress, self.best = state["progress"], state["best"]
+            self.progress, self.best, self.held_out = (state[x] for x in ("progress", "best", "held_out"))
         self.keep()
 
     def sample_transitions(self, batch_size: int) -> tuple[Tensor, ...]:
@@ -684,8 +682,8 @@ class WorldModel:
             return
         dynamics.load_state_dict(self.best)
         dynamics.elites.copy_(torch.tensor(progress["errors"]).argsort()[: len(dynamics.elites)])
-        if not self.path.exists():
-            save(self.path, self.state)
+        if not (self.run.resumed and (self.run.path / "dynamics.pt").exists()):
+            save(self.run.path / "dynamics.pt", self.state)
         self.seconds["model"], self.metrics = time.perf_counter() - started, self.describe_dynamics()
         errors = ", ".join(f"{x:.3g}" for x in progress["errors"])
         print(f"model: {progress['epoch']} epochs, {self.seconds['model']:.0f} s, held-out errors {errors}")
@@ -717,10 +715,12 @@ class WorldModel:
         result = {"model_error": errors.mean().item()}
         result["model_r2_observation"], result["model_r2_reward"] = (1 - (x / y).item() for x, y in parts)
         result["model_coverage"] = (errors.sqrt() <= 1.6449 * (log_var / 2).exp()).float().mean().item()
-        average = self.columns[2].mean() % 1 or 0.5  # where all transitions end, or none
-        foreseen = ((end.sigmoid() > average) == ends.bool()).float().mean(dim=0)
-        shares = [foreseen[ends == kind].mean().item() for kind in ends.unique()]
-        return result | {"model_end_accuracy": sum(shares) / len(shares)}
+        if self.ends is None:
+            average = self.columns[2].mean() % 1 or 0.5  # where all transitions end, or none
+            foreseen = ((end.sigmoid() > average) == ends.bool()).float().mean(dim=0)
+            shares = [foreseen[ends == kind].mean().item() for kind in ends.unique()]
+            result["model_end_accuracy"] = sum(shares) / len(shares)
+        return result
 
     @torch.no_grad()
     def imagine(self, observations: Tensor, actor: TanhGaussianActor) -> Batch:
