@@ -183,6 +183,59 @@ def test_likelihood_by_hand(float64):
     assert slope == pytest.approx(gradients[0][0, 1, 2].item(), rel=1e-3, abs=1e-6)
 
 
+def test_first_weights_and_their_decay():
+    model = combo.Dynamics(config_of(dynamics_hidden_dim=400, dynamics_n_hidden_layers=4), 3, 2)
+    for weight in list(model.weights)[1:]:  # a normal distribution that is cut at two of its own deviations
+        std = 0.5 / weight.shape[1] ** 0.5
+        assert weight.std().item() == pytest.approx(0.88 * std, rel=0.03) and weight.abs().max() <= 2 * std
+    *groups, others = model.optimizer.param_groups
+    assert [group["params"][0].shape[1:] for group in groups] == [weight.shape[1:] for weight in model.weights]
+    assert [group["weight_decay"] for group in groups] == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4])
+    assert others["weight_decay"] == 0 and len(others["params"]) == 7
+
+
+def test_log_variances_have_limits_and_a_gradient_towards_them(float64):
+    model, (inputs, *_) = dynamics(1, dynamics_elites=1), transitions(1)
+    for bias, low, high in ((1e3, 0.49, 0.51), (-1e3, -10.01, -9.99)):
+        model.biases[-1].data.fill_(bias)
+        _, log_var, _ = model(inputs)
+        assert (log_var > low).all() and (log_var < high).all()
+
+
+def test_inputs_and_targets_are_standardised(make):
+    model, _ = make(line(5000))
+    batch = combo.Batch(*model.buffer.columns)
+    raw, following = (x * model.std + model.mean for x in (batch.observations, batch.next_observations))
+    targets = torch.cat([following - raw, batch.rewards.unsqueeze(1)], dim=1)
+    inputs, standard, ends = model.columns
+    assert torch.equal(ends, batch.terminals)
+    for columns in (inputs, standard):
+        assert columns.mean(dim=0).abs().max() < 1e-4 and (columns.std(dim=0) - 1).abs().max() < 1e-3
+    assert torch.allclose(standard * model.dynamics.target_std + model.dynamics.target_mean, targets, atol=1e-5)
+    constant, _ = model.dynamics.standardise(torch.full((9, 4), 7.0), torch.zeros(9, 3))
+    assert (constant == 0).all()
+
+
+def test_a_step_draws_an_elite_and_noise_for_each_row():
+    model = dynamics(4, dynamics_elites=2)
+    model.elites.copy_(torch.tensor([1, 3]))
+    means = torch.tensor([0.0, 10.0, 20.0, 30.0]).view(4, 1, 1)
+    zeros = torch.zeros(4, 1, 1)
+    model.forward = lambda x: (
+        (means + zeros).expand(4, len(x), 4),
+        zeros.expand(4, len(x), 4) - 4,
+        means[..., 0] + x[:, 0],
+    )
+    following, rewards, _, uncertainty = model.step(torch.zeros(2000, 3), torch.zeros(2000, 2))
+    drawn = torch.cat([following, rewards.unsqueeze(1)], dim=1)
+    first = (drawn - 10).abs().max(dim=1).values < 5
+    assert (drawn[~first] - 30).abs().max() < 5 and 850 < first.sum() < 1150
+    noise = drawn - torch.where(first, 10.0, 30.0).unsqueeze(1)
+    assert torch.allclose(noise.std(dim=0), torch.tensor(-2.0).exp(), rtol=0.1)
+    assert np.corrcoef(noise.T.numpy())[np.triu_indices(4, 1)] == pytest.approx(0, abs=0.1)
+    assert torch.allclose(uncertainty, 2 * torch.tensor(-2.0).exp())
+
+
 def test_each_member_keeps_its_best_weights_and_learning_stops(make, monkeypatch):
     model, _ = make(dynamics_max_epochs=100)
     targets = model.columns[1][model.held_out]
@@ -275,11 +328,14 @@ def test_ring_holds_the_last_generations(make):
         counts += torch.bincount(model.sample(32).rewards[16:].long().clamp(0, 79), minlength=80)
     assert (counts[50:] == 0).all() and (counts[:50] > 0).all()  # rows of no rollout are never drawn
     assert counts[:50].std() < 3 * counts[:50].mean().sqrt()
-    again, _ = make(model_retain=2, rollout_length=1, rollout_batch_size=40)
-    again.dynamics.load_state_dict(model.dynamics.state_dict())
-    for generation in model.generations:
-        again.generate(**generation)
-    assert all(torch.equal(x, y) for x, y in zip(rings, again.rings))
+    assert not torch.equal(rings[0][:40], rings[0][40:])  # each generation has starts of its own
+    for seed in (0, 1):  # a run that goes on has another policy by then
+        again, agent = make(model_retain=2, rollout_length=1, rollout_batch_size=40, seed=seed)
+        again.dynamics.load_state_dict(model.dynamics.state_dict())
+        agent.actor.head.bias.data.add_(1)
+        for generation in model.generations:
+            again.generate(**generation)
+        assert all(torch.equal(x, y) for x, y in zip(rings, again.rings)) == (seed == 0)
 
 
 # Ends
