@@ -34,11 +34,11 @@ def load_model(folder):
     config = combo.load(folder / "checkpoint.pt", "cpu", "config")["config"]
     with combo.blame(f"{folder} holds no model of offline/combo.py that has learned"):
         config = combo.TrainConfig(**config | {"device": "cpu", "eval_env": "none"})
-        state = combo.load(folder / "dynamics.pt", "cpu", "progress", "best")
+        state = combo.load(folder / "dynamics.pt", "cpu", "status", "best")
         observation_dim = state["best"]["min_log_var"].shape[-1] - 1
         model = combo.Dynamics(config, observation_dim, state["best"]["weights.0"].shape[1] - observation_dim)
         model.load_state_dict(state["best"])
-        model.elites.copy_(torch.tensor(state["progress"]["errors"]).argsort()[: len(model.elites)])
+        model.elites.copy_(torch.tensor(state["status"]["errors"]).argsort()[: len(model.elites)])
     return model, config
 
 

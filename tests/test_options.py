@@ -523,6 +523,10 @@ INERT = {
         ({"cql_alpha": 0}, {"cql_temp": 0.5, "cql_n_actions": 5}),
         ({"bc_only": True}, {"cql_alpha": 5.0, "qf_lr": 0.1, "discount": 0.99, "cql_lagrange": True}),
     ],
+    "algorithms.offline.combo": [
+        ({"real_ratio": 1.0}, {"rollout_length": 9, "mopo_penalty": 1.0, "dynamics_lr": 1e-2, "termination": "never"}),
+        ({"cql_alpha": 0}, {"push_down_states": "model", "cql_temp": 0.5, "cql_n_actions": 5}),
+    ],
     "algorithms.finetune.cql": [
         ({}, {"reward_scale": 4.0, "reward_bias": 4.0, "cql_target_action_gap": 4.0, "buffer_size": 100}),
         ({}, {"cql_alpha_online": 5.0, "warmup_steps": 3, "utd_ratio": 2, "n_online_envs": 2, "mixing_ratio": 0.5}),

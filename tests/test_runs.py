@@ -502,6 +502,10 @@ def test_killed_run_goes_on_where_it_was_with_the_same_bits(event, places, scrip
 
 
 VARIANTS = {
+    "algorithms.offline.combo": [
+        {"dynamics_max_epochs": 14, "dynamics_lr": 3e-2, "rollout_freq": 3},
+        {"cql_lagrange": True, "push_down_states": "model", "model_retain": 2, "rollout_freq": 7},
+    ],
     "algorithms.offline.cql": [
         {"use_automatic_entropy_tuning": False, "cql_max_target_backup": True, "keep_policies": True},
         {"cql_lagrange": True, "target_update_period": 3, "normalize_reward": True, "cql_backprop_actions": 1},

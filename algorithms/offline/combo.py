@@ -406,7 +406,7 @@ class CQL(nn.Module):
         if draw:
             q_taken, log_sum = self.redraw(batch, actions[:, skipped:], scores, log_sum)
         q_data = q_taken[:, :n_real]
-        # What each state's gap is to: [E, B].
+        # What each state's log-sum is compared with: [E, B].
         q_up = torch.cat([q_data, q_data.mean(dim=1, keepdim=True).expand(-1, len(td_target) - n_real)], dim=1)
         state_gap = (log_sum - q_up)[:, n_real if model_only else 0 :]
 
@@ -427,7 +427,7 @@ class CQL(nn.Module):
         """The same with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
         gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
 
-        actions [B, N, A], scores [E, B, N], log_sum [E, B] -> Q of the actions taken [E, B], log_sum [E, B].
+        actions [B, K, A], scores [E, B, K], log_sum [E, B] -> Q of the actions taken [E, B], log_sum [E, B].
         """
         n_critics, batch_size, n_actions = scores.shape
         k = self.config.cql_backprop_actions
@@ -566,10 +566,8 @@ def never(observations: Tensor) -> Tensor:
 # Whether an episode of the task ends in a raw observation [B, O], as its environment has it.
 ENDS = {
     "ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1.0)),
-    "halfcheetah": never,
     "hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
     "humanoid": lambda s: ~((s[:, 0] > 1.0) & (s[:, 0] < 2.0)),
-    "pendulum": never,
     "walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2.0) & (s[:, 1].abs() < 1.0)),
 }
 
@@ -598,7 +596,7 @@ class WorldModel:
         observations, following = (x * self.std + self.mean for x in (batch.observations, batch.next_observations))
         inputs = torch.cat([observations, batch.actions], dim=1)
         targets = torch.cat([following - observations, batch.rewards.unsqueeze(1)], dim=1)
-        with seeded(config, 0):
+        with seeded(config, 0):  # the first weights, and what is held out
             self.dynamics = Dynamics(config, *(x.shape[1] for x in batch[:2]))
             order = torch.randperm(buffer.size, device=device)
         self.columns = self.dynamics.standardise(inputs, targets) + (batch.terminals,)
@@ -606,16 +604,15 @@ class WorldModel:
         self.held_out, rest = order[:n_held_out], order[n_held_out:]
         with seeded(config, 1):  # a bootstrap sample a member
             self.resampled = rest[torch.randint(len(rest), (config.dynamics_members, len(rest)), device=device)]
-        (self.low, self.high), self.rewards = following.aminmax(dim=0), batch.rewards.aminmax()
-        agent.largest_value = max(0.0, self.rewards[1].item()) / max(1 - config.discount, 1e-9)
+        (self.low, self.high), self.reward_range = following.aminmax(dim=0), batch.rewards.aminmax()
+        agent.largest_value = max(0.0, self.reward_range[1].item()) / max(1 - config.discount, 1e-9)
         self.ends = self.choose_ends(f"{config.env} {task.arguments['id']}".lower(), following, batch.terminals)
-        self.slot = config.rollout_batch_size * config.rollout_length  # most rows of a generation
-        self.rings = [x.new_zeros(config.model_retain * self.slot, *x.shape[1:]) for x in batch]
+        self.slot_size = config.rollout_batch_size * config.rollout_length  # most rows of a generation
+        self.rings = [x.new_zeros(config.model_retain * self.slot_size, *x.shape[1:]) for x in batch]
         self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=device)
         self.best = copy.deepcopy(self.dynamics.state_dict())
         data = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in batch)).hexdigest()
-        errors = [math.inf] * config.dynamics_members
-        self.progress = {"data": data, "epoch": 0, "stale": 0, "over": False, "errors": errors}
+        self.status = {"data": data, "epoch": 0, "stale": 0, "over": False, "errors": [math.inf] * len(self.resampled)}
         self.keep()
         if run.resumed or config.dynamics_path:
             self.restore()
@@ -623,16 +620,18 @@ class WorldModel:
     def choose_ends(self, names: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
         """The task's rule where it is known and right on the data; None: what the model learns."""
         name, kind = next((x for x in ENDS if re.search(rf"\b{x}\b", names)), ""), self.config.termination
-        agreement = (ENDS[name](observations) == terminals.bool()).float().mean().item() if name else 0.0
+        rule = ENDS.get(name, never)
+        right = (rule(observations) == terminals.bool()).float()
+        agreement = min(right[terminals == x].mean().item() for x in terminals.unique()) * bool(name)
         if kind == "auto":
             kind = name if agreement >= 0.999 else "learned" if terminals.any() else "never"
         print(f"ends of imagined episodes: {kind}" + f" (the rule of {name} is right in {agreement:.1%})" * bool(name))
-        return {"learned": None, "never": never}.get(kind, ENDS.get(name))
+        return {"learned": None, "never": never}.get(kind, rule)
 
     def keep(self) -> None:
         """Copies what goes on with the next epoch, so that a signal in the midst of one does no harm."""
-        state = {"progress": self.progress, "best": self.best, "held_out": self.held_out}
-        if not self.progress["over"]:
+        state = {"status": self.status, "best": self.best, "held_out": self.held_out}
+        if not self.status["over"]:
             state |= {"now": self.dynamics.state_dict(), "optimizer": self.dynamics.optimizer.state_dict()["state"]}
         self.state = copy.deepcopy(state)
 
@@ -641,14 +640,14 @@ class WorldModel:
         run, path = self.run, self.run.source if self.run.resumed else self.config.dynamics_path
         with blame(f"{path} holds no model of these data and sizes; --dynamics_path takes a run's dynamics.pt"):
             state = run.start["model"] if run.resumed else load(path, self.config.device)
-            if state["progress"]["data"] != self.progress["data"]:
+            if state["status"]["data"] != self.status["data"]:
                 raise ValueError("it learned from other transitions, rewards or held-out episodes")
             self.dynamics.load_state_dict(state["best"])
             if "now" in state:
                 self.dynamics.load_state_dict(state["now"])
-                optimizer = self.dynamics.optimizer
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
-            self.progress, self.best, self.held_out = (state[x] for x in ("progress", "best", "held_out"))
+                moments = self.dynamics.optimizer.state_dict() | {"state": state["optimizer"]}
+                self.dynamics.optimizer.load_state_dict(moments)
+            self.status, self.best, self.held_out = (state[x] for x in ("status", "best", "held_out"))
         self.keep()
 
     def sample_transitions(self, batch_size: int) -> tuple[Tensor, ...]:
@@ -661,13 +660,12 @@ class WorldModel:
         """Trains the model until no member gets better on held-out transitions; each keeps its best weights."""
         if not self.n_imagined:
             return
-        config, dynamics, progress, started = self.config, self.dynamics, self.progress, time.perf_counter()
-        bar = tqdm(total=config.dynamics_max_epochs, initial=progress["epoch"], unit="epoch", disable=None)
-        if not progress["over"]:
-            data = types.SimpleNamespace(sample=self.sample_transitions)
-            advance = updater(config, dynamics, data, RunningMean())
-        while not progress["over"] and not stop:
-            with seeded(config, 2, progress["epoch"]):
+        config, dynamics, status, started = self.config, self.dynamics, self.status, time.perf_counter()
+        bar = tqdm(total=config.dynamics_max_epochs, initial=status["epoch"], unit="epoch", disable=None)
+        if not status["over"]:
+            advance = updater(config, dynamics, types.SimpleNamespace(sample=self.sample_transitions))
+        while not status["over"] and not stop:
+            with seeded(config, 2, status["epoch"]):  # minibatches
                 left = math.ceil(self.resampled.shape[1] / config.batch_size)
                 while left and not stop:
                     left -= advance(left)
@@ -675,33 +673,35 @@ class WorldModel:
                 self.judge()
                 self.keep()
                 save_run(0)
+                if bar.disable and status["epoch"] == 1:
+                    print(f"model: {time.perf_counter() - started:.0f} s an epoch, at most {bar.total}", flush=True)
                 bar.update()
-                bar.set_postfix_str(f"held-out error {min(progress['errors']):.4g}")
+                bar.set_postfix_str(f"held-out error {min(status['errors']):.4g}")
         bar.close()
         if stop:
             return
         dynamics.load_state_dict(self.best)
-        dynamics.elites.copy_(torch.tensor(progress["errors"]).argsort()[: len(dynamics.elites)])
+        dynamics.elites.copy_(torch.tensor(status["errors"]).argsort()[: len(dynamics.elites)])
         if not (self.run.resumed and (self.run.path / "dynamics.pt").exists()):
             save(self.run.path / "dynamics.pt", self.state)
         self.seconds["model"], self.metrics = time.perf_counter() - started, self.describe_dynamics()
-        errors = ", ".join(f"{x:.3g}" for x in progress["errors"])
-        print(f"model: {progress['epoch']} epochs, {self.seconds['model']:.0f} s, held-out errors {errors}")
+        errors = ", ".join(f"{x:.3g}" for x in status["errors"])
+        print(f"model: {status['epoch']} epochs, {self.seconds['model']:.0f} s, held-out errors {errors}")
         print(", ".join(f"{name} {value:.3g}" for name, value in self.metrics.items()))
 
     @torch.no_grad()
     def judge(self) -> None:
         """After an epoch: keeps the weights of the members whose held-out error [M] fell."""
         inputs, targets, _ = (column[self.held_out] for column in self.columns)
-        errors, progress = (self.dynamics(inputs)[0] - targets).square().mean(dim=(1, 2)), self.progress
-        best = torch.tensor(progress["errors"], device=errors.device)
+        errors, status = (self.dynamics(inputs)[0] - targets).square().mean(dim=(1, 2)), self.status
+        best = torch.tensor(status["errors"], device=errors.device)
         better = errors < best * (1 - self.min_improvement)
         for name, parameter in self.dynamics.named_parameters():
             self.best[name][better] = parameter[better]
-        progress["errors"] = torch.where(better, errors, best).tolist()
-        progress["epoch"], progress["stale"] = progress["epoch"] + 1, 0 if better.any() else progress["stale"] + 1
-        progress["over"] = progress["stale"] == self.patience or progress["epoch"] == self.config.dynamics_max_epochs
-        if not math.isfinite(min(progress["errors"])):
+        status["errors"] = torch.where(better, errors, best).tolist()
+        status["epoch"], status["stale"] = status["epoch"] + 1, 0 if better.any() else status["stale"] + 1
+        status["over"] = status["stale"] == self.patience or status["epoch"] == self.config.dynamics_max_epochs
+        if not math.isfinite(min(status["errors"])):
             raise DataError("training diverged: the model's held-out error is no number; try a smaller --dynamics_lr")
 
     @torch.no_grad()
@@ -716,7 +716,7 @@ class WorldModel:
         result["model_r2_observation"], result["model_r2_reward"] = (1 - (x / y).item() for x, y in parts)
         result["model_coverage"] = (errors.sqrt() <= 1.6449 * (log_var / 2).exp()).float().mean().item()
         if self.ends is None:
-            average = self.columns[2].mean() % 1 or 0.5  # where all transitions end, or none
+            average = self.columns[2].mean().clamp(1e-4, 0.5)  # where no transition ends, or nearly all do
             foreseen = ((end.sigmoid() > average) == ends.bool()).float().mean(dim=0)
             shares = [foreseen[ends == kind].mean().item() for kind in ends.unique()]
             result["model_end_accuracy"] = sum(shares) / len(shares)
@@ -732,34 +732,33 @@ class WorldModel:
                 actions.uniform_(-1, 1)
             following, rewards, end, uncertainty = self.dynamics.step(observations * self.std + self.mean, actions)
             ended = torch.rand_like(end) < end if self.ends is None else self.ends(following)
-            rewards = rewards.clamp(*self.rewards) - config.mopo_penalty * uncertainty
+            rewards = rewards.clamp(*self.reward_range) - config.mopo_penalty * uncertainty
             following = (following.clamp(self.low, self.high) - self.mean) / self.std
             parts.append(Batch(observations, actions, rewards, following, ended.float()))
             observations = following[~ended]
         return Batch(*map(torch.cat, zip(*parts)))
 
-    def generate(self, step: int, weights: Optional[dict[str, Tensor]] = None) -> None:
+    def generate(self, step: int, weights: Optional[dict[str, Tensor]] = None) -> float:
         """A generation of rollouts takes the place of the oldest. It follows from the policy's weights (or those of
-        now), the step and the seed: a resumed run imagines the same again."""
+        now), the step and the seed: a resumed run imagines the same again. Returns the seconds that it took."""
         if not self.n_imagined:
-            return
+            return 0.0
+        self.counts.sum().item()  # waits for the device's updates, which are no part of this time
         started, config, actor = time.perf_counter(), self.config, copy.deepcopy(self.agent.actor)
         actor.load_state_dict(weights or actor.state_dict())
         self.generations = [*self.generations, {"step": step, "weights": actor.state_dict()}][-config.model_retain :]
-        with seeded(config, 3, step):
+        with seeded(config, 3, step):  # first states, actions, transitions
             rows = torch.randint(self.buffer.size, (config.rollout_batch_size,), device=self.counts.device)
             parts = [self.imagine(self.buffer.columns[0][part], actor) for part in rows.split(self.chunk)]
         slot, n = step // config.rollout_freq % config.model_retain, sum(len(x.rewards) for x in parts)
         for ring, column in zip(self.rings, zip(*parts)):
-            ring[slot * self.slot : slot * self.slot + n] = torch.cat(column)
+            ring[slot * self.slot_size : slot * self.slot_size + n] = torch.cat(column)
         self.counts[slot] = n
         self.metrics["rollout_length"] = n / config.rollout_batch_size
         self.metrics["rollout_reward"] = torch.cat([x.rewards for x in parts]).mean().item()
-        self.seconds["rollout"] += time.perf_counter() - started
-
-    def clock(self) -> float:
-        """Seconds, but for those of rollouts."""
-        return time.perf_counter() - self.seconds["rollout"]
+        seconds = time.perf_counter() - started
+        self.seconds["rollout"] += seconds
+        return seconds
 
     def time_shares(self) -> dict[str, float]:
         return {f"{name}_time_share": x / sum(self.seconds.values()) for name, x in self.seconds.items()}
@@ -768,12 +767,13 @@ class WorldModel:
         """First the data's rows, then imagined ones."""
         if not self.n_imagined:
             return self.buffer.sample(batch_size)
-        n_real = self.agent.n_real
-        place = torch.rand(batch_size - n_real, dtype=torch.float64, device=self.counts.device) * self.counts.sum()
-        ends = self.counts.cumsum(dim=0)
-        slot = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
-        rows = slot * self.slot + (place - (ends - self.counts)[slot]).long()
-        return Batch(*[torch.cat([x, ring[rows]]) for x, ring in zip(self.buffer.sample(n_real), self.rings)])
+        place = torch.rand(self.n_imagined, dtype=torch.float64, device=self.counts.device) * self.counts.sum()
+        edges = self.counts.cumsum(dim=0)
+        slot = torch.searchsorted(edges, place, right=True).clamp(max=len(edges) - 1)
+        rows = slot * self.slot_size + (place - (edges - self.counts)[slot]).long()
+        return Batch(
+            *[torch.cat([x, ring[rows]]) for x, ring in zip(self.buffer.sample(self.agent.n_real), self.rings)]
+        )
 
 
 @contextlib.contextmanager
@@ -1424,13 +1424,13 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
             model.generate(**generation)
         advance = updater(config, agent, model, *means)
         n, begun = 0, (agent.n_updates, time.perf_counter())
-        since = (agent.n_updates, model.clock())
+        since = begun
         while run.last_step < run.n_steps:
             step = agent.n_updates
             due = step > run.last_step and (step % config.eval_freq == 0 or step == run.n_steps)
             if due and not stop:
                 averages = task.check(total.read(), agent)  # waits for the device
-                seconds = model.clock() - since[1]
+                seconds = time.perf_counter() - since[1]
                 speed, model.seconds["update"] = (step - since[0]) / seconds, model.seconds["update"] + seconds
                 row = {"step": step} | task.evaluate(agent, holdout, stop) | {"updates_per_second": speed}
                 row |= model.metrics | model.time_shares()
@@ -1442,7 +1442,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                     for mean in means:
                         mean.reset()
                     save_run(step)
-                    since = (step, model.clock())
+                    since = (step, time.perf_counter())
             elif step > begun[0] and step % config.log_interval == 0 and not stop:
                 run.log(task.check(recent.read(), agent), step)
                 recent.reset()
@@ -1456,7 +1456,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any 
                 progress.write(f"signal {stop[0]} at update {step:,}: saved in {run.path}")
                 raise SystemExit(128 + stop[0])
             if step % config.rollout_freq == 0 and step < run.n_steps:
-                model.generate(step)
+                since = (since[0], since[1] + model.generate(step))  # which no update takes
             ends = (step + n - step % n for n in (config.eval_freq, config.log_interval, config.rollout_freq))
             n = advance(min(run.n_steps, *ends) - step)
             progress.update(n)
