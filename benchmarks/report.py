@@ -47,10 +47,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ["dataset", "method", "seed", "run", "status", "last_step", "online_from", "episodes"]  # of runs.csv
 RETURN, STD, SCORE = "eval_return", "eval_return_std", "d4rl_normalized_score"
-# Options that do not make another method: what is in the columns, and what cannot change a policy.
+# Options that do not make another method: what is in the columns, what cannot change a policy, and whose model it is.
 NEUTRAL = {
     "env", "seed", "eval_seed", "run_id", "device", "checkpoints_path", "keep_policies", "log_interval", "compile",
     "project", "group", "name", "buffer_size", "eval_freq", "n_episodes", "max_timesteps", "online_iterations",
+    "dynamics_path",
 }  # fmt: skip
 REPEATS = 5000  # resamples of a bootstrap interval
 METRICS = {  # a panel of training metrics -> the columns it may stand in
@@ -967,6 +968,9 @@ QUANTITIES = {
     "each return": lambda cell: ", ".join(f"{x:.1f}" for x in cell.last()),  # of the seeds in order
     "mean return": lambda cell: spread(cell.values(RETURN).mean(axis=1)),  # over a run's evaluations
     "steps": lambda cell: f"{cell.steps[-1]:,.0f}",
+    "promised": lambda cell: spread(cell.last("eval_predicted_value")),  # by the critics, at the start states
+    "realised": lambda cell: spread(cell.last("eval_discounted_return")),
+    "regulariser": lambda cell: spread(cell.last("combo_regulariser"), 2),  # of offline/combo.py
 } | {name: lambda cell, name=name: spread(cell.phases()[name], 3 if "regret" in name else 1) for name in PHASES}
 
 
