@@ -324,6 +324,17 @@ def test_nothing_is_imagined_after_an_end(make):
         alive, rows = step[3][step[4] == 0], rows + len(alive)
 
 
+def test_actions_and_learned_ends_are_drawn(make):
+    model, agent = make(rollout_length=1, termination="learned")
+    step = model.dynamics.step
+    model.dynamics.step = lambda s, a: (*step(s, a)[:2], torch.full((len(s),), 0.3), step(s, a)[3])
+    same = model.buffer.columns[0][:1].expand(1000, -1)
+    batch = model.imagine(same, agent.actor)
+    assert batch.terminals.mean().item() == pytest.approx(0.3, abs=0.05)
+    log_std = agent.actor(same[:1])[1]
+    assert torch.allclose(batch.actions.atanh().std(dim=0), log_std.exp()[0], rtol=0.1)
+
+
 def test_imagined_numbers_stay_in_the_datas_box_and_ends_are_seen_before(make):
     model, agent = make(rollout_length=2, mopo_penalty=0.0)
     far = torch.full((10, 2), 1e3)
