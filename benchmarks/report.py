@@ -101,7 +101,11 @@ class Run:
 
     @property
     def script(self) -> str:
-        kinds = {"online_iterations": "finetune/cql.py", "head": "discrete/cql_dqn.py"}
+        kinds = {
+            "online_iterations": "finetune/cql.py",
+            "head": "discrete/cql_dqn.py",
+            "real_ratio": "offline/combo.py",
+        }
         return next((script for option, script in kinds.items() if option in self.config), "offline/cql.py")
 
     def settle(self, last_step: float) -> None:

@@ -432,6 +432,7 @@ def test_ends_are_the_tasks_where_its_rule_is_right_else_learned(make, capsys):
 def test_dynamics_path_takes_the_model_of_another_run(tmp_path, capsys):
     combo.train(config_of(path=tmp_path, run_id="first"), line())
     path = tmp_path / "first/dynamics.pt"
+    assert weights(path.parent, path.name)["/held_out"].untyped_storage().nbytes() == 120 * 8
     combo.train(config_of(path=tmp_path, run_id="second", seed=1, cql_alpha=3.0, dynamics_path=str(path)), line())
     assert equal(weights(path.parent, path.name), weights(tmp_path / "second", path.name))
     changed = [line() | {key: line(seed=1)[key]} for key in ("observations", "rewards", "terminals")]

@@ -239,18 +239,20 @@ def test_evaluations_that_failed_do_not_count(make, tmp_path):
 
 
 def test_labels_say_what_differs_and_no_more(make, tmp_path):
-    options = {"buffer_size": 5, "bc_only": False, "eval_seed": 0}
+    options = {"buffer_size": 5, "bc_only": False, "eval_seed": 0, "dynamics_path": "a"}
     for i, changes in enumerate(
-        ({}, {"cql_alpha": 0.5}, {"bc_only": True}, {"seed": 1, "buffer_size": 7, "eval_seed": 3})
+        ({}, {"cql_alpha": 0.5}, {"bc_only": True}, {"seed": 1, "buffer_size": 7, "eval_seed": 3, "dynamics_path": "b"})
     ):
         folder(tmp_path / f"runs/{i}", lines(i), **options | changes)
     folder(tmp_path / "runs/online", lines(5, 6), online_iterations=10, offline_iterations=10)
+    folder(tmp_path / "runs/with_model", lines(5), real_ratio=1.0)
     make("runs", "--out", "out")
     assert column(tmp_path / "out", "Runs", "method") == [
         "CQL offline/cql.py cql_alpha=10",
         "CQL offline/cql.py cql_alpha=0.5",
         "CQL offline/cql.py bc_only cql_alpha=10",
         "CQL finetune/cql.py",
+        "CQL offline/combo.py",
     ]
     name = "CQL offline/cql.py cql_alpha=10"
     status, _, err = make("runs", "--out", "out", "--by", "cql_alpha")

@@ -602,7 +602,7 @@ class WorldModel:
             order = torch.randperm(buffer.size, device=device)
         self.columns = self.dynamics.standardise(inputs, targets) + (batch.terminals,)
         n_held_out = max(1, min(buffer.size // 5, 5000))
-        self.held_out, rest = order[:n_held_out], order[n_held_out:]
+        self.held_out, rest = order[:n_held_out].clone(), order[n_held_out:]  # a view would be stored whole
         with seeded(config, 1):  # a bootstrap sample a member
             self.resampled = rest[torch.randint(len(rest), (config.dynamics_members, len(rest)), device=device)]
         (self.low, self.high), self.reward_range = following.aminmax(dim=0), batch.rewards.aminmax()
