@@ -14,9 +14,13 @@ a table of logged data, CSV or Parquet, a row a step:
     python benchmarks/import_data.py shop.csv --id mine/shop-v0 --episode customer --step time \
         --observations 'x_*' country --actions discount --reward profit --terminal left
 
+or local datasets with equal spaces, joined; of each all rows, or the first --rows:
+
+    python benchmarks/import_data.py --combine hopper-medium-v2 hopper-expert-v2 --rows 900000 100000 --id mine/mix-v0
+
 It goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets). Numbers are stored as float32, and rows whose next
-observation is not known are dropped and counted. Exit status: 0 stored, 1 the data cannot be used, 2 a bad command
-line; an error is one line on stderr and stores nothing.
+observation is not known are dropped and counted; --combine leaves numbers as they are. Exit status: 0 stored, 1 the
+data cannot be used, 2 a bad command line; an error is one line on stderr and stores nothing.
 """
 
 import argparse
@@ -32,14 +36,18 @@ import sys
 import textwrap
 import urllib.request
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import h5py
+import minari
 import numpy as np
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
+from minari.dataset.minari_storage import MinariStorage
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,6 +60,13 @@ MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
 MAX_ACTIONS = 100_000  # values of a discrete action, as many as the scripts take
 MAX_CATEGORIES = 1000  # of a text column
 TOLERANCE = 1e-3  # of the range, by which an action may be outside: rounding
+NO_ENVIRONMENT = "No environment: runs train without evaluation, unless --eval_env names one."
+COLUMN_NAMES = ("observation_names", "action_names", "action_categories")  # of a table, in the metadata
+OWN_METADATA = {  # of a dataset made of others, whether those agree or not
+    "action_space", "author", "author_email", "combined_datasets", "data_format", "dataset_id", "dataset_size",
+    "description", "env_spec", "eval_env_spec", "jpeg_encoding", "minari_version", "observation_space",
+    "total_episodes", "total_steps",
+}  # fmt: skip
 DOMAINS = {
     "locomotion": ("halfcheetah", "hopper", "walker2d", "ant"),
     "adroit": ("pen", "hammer", "door", "relocate"),
@@ -628,7 +643,7 @@ def import_dataset(source, dataset_id, args):
     if None in scores:
         scores = REFERENCE_SCORES.get(task) or (spec and collect.REFERENCE_SCORES.get(spec.id.rsplit("-v", 1)[0]))
     if spec is None:
-        recording.note("No environment: runs train without evaluation, unless --eval_env names one.")
+        recording.note(NO_ENVIRONMENT)
     collect.store(
         dataset_id,
         make_buffers(recording, ends, known),
@@ -639,11 +654,182 @@ def import_dataset(source, dataset_id, args):
         action_space=action_space,
         description=f"{args.command}: {' '.join(recording.notes)}",
     )
-    evaluated = f", evaluated in {spec.id}, at most {spec.max_episode_steps} steps" if spec else ""
+    tell_stored(root, dataset_id, known.sum(), ends.sum(), spec, scores)
+
+
+def environment_text(spec):
+    """What a run makes of a specification: equal texts are equal environments."""
+    if spec is None:
+        return "none"
+    arguments = [f"{key}={value!r}" for key, value in sorted(spec.kwargs.items()) if key != "render_mode"]
+    wrappers = map(str, spec.additional_wrappers)
+    return ", ".join([spec.id, f"at most {spec.max_episode_steps} steps", *arguments, *wrappers])
+
+
+def tell_stored(root, dataset_id, n_rows, n_episodes, spec, scores):
+    evaluated = f", evaluated in {environment_text(spec)}" if spec else ""
     scored = f", score 0 at {scores[0]:g} and 100 at {scores[1]:g}" if scores else ""
-    print(
-        f"{dataset_id}: {known.sum():,} transitions, {ends.sum():,} episodes{evaluated}{scored}, in {root / dataset_id}"
+    print(f"{dataset_id}: {n_rows:,} transitions, {n_episodes:,} episodes{evaluated}{scored}, in {root / dataset_id}")
+
+
+# ----------------------------------------------------------------------------------------------- datasets into one
+
+
+@contextlib.contextmanager
+def reading(name):
+    """Around calls of Minari, h5py and pyarrow alone: damaged files make them raise any of these."""
+    try:
+        yield
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{name} cannot be read: {error!r}") from error
+
+
+def find_dataset(name):
+    """The id of a local dataset; a name of D4RL stands for d4rl/<name>."""
+    root = collect.get_dataset_path()
+    if "/" not in name and not (root / name).exists():
+        name = f"d4rl/{name}"
+    if not (root / name / "data").is_dir():
+        cure, task = "`minari list local` lists what is", name.removeprefix("d4rl/")
+        if task in d4rl_files():
+            cure = f"import it by: python benchmarks/import_data.py {task}"
+        raise DataError(f"{name} is not in {root}: {cure}")
+    return name
+
+
+def open_dataset(name):
+    with reading(name):
+        # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
+        metadata = MinariStorage.read_raw_metadata(collect.get_dataset_path(name) / "data")
+        if not {"observation_space", "action_space"} <= metadata.keys():
+            raise KeyError("its metadata lacks the spaces")
+        return minari.load_dataset(name)
+
+
+def meaning(dataset):
+    """What makes numbers of two datasets mean the same."""
+    spaces = {"observations": dataset.observation_space, "actions": dataset.action_space}
+    return spaces | {key: dataset.storage.metadata.get(key) or {} for key in COLUMN_NAMES}
+
+
+def difference(first, second, place=""):
+    """The first place where two meanings differ, in words."""
+    parts = [dict(enumerate(x)) if isinstance(x, list) else x for x in (first, second)]
+    if not all(isinstance(part, Mapping) for part in parts):
+        return f"{place}: {first} and {second}"
+    key = next(key for key in (*parts[0], *parts[1]) if parts[0].get(key) != parts[1].get(key))
+    return difference(parts[0].get(key), parts[1].get(key), f"{place}[{key}]" if place else key)
+
+
+def agreement(datasets):
+    """Their environment, None where it is not one; what else their metadata share; and what they do not, in words."""
+    metadata, specs = [x.storage.metadata for x in datasets], [x._eval_env_spec or x.env_spec for x in datasets]
+    keys = dict.fromkeys(key for x in metadata for key in x if key not in OWN_METADATA)
+    values = {"environment": [environment_text(spec) for spec in specs]}
+    values |= {key: [x.get(key, "none") for x in metadata] for key in keys}
+    shared = {key: x[0] for key, x in values.items() if x.count(x[0]) == len(x)}
+    unlike = [
+        f"{key} ({'; '.join(textwrap.shorten(str(value), 100, placeholder=' ...') for value in values[key])})"
+        for key in values.keys() - shared.keys()
+    ]
+    spec, recorded = specs[0] if shared.pop("environment", None) else None, {x.get("env_spec") for x in metadata}
+    if spec and len(recorded - {None}) == len(recorded) == 1:
+        shared["env_spec"] = recorded.pop()
+    for key in ("author", "author_email"):
+        if people := set().union(*(x.get(key, ()) for x in metadata)):
+            shared[key] = people
+    return spec, shared, sorted(unlike)
+
+
+class Part(NamedTuple):
+    """The first episodes of a dataset; the last of them has so many rows more than are taken."""
+
+    name: str
+    dataset: minari.MinariDataset
+    n_rows: int
+    n_episodes: int
+    surplus: int
+    text: str
+
+
+def first_rows(name, dataset, rows):
+    """The Part of so many rows; of all, where it is None."""
+    with reading(name):
+        lengths = [int(x["total_steps"]) for x in dataset.storage.get_episode_metadata(dataset.episode_indices)]
+    total = sum(lengths)
+    if not total or rows and rows > total:
+        raise DataError(f"{name} has {total:,} rows{f', not --rows {rows}' if rows else ''}")
+    rows = rows or total
+    ends = np.cumsum(lengths)
+    n = int(np.searchsorted(ends, rows)) + 1
+    surplus, length = int(ends[n - 1]) - rows, lengths[n - 1]
+    text = f"{name}: {rows:,} of {total:,} rows, {n:,} of {len(lengths):,} episodes"
+    if surplus:
+        text += f"; the last is cut after {length - surplus:,} of its {length:,} rows: a time-out"
+    return Part(name, dataset, rows, n, surplus, f"{text}.")
+
+
+def without_last(n, columns):
+    """Columns of an episode, or of a part of a Dict or Tuple, without their last n rows."""
+    if isinstance(columns, dict):
+        return {key: without_last(n, column) for key, column in columns.items()}
+    if isinstance(columns, tuple):
+        return tuple(without_last(n, column) for column in columns)
+    return columns[: len(columns) - n] if np.ndim(columns) else columns
+
+
+def read_episodes(part):
+    """Its episodes and the metadata of each."""
+    with reading(part.name):
+        numbers = range(part.n_episodes)
+        yield from zip(part.dataset.iterate_episodes(numbers), part.dataset.storage.get_episode_metadata(numbers))
+
+
+def join(parts):
+    """All their episodes, one at a time."""
+    with tqdm(total=sum(part.n_rows for part in parts), unit="row", unit_scale=True, disable=None) as bar:
+        for part in parts:
+            for episode, metadata in read_episodes(part):
+                columns = {key: column for key, column in vars(episode).items() if key != "id"}
+                if part.surplus and episode.id == part.n_episodes - 1:
+                    columns = without_last(part.surplus, columns)
+                    columns["truncations"] = columns["truncations"].copy()
+                    columns["truncations"][-1] |= not columns["terminations"][-1]
+                bar.update(len(columns["rewards"]))
+                yield EpisodeBuffer(seed=metadata.get("seed"), options=metadata.get("options"), **columns)
+
+
+def combine(dataset_id, args):
+    root, names = collect.free_place(dataset_id, args.force), [find_dataset(name) for name in args.combine]
+    if len({*names}) < len(names):
+        raise DataError(f"{', '.join(names)}: name each dataset once")
+    datasets = [open_dataset(name) for name in names]
+    meanings = [meaning(dataset) for dataset in datasets]
+    for name, other in zip(names, meanings):
+        if other != meanings[0]:
+            raise DataError(f"{names[0]} and {name} differ in {difference(meanings[0], other)}")
+    parts = [first_rows(*x) for x in zip(names, datasets, args.rows or [None] * len(names))]
+    spec, shared, unlike = agreement(datasets)
+    notes = [part.text for part in parts]
+    if unlike:
+        notes.append(f"Left out, as they differ: {', '.join(unlike)}.")
+    if spec is None:
+        notes.append(NO_ENVIRONMENT)
+    print("\n".join(notes))
+    notes += [f"{part.name}: {part.dataset.storage.metadata.get('description')}" for part in parts]
+    collect.store(
+        dataset_id,
+        join(parts),
+        root,
+        added=shared | {"combined_datasets": names},
+        eval_env=spec,
+        observation_space=datasets[0].observation_space,
+        action_space=datasets[0].action_space,
+        description=f"{args.command}: {' '.join(notes)}",
     )
+    scores = shared.get("ref_min_score"), shared.get("ref_max_score")
+    counts = sum(part.n_rows for part in parts), sum(part.n_episodes for part in parts)
+    tell_stored(root, dataset_id, *counts, spec, None if None in scores else scores)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -670,7 +856,9 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv or .parquet file")
     add("--all", choices=DOMAINS, help="the newest version of each of D4RL's datasets of a domain, but for those here")
-    add("--id", metavar="DATASET_ID", help="Minari id for a file: namespace/name-v0 (of D4RL names: d4rl/<name>)")
+    add("--combine", nargs="+", metavar="DATASET_ID", help="local datasets, two or more, to join in this order")
+    add("--rows", type=int, nargs="+", metavar="N", help="how many to take of each, from its start; default: all")
+    add("--id", metavar="DATASET_ID", help="the new Minari id: namespace/name-v0 (of D4RL names: d4rl/<name>)")
     add("--force", action="store_true", help="replace an existing dataset")
     add("--eval_env", metavar="GYM_ID", help="Gymnasium environment to evaluate in; none: no D4RL task's either")
     add(
@@ -702,14 +890,22 @@ def check_arguments(args, error):
     needed = ("episode", "observations", "actions", "reward", "terminal")
     given = [name for name in (*needed, "step", "timeout") if getattr(args, name) is not None]
     missing = [f"--{name}" for name in needed if name not in given]
+    inputs = [value for value in (args.sources, args.all, args.combine) if value]
+    joining = ("sources", "all", "combine", "rows", "id", "force", "command")
+    others = [f"--{name}" for name, value in vars(args).items() if value is not None and name not in joining]
+    counted = args.rows is None or len(args.rows) == len(args.combine or ()) and min(args.rows) >= 1
     low, high = args.ref_min_score, args.ref_max_score
     unknown = [source for source in args.sources if source not in d4rl_files() and source not in files]
     near = ", ".join(difflib.get_close_matches(unknown[0], d4rl_files(), cutoff=0)) if unknown else ""
     rules = {
         f"{unknown[0] if unknown else None} is neither a file nor a D4RL name; the nearest are {near}": not unknown,
-        "name D4RL datasets or a file, or --all and a domain": bool(args.sources) != bool(args.all),
+        "name D4RL datasets or a file, or --all and a domain, or --combine and datasets": len(inputs) == 1,
+        "--combine takes two datasets or more": args.combine is None or len(args.combine) > 1,
+        f"{', '.join(others)}: for imports, not for --combine": not args.combine or not others,
+        "--rows takes a number of at least 1 for each dataset of --combine": counted,
         "a file is imported alone": not files or len(args.sources) == 1,
-        "--id and a file go together; D4RL's become d4rl/<name>": bool(files) == (args.id is not None),
+        "a file and --combine need --id; D4RL's become d4rl/<name>": bool(files or args.combine)
+        == (args.id is not None),
         f"{', '.join(f'--{name}' for name in given)}: for .csv and .parquet": not given or files and is_table(files[0]),
         f"a table needs {', '.join(missing)}": not missing or not files or not is_table(files[0]),
         "--max_episode_steps must be at least 1": args.max_episode_steps is None or args.max_episode_steps >= 1,
@@ -728,13 +924,16 @@ def check_arguments(args, error):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    for source in args.sources or d4rl_domain(args.all):
+    for source in ["--combine"] if args.combine else args.sources or d4rl_domain(args.all):
         dataset_id = args.id or f"d4rl/{source}"
         try:
             if args.all and not args.force and (collect.get_dataset_path(dataset_id) / "data").is_dir():
                 print(f"{dataset_id} is here already")
                 continue
-            import_dataset(source, dataset_id, args)
+            if args.combine:
+                combine(dataset_id, args)
+            else:
+                import_dataset(source, dataset_id, args)
         except DataError as error:
             fail(1, f"{source}: {error}")
         except OSError as error:

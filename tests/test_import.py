@@ -12,8 +12,10 @@ import minari
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import contents, store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from minari.data_collector import EpisodeBuffer
 
 from benchmarks import import_data
 
@@ -364,11 +366,15 @@ def test_bad_tables_are_one_line(fault, run, root):
     refused(table_run(run, table, **options), 1, ["table.csv", *words], root)
 
 
-def refused(result, expected, words, root):
+def one_line(result, expected, words):
     status, _, err = result
     assert status == expected and err.startswith("import_data.py: error: ") and err.count("\n") == 1, err
-    assert all(word in err for word in words), err
-    assert not [*root.rglob("*.json")] and "Traceback" not in err
+    assert all(word in err for word in words) and "Traceback" not in err, err
+
+
+def refused(result, expected, words, root):
+    one_line(result, expected, words)
+    assert not [*root.rglob("*.json")]
 
 
 BAD_FILES = {
@@ -476,6 +482,16 @@ BAD_COMMANDS = [
     (["data.hdf5", "--id", ID, "--ref_min_score", "0"], 2, ["--ref_max_score"]),
     (["data.hdf5", "--id", ID, "--max_episode_steps", "0"], 2, ["--max_episode_steps"]),
     (["data.hdf5", "--id", ID, "--frobnicate"], 2, ["--frobnicate"]),
+    (["--combine", "test/first-v0", "--id", ID], 2, ["two"]),
+    (["--combine", "test/first-v0", "test/second-v0"], 2, ["--id"]),
+    (["--combine", "test/first-v0", "test/second-v0", "--id", ID, "--rows", "3"], 2, ["--rows"]),
+    (["--combine", "test/first-v0", "test/second-v0", "--id", ID, "--rows", "3", "0"], 2, ["--rows"]),
+    (["data.hdf5", "--id", ID, "--rows", "3"], 2, ["--rows"]),
+    (["data.hdf5", "--combine", "test/first-v0", "test/second-v0", "--id", ID], 2, ["--combine"]),
+    (["--combine", "test/first-v0", "test/second-v0", "--id", ID, "--ref_min_score=0"], 2, ["not for --combine"]),
+    (["--combine", "test/first-v0", "test/second-v0", "--id", ID], 1, ["test/first-v0", "minari list local"]),
+    (["--combine", "hopper-medium-v2", "test/second-v0", "--id", ID], 1,
+     ["d4rl/hopper-medium-v2 is not in", "import_data.py hopper-medium-v2"]),
     (["data.hdf5", "--id", ID, "--eval_env", "Nothing-v0"], 1, ["Nothing-v0", "--eval_env"]),
     (["data.hdf5", "--id", ID, "--eval_env", "CartPole-v1"], 1, ["3 numbers", "CartPole-v1's 4"]),
 ]  # fmt: skip
@@ -494,3 +510,114 @@ def test_an_existing_dataset_stays_whatever_fails(run, root):
     assert run("data.hdf5", "--id", ID)[0] == run(write(rewards=np.full(12, np.nan)), "--id", ID, "--force")[0] == 1
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
     assert run(write(n=5), "--id", ID, "--force")[0] == 0 and read()[1] == [4]
+
+
+# ------------------------------------------------------------------------------------------------ datasets into one
+
+SPACES = {
+    "observation_space": gym.spaces.Dict(place=gym.spaces.Box(-9, 9, (2,), np.float64), goal=gym.spaces.Discrete(5)),
+    "action_space": gym.spaces.Discrete(3),
+}
+PARTS = ["--combine", "test/first-v0", "test/second-v0", "--id", ID]
+
+
+def new_part(name, lengths=(3, 4), added=None, **options):
+    """Episodes of random numbers that float32 would round, which end by turns in a terminal state and by time-out."""
+    rng, buffers = np.random.default_rng(len(name)), []
+    for seed, n in enumerate(lengths):
+        observations = {"place": rng.uniform(-9, 9, (n + 1, 2)), "goal": rng.integers(0, 5, n + 1)}
+        flag, actions, rewards = flags(n, n - 1), rng.integers(0, 3, n), rng.normal(size=n)
+        ends = (flag, flags(n)) if seed % 2 == 0 else (flags(n), flag)
+        infos = {"speed": rng.normal(size=n + 1)}
+        buffers.append(EpisodeBuffer(None, seed, {"wind": seed}, observations, actions, rewards, *ends, infos))
+    store(name, buffers, **SPACES | options)
+    minari.load_dataset(name).storage.update_metadata(added or {})
+    return buffers
+
+
+def values(episode, n):
+    """The first n steps of an episode, flags apart."""
+    parts = {**episode.observations, **episode.infos}, {"actions": episode.actions, "rewards": episode.rewards}
+    return [(key, x.dtype, x[: n + 1 - i].tolist()) for i, part in enumerate(parts) for key, x in sorted(part.items())]
+
+
+def test_combined_are_the_first_rows_of_each(run):
+    first, second = new_part("test/first-v0"), new_part("test/second-v0", [2, 5])
+    status, out, err = run(*PARTS, "--rows", 5, 7)
+    assert status == 0 and "5 of 7 rows, 2 of 2 episodes; the last is cut after 2 of its 4 rows" in out, err
+    assert "12 transitions, 4 episodes" in out and metadata()["combined_datasets"] == PARTS[1:3]
+    dataset, lengths = minari.load_dataset(ID), [3, 2, 2, 5]
+    for episode, part, n in zip(dataset.iterate_episodes(), first + second, lengths, strict=True):
+        assert values(episode, 99) == values(part, n)
+    ends = [(x.terminations.tolist(), x.truncations.tolist()) for x in dataset.iterate_episodes()]
+    assert ends == [
+        ([False, False, True], [False] * 3), ([False, False], [False, True]),
+        ([False, True], [False] * 2), ([False] * 5, [False] * 4 + [True]),
+    ]  # fmt: skip
+    noted = [
+        (x["seed"], x["options"]["wind"], x["total_steps"]) for x in dataset.storage.get_episode_metadata(range(4))
+    ]
+    assert noted == [(0, 0, 3), (1, 1, 2), (0, 0, 2), (1, 1, 5)]
+    assert run(*PARTS[:-1], "test/first-v0")[0] == 1  # it exists
+    assert run(*PARTS[:-1], "test/first-v0", "--force")[0] == 0  # of itself and another
+    assert [len(x.rewards) for x in minari.load_dataset("test/first-v0").iterate_episodes()] == [3, 4, 2, 5]
+
+
+def test_combined_metadata_are_what_all_share(run):
+    """Environments are compared as runs use them: that of the evaluation, else of the recording."""
+    score = {"ref_min_score": -1.0, "ref_max_score": 2.5}
+    new_part("test/first-v0", env="CartPole-v1", algorithm_name="one", author="Ann", added=score)
+    new_part("test/second-v0", eval_env="CartPole-v1", algorithm_name="two", author="Bob", added=score)
+    assert (out := run(*PARTS)[1]) and "algorithm_name (one; two)" in out and "environment" not in out
+    stored, dataset = metadata(), minari.load_dataset(ID)
+    assert stored.items() >= score.items() and dataset._eval_env_spec == gym.spec("CartPole-v1")
+    assert "algorithm_name" not in stored and stored["author"] == {"Ann", "Bob"} and dataset.env_spec is None
+    new_part("test/third-v0", env="Acrobot-v1", eval_env="CartPole-v1", added=score | {"ref_min_score": -2.0})
+    assert run("--combine", "test/first-v0", "test/third-v0", "--id", ID, "--force")[0] == 0
+    assert minari.load_dataset(ID).env_spec is None and metadata().keys() & score.keys() == {"ref_max_score"}
+    new_part("test/fourth-v0", env="CartPole-v1", eval_env="Acrobot-v1")
+    out = run("--combine", "test/first-v0", "test/fourth-v0", "--id", ID, "--force")[1]
+    assert "environment (CartPole-v1, at most 500 steps; Acrobot-v1" in out and "ref_max_score (2.5; none)" in out
+    dataset = minari.load_dataset(ID)  # an environment of the recording that all share is not evaluated in
+    assert dataset._eval_env_spec is None and dataset.env_spec is None and not metadata().keys() & score.keys()
+    new_part("test/fifth-v0", env="CartPole-v1")
+    assert run("--combine", "test/first-v0", "test/fifth-v0", "--id", ID, "--force")[0] == 0
+    assert minari.load_dataset(ID).env_spec == gym.spec("CartPole-v1")
+
+
+NAMES = {"observation_names": ["x", "y"], "action_categories": {"offer": ["call", "mail"]}}
+UNEQUAL = {
+    "a part of the observation": (
+        {"observation_space": gym.spaces.Dict({**SPACES["observation_space"], "goal": gym.spaces.Discrete(6)})},
+        ["observations[goal]: Discrete(5) and Discrete(6)"],
+    ),
+    "actions": ({"action_space": gym.spaces.Discrete(4)}, ["actions: Discrete(3) and Discrete(4)"]),
+    "names": ({"added": NAMES | {"observation_names": ["x", "z"]}}, ["observation_names[1]: y and z"]),
+    "categories": (
+        {"added": NAMES | {"action_categories": {"offer": ["mail", "call"]}}},
+        ["action_categories[offer][0]: call and mail"],
+    ),
+    "no names": ({"added": {}}, ["observation_names[0]: x and None"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", UNEQUAL)
+def test_datasets_that_differ_are_not_combined(fault, run):
+    options, words = UNEQUAL[fault]
+    new_part("test/first-v0", added=NAMES)
+    new_part("test/second-v0", **{"added": NAMES} | options)
+    one_line(run(*PARTS), 1, ["test/first-v0", "test/second-v0", *words])
+
+
+def test_what_cannot_be_combined_leaves_all_as_it_was(run, root):
+    new_part("test/first-v0")
+    new_part("test/second-v0")
+    assert run(*PARTS)[0] == 0
+    with h5py.File(root / "test/second-v0/data/main_data.hdf5", "r+") as file:
+        del file["episode_1/rewards"]  # met when the rest is written
+    before = contents(root)
+    one_line(run(*PARTS, "--force"), 1, ["test/second-v0 cannot be read"])
+    one_line(run(*PARTS, "--force", "--rows", 8, 1), 1, ["test/first-v0 has 7 rows", "--rows 8"])
+    one_line(run("--combine", ID, ID, *PARTS[3:], "--force"), 1, [ID, "once"])
+    one_line(run("--combine", ID, "test/first-v0", *PARTS[3:]), 1, [ID, "--force"])
+    assert contents(root) == before
