@@ -20,6 +20,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -33,7 +34,7 @@ import re
 import signal
 import sys
 import time
-import types
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -163,9 +164,13 @@ class TanhGaussianActor(nn.Module):
         log_std = self.log_std_multiplier * log_std + self.log_std_offset
         return mean, log_std.clamp(*self.log_std_range)
 
+    def normalise(self, observations: Tensor) -> Tensor:
+        """Raw observations as the networks take them: [..., O] -> [..., O]."""
+        return (observations - self.observation_mean) / self.observation_std
+
     def actions(self, observations: Tensor) -> Tensor:
         """Deterministic actions in the environment's units for raw observations: [..., O] -> [..., A]."""
-        mean, _ = self((observations - self.observation_mean) / self.observation_std)
+        mean, _ = self(self.normalise(observations))
         actions = self.action_low + (mean.tanh() + 1) / 2 * (self.action_high - self.action_low)
         return torch.clamp(actions, self.action_low, self.action_high)
 
@@ -265,8 +270,8 @@ class Dynamics(nn.Module):
         loss = self.loss(*batch).sum()  # members share no parameter
         return torch.autograd.grad(loss, self.learned), {"model_loss": loss.detach()}
 
-    def variants(self) -> set[tuple]:
-        return {()}
+    def phases(self) -> list[tuple]:
+        return [()]
 
     def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         gradients, metrics = self.compute_gradients(batch)
@@ -277,7 +282,7 @@ class Dynamics(nn.Module):
         return metrics
 
     @torch.no_grad()
-    def step(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def predict(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draws next raw observations [B, O] and rewards [B], of an elite a row, drawn too; the probability of an end
         [B], and the largest norm of the members' standard deviations (raw) [B], which MOPO subtracts."""
         inputs = (torch.cat([observations, actions], dim=-1) - self.input_mean) / self.input_std
@@ -325,7 +330,7 @@ class CQL(nn.Module):
 
     def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
         super().__init__()
-        self.config = config
+        self.config, self.cql_alpha = config, config.cql_alpha
         sizes = (observation_dim, action_dim, config.hidden_dim)
         self.actor = TanhGaussianActor(
             *sizes, config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init
@@ -337,12 +342,12 @@ class CQL(nn.Module):
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
         self.n_real = max(1, round(config.real_ratio * config.batch_size))
-        self.largest_value = math.inf  # of a TD target; WorldModel knows it
+        self.largest_value = math.inf  # of a TD target
         self.to(config.device)
-        self.learned = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
-        self.learned |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
+        self.parameter_groups = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
+        self.parameter_groups |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
         rates = (config.policy_lr, config.qf_lr, config.policy_lr, config.qf_lr)
-        groups = [{"params": parameters, "lr": rate} for parameters, rate in zip(self.learned.values(), rates)]
+        groups = [{"params": group, "lr": rate} for group, rate in zip(self.parameter_groups.values(), rates)]
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.log_alpha.is_cuda)  # for CUDA graphs
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
@@ -350,12 +355,16 @@ class CQL(nn.Module):
     @property
     def alpha(self) -> Tensor:
         """Entropy coefficient, a constant for every loss but its own."""
-        return self.config.alpha_multiplier * (self.log_alpha.detach() * self.config.use_automatic_entropy_tuning).exp()
+        if not self.config.use_automatic_entropy_tuning:
+            return torch.full_like(self.log_alpha, self.config.alpha_multiplier)
+        return self.config.alpha_multiplier * self.log_alpha.detach().exp()
 
     @property
     def penalty_weight(self) -> Tensor:
         """cql_alpha, times alpha' where it is tuned; a constant for every loss but the multiplier's own."""
-        return self.config.cql_alpha * (self.log_alpha_prime.detach() * self.config.cql_lagrange).exp()
+        if not self.config.cql_lagrange:
+            return torch.full_like(self.log_alpha_prime, self.cql_alpha)
+        return self.cql_alpha * self.log_alpha_prime.detach().exp()
 
     def alpha_loss(self, log_prob: Tensor) -> Tensor:
         """Raises alpha while the policy's entropy is below the target: [B] -> []."""
@@ -367,10 +376,11 @@ class CQL(nn.Module):
         return (self.alpha * log_prob - q).mean()
 
     def data_log_prob(self, batch: Batch, mean: Tensor, log_std: Tensor) -> Tensor:
-        """log pi(a_data|s), the likelihood of the data: [B, A], [B, A] -> [B]."""
+        """log pi(a_data|s), the likelihood of the data's actions: [B, A], [B, A] -> [B]."""
         pre_tanh = batch.actions.clamp(-self.max_density_action, self.max_density_action).atanh()
         return tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
 
+    # local: imagined rewards have a largest sum, which targets do not exceed
     @torch.no_grad()
     def td_target(self, batch: Batch, next_actions: Tensor, next_log_prob: Tensor) -> Tensor:
         """r + gamma (1 - terminal) max_n min_e Q'(s', a'_n); N = 1 is the usual target: [B, N, A], [B, N] -> [B]."""
@@ -381,69 +391,90 @@ class CQL(nn.Module):
         target = batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
         return target.clamp(max=self.largest_value)
 
+    # local: data and imagined rows
     def critic_loss(
-        self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor, n_real: int
+        self,
+        batch: Batch,
+        td_target: Tensor,
+        proposals: Tensor,
+        proposal_log_prob: Tensor,
+        n_real: Optional[int] = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """TD loss plus alpha' cql_alpha (gap - target gap), where the gap is, for each state and clipped,
-        T logsumexp_a(Q(s, a) / T - log p(a|s)) - Q(s, a_data), and the target gap is 0 without Lagrange. An imagined
+        """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state,
+        clipped; the target gap is 0 without Lagrange. MBPO and MOPO have no proposals, and no penalty. An imagined
         state has no action in the data, and the mean Q of the data's stands for it: so Q is pushed up at data alone.
 
-        td_target [B]; proposals [B, 3N, A] with their log-densities [B, 3N], in the order random, next, current
-        (all constants, and empty without penalty); n_real is R. Returns the loss, the mean gap of each critic [E], and
-        metrics.
+        td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics.
+        n_real is R; None: all are data.
         """
-        config, model_only = self.config, self.config.push_down_states == "model" and n_real < len(td_target)
-        actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
-        draw = config.cql_backprop_actions > 0 and proposals.shape[1] > 0
-        with torch.no_grad() if draw else contextlib.nullcontext():
-            q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
-            # Importance sampling estimates the log-integral over all actions; without it the data's action joins.
-            temperature, skipped = config.cql_temp, int(config.cql_importance_sample)
-            scores = q[..., skipped:] / temperature
-            if config.cql_importance_sample:
-                scores = scores - proposal_log_prob
-            log_sum = temperature * scores.logsumexp(dim=-1)  # [E, B]
-        q_taken = q[..., 0]
-        if draw:
-            q_taken, log_sum = self.redraw(batch, actions[:, skipped:], scores, log_sum)
-        q_data = q_taken[:, :n_real]
-        # What each state's log-sum is compared with: [E, B].
-        q_up = torch.cat([q_data, q_data.mean(dim=1, keepdim=True).expand(-1, len(td_target) - n_real)], dim=1)
-        state_gap = (log_sum - q_up)[:, n_real if model_only else 0 :]
-
+        config = self.config
+        q_taken, log_sum_exp, q, scores = self.log_sum_exp(batch, proposals, proposal_log_prob)
+        q_data, n_imagined = q_taken[:, :n_real], len(td_target) - (n_real or len(td_target))
         td_loss = (q_taken - td_target).square().mean(dim=1)  # [E]
         metrics = per_critic("qf{}_loss", td_loss) | per_critic("average_qf{}", q_data.mean(dim=1))
         metrics["average_target_q"] = td_target.mean()
-        if not proposals.shape[1]:
+        if proposals.shape[1] == 0:
             return td_loss.sum(), torch.zeros_like(td_loss), metrics
+        q_up = torch.cat([q_data, q_data.mean(dim=1, keepdim=True).expand(-1, n_imagined)], dim=1)
+        state_gap = log_sum_exp - q_up  # [E, B]
+        if config.push_down_states == "model" and n_imagined > 0:
+            state_gap = state_gap[:, n_real:]
         gap = state_gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(dim=1)  # [E]
         target_gap = config.cql_target_action_gap if config.cql_lagrange else 0.0
         penalty = self.penalty_weight * (gap - target_gap)  # [E]
         metrics |= per_critic("cql_qf{}_diff", gap) | per_critic("cql_min_qf{}_loss", penalty)
         policy_q = q[:, -state_gap.shape[1] :, -config.cql_n_actions :]  # of the states that are pushed down
         metrics["combo_regulariser"] = policy_q.mean() - q_data.mean()
-        return (td_loss + penalty).sum(), gap.detach(), metrics | self.penalty_metrics(q, scores, state_gap)
+        metrics |= self.penalty_metrics(batch, q, scores, state_gap)
+        return (td_loss + penalty).sum(), gap.detach(), metrics
 
-    def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+    def log_sum_exp(
+        self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals: by importance sampling an estimate of CQL(H)'s
+        integral over all actions. Without it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action.
+
+        Returns Q of the data's actions and the log-sum-exp [E, B], and for the metrics Q of the data's actions and the
+        proposals [E, B, 1 + 3N], and the scores in the log-sum-exp [E, B, 3N or 1 + 3N].
+        """
+        actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
+        draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
+        with torch.no_grad() if draw else contextlib.nullcontext():
+            q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
+            scores = self.bound(batch, q, torch.arange(q.shape[-1], device=q.device)) / self.config.cql_temp
+            if self.config.cql_importance_sample:
+                scores = scores[..., 1:] - proposal_log_prob
+            log_sum_exp = self.config.cql_temp * scores.logsumexp(dim=-1)  # [E, B]
+        if draw:
+            return *self.redraw(batch, actions, scores, log_sum_exp), q, scores
+        return q[..., 0], log_sum_exp, q, scores
+
+    # local: Cal-QL's bound, see finetune/cql.py
+    def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
+        """What Q counts as in the log-sum-exp: itself. q [E, B, N] is of the actions at these places [..., N] among
+        data, random, next, current."""
+        return q
+
+    def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
         """The same with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
         gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
 
-        actions [B, K, A], scores [E, B, K], log_sum [E, B] -> Q of the actions taken [E, B], log_sum [E, B].
+        actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B].
         """
-        n_critics, batch_size, n_actions = scores.shape
+        n_critics, batch_size, n_scores = scores.shape
         k = self.config.cql_backprop_actions
         uniform = torch.rand(n_critics, batch_size, k, dtype=scores.dtype, device=scores.device)
         cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
-        drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_actions - 1)  # [E, B, k]
-        drawn = drawn.unsqueeze(-1).expand(-1, -1, -1, actions.shape[-1])
-        actions = actions.expand(n_critics, -1, -1, -1).gather(2, drawn)  # [E, B, k, A]
-        taken = batch.actions.unsqueeze(1).expand(n_critics, -1, -1, -1)
-        q = self.critic(batch.observations, torch.cat([taken, actions], dim=2))  # [E, B, 1 + k]
-        q_drawn = q[..., 1:].mean(dim=-1)
-        return q[..., 0], log_sum + (q_drawn - q_drawn.detach())
+        drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)
+        places = drawn + actions.shape[1] - n_scores  # [E, B, k], among all actions
+        actions = actions.expand(n_critics, -1, -1, -1)
+        drawn = actions.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, actions.shape[-1]))  # [E, B, k, A]
+        q = self.critic(batch.observations, torch.cat([actions[:, :, :1], drawn], dim=2))  # [E, B, 1 + k]
+        q_drawn = self.bound(batch, q[..., 1:], places).mean(dim=-1)  # [E, B]
+        return q[..., 0], log_sum_exp + (q_drawn - q_drawn.detach())
 
     @torch.no_grad()
-    def penalty_metrics(self, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
+    def penalty_metrics(self, batch: Batch, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
         """What the penalty acts on: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B]."""
         config, n_proposals = self.config, q.shape[-1] - 1
         # Without importance sampling the first score is the data's, so that the shares do not add up to 1.
@@ -461,40 +492,41 @@ class CQL(nn.Module):
     def alpha_prime_loss(self, gap: Tensor) -> Tensor:
         """Raises alpha' while the gap is above cql_target_action_gap: [E] (a constant) -> []."""
         excess = gap.mean() - self.config.cql_target_action_gap
-        return -self.log_alpha_prime.exp() * self.config.cql_alpha * excess
+        return -self.log_alpha_prime.exp() * self.cql_alpha * excess
 
     @torch.no_grad()
-    def propose(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples actions; returns the TD target [B], and proposals [B, 3N, A] with their log-densities [B, 3N].
+    def td_target_and_proposals(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mean and log_std [2B, A] are the actor's at the observations and at the next observations -> TD target [B],
+        and N random, N next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N].
 
-        mean and log_std [2B, A] are the actor's at the observations and at the next observations. The next actions
-        serve twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors'
-        code).
+        The next actions serve twice: in the target, and as proposals at s, with the density that they have at s' (as in
+        the authors' code).
         """
         config, (batch_size, action_dim) = self.config, batch.actions.shape
-        n = config.cql_n_actions if config.cql_alpha > 0 or config.cql_max_target_backup else 1
+        n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
-        current_actions, next_actions = actions.split(batch_size)
-        current_log_prob, next_log_prob = log_prob.split(batch_size)
-        n_backup = None if config.cql_max_target_backup else 1
+        (current_actions, next_actions), (current_log_prob, next_log_prob) = actions.chunk(2), log_prob.chunk(2)
+        n_backup = n if config.cql_max_target_backup else 1
         td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
-        if config.cql_alpha == 0:
+        if self.cql_alpha == 0:
             return td_target, actions.new_empty(batch_size, 0, action_dim), log_prob.new_empty(batch_size, 0)
         random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
         random_log_prob = torch.full_like(current_log_prob, -action_dim * math.log(2))
         proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
         return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
 
+    # local: nothing is cloned, and minibatches are partly imagined
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Loss of each group of parameters, all at the same parameters, and metrics."""
-        config, batch_size = self.config, len(batch.rewards)
+        config = self.config
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
-        proposed = self.propose(batch, mean, log_std)
-        actions, log_prob = (x.squeeze(1) for x in sample_actions(mean[:batch_size], log_std[:batch_size], 1))
-        critic_loss, gap, metrics = self.critic_loss(batch, *proposed, self.n_real)
+        td_target, proposals, proposal_log_prob = self.td_target_and_proposals(batch, mean, log_std)
+        mean, log_std = mean.chunk(2)[0], log_std.chunk(2)[0]  # [B, A], at the observations
+        actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
+        critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob, self.n_real)
         policy_loss = self.policy_loss(batch, actions, log_prob)
-        metrics |= {"policy_loss": policy_loss, "log_pi": log_prob.mean(), "alpha": self.alpha}
         losses = {"actor": policy_loss, "critic": critic_loss}
+        metrics |= {"policy_loss": policy_loss, "log_pi": log_prob.mean(), "alpha": self.alpha}
         if config.use_automatic_entropy_tuning:
             metrics["alpha_loss"] = losses["alpha"] = self.alpha_loss(log_prob)
         if config.cql_lagrange:
@@ -502,23 +534,25 @@ class CQL(nn.Module):
             metrics["alpha_prime_loss"] = losses["alpha_prime"] = self.alpha_prime_loss(gap)
         return losses, metrics
 
-    def gradients(self, batch: Batch) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
+    def gradients(self, batch: Batch, *phase: bool) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
         """Gradients of each group's loss in its own parameters alone, and metrics. It changes nothing."""
-        losses, metrics = self.losses(batch)
-        gradients = {name: torch.autograd.grad(loss, self.learned[name]) for name, loss in losses.items()}
+        losses, metrics = self.losses(batch, *phase)
+        gradients = {name: torch.autograd.grad(loss, self.parameter_groups[name]) for name, loss in losses.items()}
         for name, metric in (("actor", "policy_grad_norm"), ("critic", "critic_grad_norm")):
-            metrics[metric] = nn.utils.get_total_norm(gradients[name])
+            if name in gradients:
+                metrics[metric] = nn.utils.get_total_norm(gradients[name])
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
-    def variants(self) -> set[tuple]:
-        """What else `gradients` will be called with, beside a batch."""
-        return {()}
+    # local: nothing is cloned
+    def phases(self) -> list[tuple]:
+        """What `gradients` takes beside a batch, now and later."""
+        return [()]
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """A step of the policy, the critics, alpha and alpha', then of the target critics."""
-        gradients, metrics = self.compute_gradients(batch)
+        gradients, metrics = self.compute_gradients(batch, *self.phases()[0])
         for name, values in gradients.items():
-            for parameter, gradient in zip(self.learned[name], values):
+            for parameter, gradient in zip(self.parameter_groups[name], values):
                 parameter.grad = gradient
         self.optimizer.step()
         self.log_alpha_prime.data.clamp_(max=self.max_log_alpha_prime)
@@ -531,21 +565,20 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw observations [B, O]."""
-        observations = as_observations(observations, self.actor.observation_mean)
-        observations = (observations - self.actor.observation_mean) / self.actor.observation_std
+        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw observations:
+        [B, O] -> [B]."""
+        observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
-        return values.squeeze(1).cpu().numpy()
+        return values.view(len(observations)).cpu().numpy()
 
     @torch.no_grad()
     def holdout_metrics(self, batch: Batch) -> dict[str, float]:
         """Likelihood, TD error, gap and data Q on transitions that are not trained on."""
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
-        log_prob = self.data_log_prob(batch, *(x[: len(batch.rewards)] for x in (mean, log_std)))
-        _, gap, metrics = self.critic_loss(batch, *self.propose(batch, mean, log_std), len(batch.rewards))
+        _, gap, metrics = self.critic_loss(batch, *self.td_target_and_proposals(batch, mean, log_std))
         result = {"holdout_td_error": (metrics["qf1_loss"] + metrics["qf2_loss"]) / 2, "holdout_gap": gap.mean()}
         result["holdout_q"] = (metrics["average_qf1"] + metrics["average_qf2"]) / 2
-        result["holdout_log_prob"] = log_prob.mean()
+        result["holdout_log_prob"] = self.data_log_prob(batch, mean.chunk(2)[0], log_std.chunk(2)[0]).mean()
         return {name: value.item() for name, value in result.items()}
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -574,60 +607,40 @@ ENDS = {
 
 
 class WorldModel:
-    """A model of the environment, and the transitions that it imagines: generations of rollouts from states of the data
-    with the policy as it is then. dynamics.pt in the run folder holds the model."""
+    """Fits Dynamics to transitions, until no member gets better on held-out ones; each keeps its best weights. `state`
+    is all that a resume and dynamics.pt need."""
 
     patience, min_improvement = 5, 0.01  # epochs without a member whose held-out error falls by this share
-    chunk = 10_000  # rollouts at once, for the memory
 
-    def __init__(self, config: TrainConfig, task: Any, agent: CQL, buffer: Any, run: Any):
-        """buffer: the data's. Raises ConfigError and DataError."""
-        self.config, self.agent, self.buffer, self.run = config, agent, buffer, run
-        self.generations, self.metrics, self.state = [], {}, {}  # state: all of the model that a resume needs
-        self.seconds = {"model": 0.0, "rollout": 0.0, "update": 0.0}
-        self.n_imagined = config.batch_size - agent.n_real
-        if config.push_down_states == "model" and not self.n_imagined:
-            raise ConfigError("--push_down_states model needs imagined states: a smaller --real_ratio")
+    def __init__(self, config: TrainConfig, data: Batch, run: Any):
+        """data: raw observations. Raises ConfigError and DataError."""
         if config.dynamics_elites > config.dynamics_members:
             raise ConfigError(f"--dynamics_elites {config.dynamics_elites} of {config.dynamics_members} members")
-        if not self.n_imagined:
-            return
-        batch, device = Batch(*buffer.columns), config.device
-        self.mean, self.std = agent.actor.observation_mean, agent.actor.observation_std
-        observations, following = (x * self.std + self.mean for x in (batch.observations, batch.next_observations))
-        inputs = torch.cat([observations, batch.actions], dim=1)
-        targets = torch.cat([following - observations, batch.rewards.unsqueeze(1)], dim=1)
+        self.config, self.run, n = config, run, len(data.rewards)
+        inputs = torch.cat([data.observations, data.actions], dim=1)
+        targets = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
         with seeded(config, 0):  # the first weights, and what is held out
-            self.dynamics = Dynamics(config, *(x.shape[1] for x in batch[:2]))
-            order = torch.randperm(buffer.size, device=device)
-        self.columns = self.dynamics.standardise(inputs, targets) + (batch.terminals,)
-        n_held_out = max(1, min(buffer.size // 5, 5000))
+            self.dynamics = Dynamics(config, *(x.shape[1] for x in data[:2]))
+            order = torch.randperm(n, device=config.device)
+        self.columns = self.dynamics.standardise(inputs, targets) + (data.terminals,)
+        n_held_out = max(1, min(n // 5, 5000))
         self.held_out, rest = order[:n_held_out].clone(), order[n_held_out:]  # a view would be stored whole
+        size = (config.dynamics_members, len(rest))
         with seeded(config, 1):  # a bootstrap sample a member
-            self.resampled = rest[torch.randint(len(rest), (config.dynamics_members, len(rest)), device=device)]
-        (self.low, self.high), self.reward_range = following.aminmax(dim=0), batch.rewards.aminmax()
-        agent.largest_value = max(0.0, self.reward_range[1].item()) / max(1 - config.discount, 1e-9)
-        self.ends = self.choose_ends(f"{config.env} {task.arguments['id']}".lower(), following, batch.terminals)
-        self.slot_size = config.rollout_batch_size * config.rollout_length  # most rows of a generation
-        self.rings = [x.new_zeros(config.model_retain * self.slot_size, *x.shape[1:]) for x in batch]
-        self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=device)
+            self.resampled = rest[torch.randint(len(rest), size, device=config.device)]
         self.best = copy.deepcopy(self.dynamics.state_dict())
-        data = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in batch)).hexdigest()
-        self.status = {"data": data, "epoch": 0, "stale": 0, "over": False, "errors": [math.inf] * len(self.resampled)}
+        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in data)).hexdigest()
+        self.status = {
+            "data": digest,
+            "epoch": 0,
+            "stale": 0,
+            "over": False,
+            "errors": [math.inf] * len(self.resampled),
+        }
+        self.seconds, self.metrics = 0.0, {}
         self.keep()
         if run.resumed or config.dynamics_path:
             self.restore()
-
-    def choose_ends(self, names: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
-        """The task's rule where it is known and right on the data; None: what the model learns."""
-        name, kind = next((x for x in ENDS if re.search(rf"\b{x}\b", names)), ""), self.config.termination
-        rule = ENDS.get(name, never)
-        right = (rule(observations) == terminals.bool()).float()
-        agreement = min(right[terminals == x].mean().item() for x in terminals.unique()) * bool(name)
-        if kind == "auto":
-            kind = name if agreement >= 0.999 else "learned" if terminals.any() else "never"
-        print(f"ends of imagined episodes: {kind}" + f" (the rule of {name} is right in {agreement:.1%})" * bool(name))
-        return {"learned": None, "never": never}.get(kind, rule)
 
     def keep(self) -> None:
         """Copies what goes on with the next epoch, so that a signal in the midst of one does no harm."""
@@ -638,56 +651,52 @@ class WorldModel:
 
     def restore(self) -> None:
         """From the run's checkpoint, else from dynamics_path. Raises DataError."""
-        run, path = self.run, self.run.source if self.run.resumed else self.config.dynamics_path
-        with blame(f"{path} holds no model of these data and sizes; --dynamics_path takes a run's dynamics.pt"):
-            state = run.start["model"] if run.resumed else load(path, self.config.device)
-            if state["status"]["data"] != self.status["data"]:
-                raise ValueError("it learned from other transitions, rewards or held-out episodes")
-            self.dynamics.load_state_dict(state["best"])
+        path = self.run.source if self.run.resumed else self.config.dynamics_path
+        problem = f"{path} holds no model of these data and sizes; --dynamics_path takes a run's dynamics.pt"
+        state = self.run.checkpoint["model"] if self.run.resumed else load(path, self.config.device)
+        with explain(problem):
+            status, self.best, self.held_out = (state[x] for x in ("status", "best", "held_out"))
+            self.dynamics.load_state_dict(self.best)
             if "now" in state:
                 self.dynamics.load_state_dict(state["now"])
                 moments = self.dynamics.optimizer.state_dict() | {"state": state["optimizer"]}
                 self.dynamics.optimizer.load_state_dict(moments)
-            self.status, self.best, self.held_out = (state[x] for x in ("status", "best", "held_out"))
+        if status["data"] != self.status["data"]:
+            raise DataError(f"{problem} (it learned from other transitions, rewards or held-out episodes)")
+        self.status = status
         self.keep()
 
-    def sample_transitions(self, batch_size: int) -> tuple[Tensor, ...]:
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """A minibatch for each member, from its own bootstrap sample."""
         places = torch.randint(self.resampled.shape[1], (len(self.resampled), batch_size), device=self.resampled.device)
         rows = self.resampled.gather(1, places)  # [M, B]
         return tuple(column[rows] for column in self.columns)
 
-    def learn(self, save_run: Callable, stop: Any) -> None:
-        """Trains the model until no member gets better on held-out transitions; each keeps its best weights."""
-        if not self.n_imagined:
-            return
+    def fit(self, save_run: Callable) -> None:
+        """save_run is called after each epoch. Ends early at a signal."""
         config, dynamics, status, started = self.config, self.dynamics, self.status, time.perf_counter()
         bar = tqdm(total=config.dynamics_max_epochs, initial=status["epoch"], unit="epoch", disable=None)
-        if not status["over"]:
-            advance = updater(config, dynamics, types.SimpleNamespace(sample=self.sample_transitions))
-        while not status["over"] and not stop:
+        run_until = None if status["over"] else updater(config, dynamics, self.sample)
+        while not status["over"]:
             with seeded(config, 2, status["epoch"]):  # minibatches
-                left = math.ceil(self.resampled.shape[1] / config.batch_size)
-                while left and not stop:
-                    left -= advance(left)
-            if not left:
-                self.judge()
-                self.keep()
-                save_run(0)
-                if bar.disable and status["epoch"] == 1:
-                    print(f"model: {time.perf_counter() - started:.0f} s an epoch, at most {bar.total}", flush=True)
-                bar.update()
-                bar.set_postfix_str(f"held-out error {min(status['errors']):.4g}")
+                run_until(dynamics.n_updates + math.ceil(self.resampled.shape[1] / config.batch_size))
+            if Signals.received:
+                return
+            self.judge()
+            self.keep()
+            save_run()
+            if bar.disable and status["epoch"] == 1:
+                print(f"model: {time.perf_counter() - started:.0f} s an epoch, at most {bar.total}", flush=True)
+            bar.update()
+            bar.set_postfix_str(f"held-out error {min(status['errors']):.4g}")
         bar.close()
-        if stop:
-            return
         dynamics.load_state_dict(self.best)
         dynamics.elites.copy_(torch.tensor(status["errors"]).argsort()[: len(dynamics.elites)])
         if not (self.run.resumed and (self.run.path / "dynamics.pt").exists()):
             save(self.run.path / "dynamics.pt", self.state)
-        self.seconds["model"], self.metrics = time.perf_counter() - started, self.describe_dynamics()
+        self.seconds, self.metrics = time.perf_counter() - started, self.describe()
         errors = ", ".join(f"{x:.3g}" for x in status["errors"])
-        print(f"model: {status['epoch']} epochs, {self.seconds['model']:.0f} s, held-out errors {errors}")
+        print(f"model: {status['epoch']} epochs, {self.seconds:.0f} s, held-out errors {errors}")
         print(", ".join(f"{name} {value:.3g}" for name, value in self.metrics.items()))
 
     @torch.no_grad()
@@ -706,7 +715,7 @@ class WorldModel:
             raise DataError("training diverged: the model's held-out error is no number; try a smaller --dynamics_lr")
 
     @torch.no_grad()
-    def describe_dynamics(self) -> dict[str, float]:
+    def describe(self) -> dict[str, float]:
         """Of the elites on held-out transitions: error, R^2, share of targets in the 90 % interval, and how often ends
         are foreseen, and that there is none (mean of both shares), by more than the average probability."""
         inputs, targets, ends = (column[self.held_out] for column in self.columns)
@@ -716,35 +725,76 @@ class WorldModel:
         result = {"model_error": errors.mean().item()}
         result["model_r2_observation"], result["model_r2_reward"] = (1 - (x / y).item() for x, y in parts)
         result["model_coverage"] = (errors.sqrt() <= 1.6449 * (log_var / 2).exp()).float().mean().item()
-        if self.ends is None:
-            average = self.columns[2].mean().clamp(1e-4, 0.5)  # where no transition ends, or nearly all do
-            foreseen = ((end.sigmoid() > average) == ends.bool()).float().mean(dim=0)
-            shares = [foreseen[ends == kind].mean().item() for kind in ends.unique()]
-            result["model_end_accuracy"] = sum(shares) / len(shares)
-        return result
+        average = self.columns[2].mean().clamp(1e-4, 0.5)  # where no transition ends, or nearly all do
+        foreseen = ((end.sigmoid() > average) == ends.bool()).float().mean(dim=0)
+        shares = [foreseen[ends == kind].mean().item() for kind in ends.unique()]
+        return result | {"model_end_accuracy": sum(shares) / len(shares)}
+
+
+def termination_rule(kind: str, names: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
+    """Ends of imagined episodes. auto is the task's rule where it is known and right on the data, else what the model
+    learns (None) or, without ends in the data, never."""
+    name = next((x for x in ENDS if re.search(rf"\b{x}\b", names)), "")
+    rule, found = ENDS.get(name, never), ""
+    if name:
+        right = (rule(observations) == terminals.bool()).float()
+        agreement = min(right[terminals == x].mean().item() for x in terminals.unique())
+        found = f" (the rule of {name} is right in {agreement:.1%})"
+    if kind == "auto" and name and agreement >= 0.999:
+        kind = name
+    elif kind == "auto":
+        kind = "learned" if terminals.any() else "never"
+    print(f"ends of imagined episodes: {kind}{found}")
+    return {"learned": None, "never": never}.get(kind, rule)
+
+
+class Imagination:
+    """A replay buffer of data and of rollouts from states of the data, imagined by the model with the policy as it is
+    then: generations, of which the last are kept."""
+
+    chunk = 10_000  # rollouts at once, for the memory
+
+    def __init__(self, config: TrainConfig, task: Any, agent: CQL, buffer: Any, run: Any):
+        """buffer: the data's. Raises ConfigError and DataError."""
+        self.config, self.agent, self.buffer, self.model, self.run = config, agent, buffer, None, run
+        self.generations, self.metrics, self.seconds = [], {}, {"rollout": 0.0, "update": 0.0}
+        self.n_imagined = config.batch_size - agent.n_real
+        if config.push_down_states == "model" and not self.n_imagined:
+            raise ConfigError("--push_down_states model needs imagined states: a smaller --real_ratio")
+        if not self.n_imagined:
+            return
+        data, actor = Batch(*buffer.columns), agent.actor
+        observations, following = (
+            x * actor.observation_std + actor.observation_mean for x in (data.observations, data.next_observations)
+        )
+        self.model = WorldModel(config, data._replace(observations=observations, next_observations=following), run)
+        (self.low, self.high), self.reward_range = following.aminmax(dim=0), data.rewards.aminmax()
+        agent.largest_value = max(0.0, self.reward_range[1].item()) / max(1 - config.discount, 1e-9)
+        names = f"{config.env} {task.arguments['id']}".lower()
+        self.ends = termination_rule(config.termination, names, following, data.terminals)
+        self.slot_size = config.rollout_batch_size * config.rollout_length  # most rows of a generation
+        self.rings = [x.new_zeros(config.model_retain * self.slot_size, *x.shape[1:]) for x in data]
+        self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=config.device)
 
     @torch.no_grad()
     def imagine(self, observations: Tensor, actor: TanhGaussianActor) -> Batch:
         """Rollouts from normalised observations [B, O]; those that end go no further."""
-        config, parts = self.config, []
+        config, parts, mean, std = self.config, [], actor.observation_mean, actor.observation_std
         for _ in range(config.rollout_length):
             actions = sample_actions(*actor(observations), 1)[0].squeeze(1)
             if config.rollout_actions == "uniform":
                 actions.uniform_(-1, 1)
-            following, rewards, end, uncertainty = self.dynamics.step(observations * self.std + self.mean, actions)
+            following, rewards, end, uncertainty = self.model.dynamics.predict(observations * std + mean, actions)
             ended = torch.rand_like(end) < end if self.ends is None else self.ends(following)
             rewards = rewards.clamp(*self.reward_range) - config.mopo_penalty * uncertainty
-            following = (following.clamp(self.low, self.high) - self.mean) / self.std
+            following = actor.normalise(following.clamp(self.low, self.high))
             parts.append(Batch(observations, actions, rewards, following, ended.float()))
             observations = following[~ended]
         return Batch(*map(torch.cat, zip(*parts)))
 
-    def generate(self, step: int, weights: Optional[dict[str, Tensor]] = None) -> float:
+    def generate(self, step: int, weights: Optional[dict[str, Tensor]] = None) -> None:
         """A generation of rollouts takes the place of the oldest. It follows from the policy's weights (or those of
-        now), the step and the seed: a resumed run imagines the same again. Returns the seconds that it took."""
-        if not self.n_imagined:
-            return 0.0
-        self.counts.sum().item()  # waits for the device's updates, which are no part of this time
+        now), the step and the seed: a resumed run imagines the same again."""
         started, config, actor = time.perf_counter(), self.config, copy.deepcopy(self.agent.actor)
         actor.load_state_dict(weights or actor.state_dict())
         self.generations = [*self.generations, {"step": step, "weights": actor.state_dict()}][-config.model_retain :]
@@ -757,12 +807,30 @@ class WorldModel:
         self.counts[slot] = n
         self.metrics["rollout_length"] = n / config.rollout_batch_size
         self.metrics["rollout_reward"] = torch.cat([x.rewards for x in parts]).mean().item()
-        seconds = time.perf_counter() - started
-        self.seconds["rollout"] += seconds
-        return seconds
+        self.seconds["rollout"] += time.perf_counter() - started
 
-    def time_shares(self) -> dict[str, float]:
-        return {f"{name}_time_share": x / sum(self.seconds.values()) for name, x in self.seconds.items()}
+    def begin(self, save_run: Callable) -> None:
+        """Fits the model, and imagines again what a resumed run had."""
+        if self.model:
+            self.model.fit(save_run)
+        for generation in self.run.checkpoint["generations"] if self.run.resumed else ():
+            self.generate(**generation)
+
+    def refresh(self, step: int) -> None:
+        """Imagines a generation where one is due."""
+        is_new = not self.generations or self.generations[-1]["step"] < step
+        if self.model and step % self.config.rollout_freq == 0 and is_new:
+            self.generate(step)
+
+    def row(self) -> dict[str, float]:
+        """Metrics of model and rollouts, and shares of the time since the last row..."""
+        self.seconds["update"] += self.run.seconds
+        seconds = {"model": self.model.seconds if self.model else 0.0} | self.seconds
+        shares = {f"{name}_time_share": x / sum(seconds.values()) for name, x in seconds.items()}
+        return (self.model.metrics if self.model else {}) | self.metrics | shares
+
+    def state(self) -> dict[str, Any]:
+        return {"generations": self.generations, "model": self.model.state if self.model else {}}
 
     def sample(self, batch_size: int) -> Batch:
         """First the data's rows, then imagined ones."""
@@ -784,7 +852,47 @@ def seeded(config: Any, *numbers: int) -> Iterator[None]:
         yield
 
 
-# Common to all files from here on: configuration, data, evaluation, run folder.
+def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+    """Trains on `data` (what load_dataset returns; by default that of config.env), evaluates, and returns the last row
+    of metrics.csv. A run folder that holds part of the run is continued. Raises ConfigError and DataError."""
+    run = Run(config, config.max_timesteps)
+    if run.is_complete:
+        print(f"{run.path} is complete: {describe(run.rows[-1])}")
+        return run.rows[-1]
+    data = load_dataset(config.env) if data is None else dict(data)
+    task = Task(config, data)
+    data, holdout, scaling = prepare_data(config, data, task, run.checkpoint)
+    torch.manual_seed(config.seed)
+    agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
+    buffer, holdout = ReplayBuffer(data, config.device), holdout_batch(config, holdout)
+    run.restore(agent)
+    agent.actor.load_state_dict(scaling, strict=False)
+    imagination = Imagination(config, task, agent, buffer, run)
+    run.begin(task, agent.n_updates)
+    try:
+        imagination.begin(lambda: run.save(agent, **imagination.state()))
+        run_until = updater(config, agent, imagination.sample, run)
+        for step in run.stops(config.rollout_freq):  # where a record, a row of metrics.csv or a generation is due
+            if not Signals.received:
+                imagination.refresh(agent.n_updates)
+            run_until(step, run.progress)
+            if Signals.received:
+                task.check(run.means(), agent)  # no checkpoint of a run that diverged
+                run.save(agent, **imagination.state())
+                raise SystemExit(128 + Signals.received)
+            metrics = task.check(run.next_record(step), agent)
+            if run.is_row_due(step):
+                row = task.evaluate(agent, holdout) | imagination.row()
+                metrics |= run.add_row(step, task.check(row, agent))
+            run.log(metrics, step)
+            run.save(agent, step, **imagination.state())
+    finally:
+        run.end(task.envs)
+    print(f"{describe(run.rows[-1])} after {run.n_steps:,} updates, in {run.path}")
+    return run.rows[-1]
+
+
+# Common to all files from here on: options, dataset, replay buffer, environments, updates, run folder.
 
 
 class DataError(ValueError):
@@ -795,19 +903,32 @@ class ConfigError(DataError):
     status = 2  # and for options
 
 
+class SimulatorError(Exception):
+    """An environment failed, which costs an evaluation."""
+
+
+def name_error(error: BaseException) -> str:
+    """Type, message, file and line of an exception."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {str(error)[:200]}, {Path(frame.filename).name}:{frame.lineno}"
+
+
 @contextlib.contextmanager
-def blame(cause: str, kind: type = DataError) -> Iterator[None]:
-    """Whatever fails inside is told in one line: the cause, and what was raised."""
+def explain(problem: str, kind: type = DataError) -> Iterator[None]:
+    """Tells in one line what a file, a package or a device raises. Our own code stands outside: bugs keep their
+    traceback."""
     try:
         yield
     except Exception as error:
-        detail, kind = str(error)[:200] or type(error).__name__, type(error) if isinstance(error, DataError) else kind
-        raise kind(f"{cause} ({detail})") from error
+        raise kind(f"{problem} ({name_error(error)})") from error
 
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-MAX_ENVS, MAX_STEPS = 16, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
+MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
 GRAPH_UPDATES = 10  # in a CUDA graph
+# Wrappers of a recording that its policy is played in, and those that change nothing.
+WRAPPERS = "RescaleAction ClipAction RescaleObservation FlattenObservation ClipReward TimeAwareObservation StickyAction"
+IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvChecker"
 # local: the network that acts, and that policy.pt holds
 Policy = TanhGaussianActor
 # local: limits of the options, both ends included, or the words that one takes
@@ -838,11 +959,15 @@ def check_config(config: Any) -> None:
     config.run_id = config.run_id or os.environ.get("WANDB_RUN_ID") or None
     for names, limits in LIMITS.items():
         for name in names.split():
-            value, words = getattr(config, name), isinstance(limits[0], str)
-            if value not in limits if words else value is not None and not limits[0] <= value <= limits[1]:
-                takes = ", ".join(limits) if words else f"a number from {limits[0]:g} to {limits[1]:g}"
+            value = getattr(config, name)
+            if isinstance(limits[0], str):
+                valid, takes = value in limits, ", ".join(limits)
+            else:
+                valid = value is None or limits[0] <= value <= limits[1]
+                takes = f"a number from {limits[0]:g} to {limits[1]:g}"
+            if not valid:
                 raise ConfigError(f"--{name} takes {takes}, not {value}")
-    with blame(f"--device {config.device} cannot be used here; try --device cpu", ConfigError):
+    with explain(f"--device {config.device} cannot be used here; try --device cpu", ConfigError):
         torch.empty(0, device=config.device)
 
 
@@ -878,9 +1003,12 @@ def parse_arguments(config_class: type) -> Any:
             action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
     options = parser.parse_args()
     if path := options.pop("config_path", None):
-        with blame(f"--config_path {path} is no YAML of lines `option: value`", ConfigError):
+        problem = f"--config_path {path} is no YAML of lines `option: value`"
+        with explain(problem, ConfigError):
             content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # texts, as on the command line
-            options = parser.parse_args([f"--{name}=" + value for name, value in content.items()]) | options
+        if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+            raise ConfigError(problem)
+        options = parser.parse_args([f"--{name}={value}" for name, value in content.items()]) | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
 
@@ -904,45 +1032,58 @@ def load_dataset(name: str) -> dict[str, Any]:
 
     observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
     terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
-    action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes).
+    action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes,
+    and `wrappers`: names and arguments).
     """
     path = minari.storage.get_dataset_path(name)
     if "/" not in name and not path.exists():
         name, path = f"d4rl/{name}", path.parent / "d4rl" / name
-    with blame(f"--env {name} cannot be read from {path}; `minari list local` lists others"):
-        if not path.exists() and name.startswith("d4rl/"):
-            raise FileNotFoundError(f"import it by: python benchmarks/import_data.py {name[5:]}")
+    if name.startswith("d4rl/") and not path.exists():
+        raise DataError(f"--env {name}: import it to {path} by: python benchmarks/import_data.py {name[5:]}")
+    problem = f"--env {name} cannot be read from {path}; `minari list local` lists others"
+    with explain(problem):
         if not path.exists():
-            hub = importlib.import_module("huggingface_hub")  # whose client would try to connect for 23 seconds
-            hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
             minari.download_dataset(name)
-        # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
-        if not {"observation_space", "action_space"} <= json.loads((path / "data/metadata.json").read_text()).keys():
-            raise KeyError("its metadata lacks the spaces")
-        dataset, parts = minari.load_dataset(name), []
-        data = action_bounds(dataset.action_space, f"--env {name}")
-        for episode in dataset.iterate_episodes():
-            observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
-            # The next observation is known at time-outs too, so that they bootstrap.
-            timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
-            actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
-            parts.append((observations[:-1], actions, rewards, observations[1:], episode.terminations, timeouts))
-        data |= dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
-    scores = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
+        metadata = json.loads((path / "data/metadata.json").read_text())
+    # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
+    if not {"observation_space", "action_space"} <= metadata.keys():
+        raise DataError(f"{problem} (its metadata lacks the spaces)")
+    with explain(problem):
+        dataset = minari.load_dataset(name)
+    data, parts = action_bounds(dataset.action_space, f"--env {name}"), []
+    for i in range(len(dataset)):
+        with explain(problem):
+            episode = dataset[i]
+        observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
+        # The next observation is known at time-outs too, so that they bootstrap.
+        timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
+        actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
+        parts.append((observations[:-1], actions, rewards, observations[1:], episode.terminations, timeouts))
+    data |= dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
+    scores = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     if None not in scores:
-        data["reference_scores"] = np.array(scores)
+        data["reference_scores"] = scores
     if spec := dataset._eval_env_spec or dataset.env_spec:  # an entry point in it is ignored: it could be any code
         spec.kwargs.pop("render_mode", None)  # the recording may have had a window
-        data["environment"] = {"id": spec.id, "max_episode_steps": spec.max_episode_steps, **spec.kwargs}
+        wrappers = [(wrapper.name, wrapper.kwargs) for wrapper in spec.additional_wrappers]
+        named = {"id": spec.id, "max_episode_steps": spec.max_episode_steps, "wrappers": wrappers}
+        data["environment"] = spec.kwargs | named
     return data
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
     """Makes its columns float32, and flags bool. Raises DataError for data that cannot be trained on."""
+    known = {*COLUMNS, "action_low", "action_high", "reference_scores", "environment"}
+    if unknown := data.keys() - known:
+        raise DataError(f"--env {config.env}: data hold {sorted(unknown)}, and may hold {sorted(known)}")
     n = len(data.get("rewards", ()))
     for key in COLUMNS:
         column = np.asarray(data.get(key, ()), dtype=np.float32)
-        if column.ndim != 1 + key.endswith(("observations", "actions")) or len(column) != n or not column.size:
+        if (
+            column.ndim != 1 + key.endswith(("observations", "actions"))
+            or len(column) != n
+            or not (column.size or config.env == "none")
+        ):
             raise DataError(f"--env {config.env}: {key} have shape {list(column.shape)}, with {n} transitions")
         if (bad := ~(np.abs(column) < 1e15)).any():
             fault = f"NaN, infinity or huge numbers, first in transition {np.argwhere(bad)[0, 0]}"
@@ -979,10 +1120,11 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     DataError for actions outside by more than 1e-3 of the range; others are clipped."""
     actions, size = data["actions"], data["actions"].shape[1:]
     low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
-    if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
-        raise DataError(f"--env {name}: actions need finite bounds, not {low} to {high}")
+    largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound stands for none
+    if not ((-largest < low) & (low < high) & (high < largest)).all():
+        raise DataError(f"--env {name}: actions need bounds that they come near to, not {low} to {high}")
     scaled = (actions.astype(np.float64) - low) * (2 / (high.astype(np.float64) - low)) - 1
-    if np.abs(scaled).max() > 1 + 2e-3:
+    if np.abs(scaled).max(initial=0) > 1 + 2e-3:
         raise DataError(f"--env {name}: actions from {actions.min()} to {actions.max()} are outside {low} to {high}")
     return scaled.clip(-1, 1).astype(np.float32), low, high
 
@@ -1015,34 +1157,39 @@ class ReplayBuffer:
         return self.rows(torch.randint(self.size, (batch_size,), device=self.columns[0].device))
 
 
+def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
+    """The same held-out transitions at each evaluation: ten minibatches, or less."""
+    rows = np.random.default_rng(config.seed).permutation(len(data["rewards"]))[: 10 * config.batch_size]
+    return ReplayBuffer(data, config.device).rows(rows)
+
+
 class Task:
     """The rewards to train on, and the environments to evaluate in (None without a simulator)."""
 
+    failed = False  # an evaluation
+
     def __init__(self, config: Any, data: dict[str, Any]):
-        """Takes the bounds of actions from the environment, where there is one. Raises ConfigError or DataError."""
+        """Narrows the bounds of actions in `data` to the environment's. Raises ConfigError or DataError."""
         check_dataset(data, config)
         self.config, self.reference = config, data.get("reference_scores")
+        if self.reference is not None and not -math.inf < self.reference[0] < self.reference[1] < math.inf:
+            print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot be 0 and 100")
+            self.reference = None
         self.arguments = {"id": config.eval_env} if config.eval_env else data.get("environment", {"id": "none"})
-        n_envs = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))
-        self.envs = make_environments(config, n_envs, **self.arguments)
+        n_waves = math.ceil(config.n_episodes / MAX_ENVS)
+        self.envs = make_environments(config, math.ceil(config.n_episodes / n_waves), **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
-        name = f"{config.env} {self.arguments['id']}".lower()
-        if (
-            config.normalize_reward
-            and config.env != "none"
-            and any(task in name for task in ("halfcheetah", "hopper", "walker2d"))
-        ):
-            with blame(f"--normalize_reward: all episodes of {config.env} have the same return"):
-                self.factor *= 1000 / float(np.ptp(episodes(data)[2]))
+        words = set(re.split("[^a-z0-9]+", f"{config.env} {self.arguments['id']}".lower()))
+        if config.normalize_reward and words & {"halfcheetah", "hopper", "walker2d"} and config.env != "none":
+            spread = float(np.ptp(episodes(data)[2]))
+            if spread == 0:
+                raise DataError(f"--normalize_reward: all episodes of {config.env} have the same return")
+            self.factor *= 1000 / spread
         # A hundred times the largest possible return: conservative values may well be below any return.
-        largest_reward = max(1.0, float(np.abs(self.training_rewards(data["rewards"])).max()))
+        largest_reward = float(np.abs(self.training_rewards(data["rewards"])).max(initial=1))
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
         if self.envs:
-            data |= action_bounds(self.envs.single_action_space, self.envs.spec.id)
-            start = flatten(self.envs.observation_space.sample(), self.envs.single_observation_space)
-            own, sizes = [data[x].shape[1] for x in COLUMNS[:2]], [start.shape[1], data["action_low"].size]
-            if own != sizes:
-                raise DataError(f"{config.env} has sizes {own} of observation and action, {self.envs.spec.id} {sizes}")
+            narrow_actions(data, self.envs, config.env)
 
     def training_rewards(self, rewards: np.ndarray) -> np.ndarray:
         return np.clip(rewards * self.factor + self.offset, -self.config.reward_clip, self.config.reward_clip)
@@ -1064,35 +1211,39 @@ class Task:
                 raise DataError(f"training diverged: {place}; try smaller learning rates or a larger cql_alpha")
         return metrics
 
-    def rollout(self, policy: Callable, stop: Any = ()) -> dict[str, np.ndarray]:
+    def rollout(self, policy: Callable) -> dict[str, np.ndarray]:
         """One episode from each reset seed eval_seed + i, as many side by side as there are environments.
 
-        Returns arrays over the n_episodes: start observation, return, length, discounted return of the training
-        rewards, and success where the environment reports it; cut short once `stop` holds a signal.
+        Returns arrays over the n_episodes: first observation, return, length, discounted return of the training
+        rewards, and success, NaN where the environment reports none. Raises SimulatorError.
         """
-        envs, discount, starts = self.envs, self.config.discount, []
-        waves = np.arange(math.ceil(self.config.n_episodes / envs.num_envs) * envs.num_envs).reshape(-1, envs.num_envs)
-        result = {key: np.zeros(waves.shape) for key in ("return", "length", "discounted_return")}
-        for i, numbers in enumerate(waves):
-            observations, running = envs.reset(seed=(self.config.eval_seed + numbers).tolist())[0], True
-            starts.append(flatten(observations, envs.single_observation_space))
-            while np.any(running) and result["length"][i].max() < MAX_STEPS and not stop:
-                actions = policy(flatten(observations, envs.single_observation_space))
-                actions = np.reshape(actions, envs.action_space.shape).astype(envs.action_space.dtype)
-                observations, rewards, terminated, truncated, infos = envs.step(actions)
-                discounted = discount ** result["length"][i] * self.training_rewards(rewards)
-                for key, value in (("return", rewards), ("length", 1), ("discounted_return", discounted)):
-                    result[key][i] += np.where(running, value, 0)
-                for key in {"success", "is_success", "goal_achieved"} & infos.keys():
-                    successes = result.setdefault("success", np.zeros(waves.shape))
-                    successes[i] = np.maximum(successes[i], np.where(running, infos[key], 0))
-                running &= ~(terminated | truncated)  # what an environment plays after its episode does not count
-        if not np.isfinite(result["return"]).all():
-            raise ValueError("a reward is NaN or infinite")
-        result = {key: value.reshape(-1) for key, value in result.items()} | {"start": np.concatenate(starts)}
-        return {key: value[: self.config.n_episodes] for key, value in result.items()}
+        n, seed = self.envs.num_envs, self.config.eval_seed
+        waves = [self.play(policy, range(seed + i, seed + i + n)) for i in range(0, self.config.n_episodes, n)]
+        return {key: np.concatenate([wave[key] for wave in waves])[: self.config.n_episodes] for key in waves[0]}
 
-    def evaluate(self, agent: Any, holdout: Any, stop: Any) -> dict[str, Any]:
+    def play(self, policy: Callable, seeds: range) -> dict[str, np.ndarray]:
+        envs, space, running = self.envs, self.envs.single_observation_space, np.full(len(seeds), True)
+        result = {key: np.zeros(len(seeds)) for key in ("return", "length", "discounted_return")}
+        result["success"], problem = np.full(len(seeds), np.nan), f"{envs.spec.id} failed"
+        with explain(problem, SimulatorError):
+            observations, _ = envs.reset(seed=list(seeds))
+        result["first_observations"] = observations = flatten(observations, space)
+        while running.any() and result["length"].max() < MAX_STEPS:
+            actions = to_space(policy(observations), envs.action_space)
+            with explain(problem, SimulatorError):
+                observations, rewards, terminated, truncated, infos = envs.step(actions)
+            observations = flatten(observations, space)
+            if not np.isfinite([*observations.sum(axis=1), *rewards]).all():
+                raise SimulatorError(f"{problem} (it returned NaN or infinity)")
+            discounts = self.config.discount ** result["length"]
+            result["return"] += np.where(running, rewards, 0)
+            result["discounted_return"] += np.where(running, discounts * self.training_rewards(rewards), 0)
+            result["length"] += running
+            result["success"] = np.where(running, np.fmax(result["success"], infos["success"]), result["success"])
+            running &= ~(terminated | truncated)  # what an environment plays after its episode does not count
+        return result
+
+    def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
         """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
         row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
         row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
@@ -1101,28 +1252,77 @@ class Task:
         with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
             torch.manual_seed(self.config.eval_seed)
             try:
-                if self.envs:
-                    result = self.rollout(agent.actor.act, stop)
-                    result["predicted_value"] = agent.start_values(result.pop("start"))
-                    row |= {f"eval_{name}": float(x.mean()) for name, x in result.items() if not np.isnan(x).any()}
-                    row |= self.score(result["return"])
-            except Exception as error:
-                tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error!r}", file=sys.stderr)
+                result = self.rollout(agent.actor.act) if self.envs else {}
+            except SimulatorError as error:
+                tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error}", file=sys.stderr)
+                if not self.failed:
+                    traceback.print_exception(error.__cause__)
+                result, self.failed = {}, True
+            if result:
+                result["predicted_value"] = agent.start_values(result.pop("first_observations"))
+                if not np.isnan(result["success"]).all():  # else the environment reports none
+                    result["success"] = np.nan_to_num(result["success"])
+                row |= {f"eval_{name}": float(x.mean()) for name, x in result.items() if not np.isnan(x).any()}
+                row |= self.score(result["return"])
             row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
         agent.train()
         return row
 
 
-def make_environments(config: Any, n: int, id: str, **arguments: Any) -> Optional[gym.vector.SyncVectorEnv]:
+class Success(gym.Wrapper):
+    """Makes `info` the success alone: a number, NaN where the environment reports none."""
+
+    def step(self, action: Any) -> tuple:
+        *result, info = self.env.step(action)
+        reported = [math.nan]
+        for key in {"success", "is_success", "goal_achieved"} & info.keys():
+            with contextlib.suppress(TypeError, ValueError):  # None, a text, several numbers
+                reported.append(float(np.asarray(info[key]).item()))
+        return *result, {"success": float(np.fmax.reduce(reported))}
+
+
+def make_environments(
+    config: Any, n: int, id: str, wrappers: Any = (), **arguments: Any
+) -> Optional[gym.vector.SyncVectorEnv]:
     """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
     kind = ConfigError if config.eval_env else DataError
-    with blame(f"the environment {id} cannot be made; --eval_env takes another, or none", kind):
-        if id not in gym.registry and id != "none":
-            with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
-                gym.register_envs(importlib.import_module("gymnasium_robotics"))
-        if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
-            return None
-        return gym.make_vec(id, n, "sync", **arguments)
+    problem = f"the environment {id} cannot be made; --eval_env takes another, or none"
+    if id not in gym.registry and id != "none":
+        with explain(problem, kind), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+    if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
+        return None
+    makers = []
+    for name, options in wrappers:
+        if name in WRAPPERS.split() and options is not None:
+            makers.append(functools.partial(getattr(gym.wrappers, name), **options))
+        elif name in IDLE_WRAPPERS.split():
+            print(f"{id}: the recording's {name} changes nothing, and is left out")
+        else:
+            raise kind(f"{problem} (it was recorded through {name}, which this script does not know)")
+    with explain(problem, kind):
+        return gym.make_vec(id, n, "sync", wrappers=[*makers, Success], **arguments)
+
+
+def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: str) -> None:
+    """Narrows the bounds of actions in `data` to the environment's. Raises DataError."""
+    id, own = envs.spec.id, action_bounds(envs.single_action_space, envs.spec.id)
+    first = flatten(envs.observation_space.sample(), envs.single_observation_space)
+    sizes, own_sizes = [data[x].shape[1] for x in COLUMNS[:2]], [first.shape[1], own["action_low"].size]
+    if sizes != own_sizes:
+        raise DataError(f"{name} has sizes {sizes} of observation and action, {id} {own_sizes}")
+    for key, narrower in (("action_low", np.maximum), ("action_high", np.minimum)):
+        bound = data.get(key, own[key])
+        data[key] = narrower(bound, own[key])
+        if np.any(bound != own[key]):
+            print(f"{key}: {bound} in {name}, {own[key]} in {id}; {data[key]} is used")
+
+
+def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
+    """In the shape and the type of a space: rounded where it takes whole numbers."""
+    if np.issubdtype(space.dtype, np.integer):
+        actions = np.rint(actions)
+    return np.reshape(actions, space.shape).astype(space.dtype)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -1135,9 +1335,9 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 
 
-def prepare_data(config: Any, data: dict[str, Any], task: Task, start: Any) -> tuple[dict, dict, dict[str, Tensor]]:
+def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any) -> tuple[dict, dict, dict]:
     """Transitions to train on and held-out ones, as the networks see them, and the scaling of observations (that of the
-    checkpoint `start`, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
+    checkpoint, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
     numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
@@ -1148,14 +1348,15 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, start: Any) -> t
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
     holdout = {key: data[key][held_out] for key in COLUMNS}
     data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
-    mean, std = np.zeros_like(data["observations"][0]), np.ones_like(data["observations"][0])
-    if start:
-        mean, std = (start["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std"))
+    size = data["observations"].shape[1]
+    mean, std = np.zeros(size, np.float32), np.ones(size, np.float32)
+    if checkpoint:
+        mean, std = (checkpoint["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std"))
     elif config.normalize:
         mean = data["observations"].mean(0, dtype=np.float64).astype(np.float32)
         std = np.float32([column.std(dtype=np.float64) + 1e-3 for column in data["observations"].T])
-    if mean.shape != data["observations"].shape[1:]:
-        raise DataError(f"{config.env} has observations of another size than the checkpoint's {mean.size}")
+    if len(mean) != size:
+        raise DataError(f"{config.env} has observations of another size than the checkpoint's {len(mean)}")
     for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
         part[key] = part[key] - mean
         part[key] /= std
@@ -1168,7 +1369,7 @@ def save(path: Path, content: str | dict[str, Any]) -> None:
     the disk is full. Raises DataError."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
-    with blame(f"{path} cannot be written; what was saved before is intact"):
+    with explain(f"{path} cannot be written; what was saved before is intact"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(buffer.getvalue())
@@ -1192,7 +1393,7 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
     """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
     [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
     state = load(path, device)
-    with blame(f"{path} is no policy.pt or checkpoint.pt of this script"):
+    with explain(f"{path} is no policy.pt or checkpoint.pt of this script"):
         state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
@@ -1201,273 +1402,273 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
     """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises ValueError."""
-    with blame(f"an observation is {len(like)} finite numbers"):
+    with explain(f"an observation is {len(like)} finite numbers"):
         array = np.asarray(observations, dtype=np.float32)
         if array.shape[-1:] != like.shape or not np.isfinite(array).all():
             raise ValueError(f"it has NaN, infinity or shape {array.shape}")
         return torch.tensor(array, device=like.device)
 
 
-class RunningMean:
-    """Means of metrics, summed on the device so that no update waits for it."""
+class Signals:
+    """The first signal waits for `run_until`, which ends between two updates, so that the run is saved; the second one
+    ends the program at once, as the first does while nothing is trained (wait is False)."""
 
-    def __init__(self):
-        self.names, self.sums = [], None
+    wait, received = False, 0
 
-    def add(self, names: list[str], values: Tensor) -> None:
-        """values: [M + 1], with a 1 at the end, which counts."""
-        if names != self.names:
-            self.names, self.sums = names, torch.zeros_like(values)
-        self.sums += values  # in place, as a CUDA graph needs it
-
-    def reset(self) -> None:
-        if self.sums is not None:
-            self.sums.zero_()
-
-    def read(self) -> dict[str, float]:
-        *sums, n = [0] if self.sums is None else self.sums.tolist()
-        return {name: x / n for name, x in zip(self.names, sums)} if n else {}
+    @classmethod
+    def receive(cls, number: int, _: Any) -> None:
+        if cls.received or not cls.wait:
+            raise SystemExit(128 + number)
+        cls.received = number
 
 
-def updater(config: Any, agent: Any, buffer: ReplayBuffer, *means: RunningMean) -> Callable[[int], int]:
-    """Compiles the losses, and returns a function of the number of updates that are due: it does one, or on a GPU
-    GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels, and returns how many."""
+def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Callable[[int], None]:
+    """Compiles the losses, and returns a function that updates the agent until a number of updates, or a signal: one by
+    one, or on a GPU GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels."""
     on_gpu, graph, eager_until = "cuda" in config.device, None, math.inf
+    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees, for the next one
         for parameter, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
             ctypes.CDLL(None).mallopt(parameter, value)
     if config.compile or (config.compile is None and on_gpu):
+        Signals.wait = False  # a signal to the whole group ends the compiler's processes, whose answers would not come
         torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
         compiled = torch.compile(agent.gradients, fullgraph=True, options={"fallback_random": True})  # eager's numbers
-        try:
-            with torch.random.fork_rng([config.device] if on_gpu else []):
-                for others in agent.variants():
-                    compiled(buffer.sample(config.batch_size), *others)
-            agent.compute_gradients = compiled
-            if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
-                eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
-        except Exception as error:  # no compiler, no Triton, a GPU that is too old
-            reason = (str(error) or repr(error)).strip().splitlines()[0]
-            print(f"warning: updates are not compiled, and slower ({reason}); --compile False says so", file=sys.stderr)
+        with torch.random.fork_rng([config.device] if on_gpu else []):
+            batch, phases = sample(config.batch_size), {*agent.phases()}
+            for phase in phases:
+                agent.gradients(batch, *phase)  # a bug shows here, and is not taken for the compiler's failure
+            try:
+                for phase in phases:
+                    compiled(batch, *phase)
+                agent.compute_gradients = compiled
+                if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
+                    eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
+            except Exception as error:  # no compiler, no Triton, a GPU that is too old
+                reason = " ".join(name_error(error).split())
+                print(f"warning: no compilation, slower; --compile False says so ({reason})", file=sys.stderr)
+    Signals.wait = True
 
     def update() -> None:
-        metrics = agent.update(buffer.sample(config.batch_size))
-        values = F.pad(torch.stack(list(metrics.values())).double(), (0, 1), value=1.0)
-        for mean in means:
-            mean.add(list(metrics), values)
+        metrics = agent.update(sample(config.batch_size))
+        if run:
+            run.add(metrics)
 
-    def advance(left: int) -> int:
+    def run_until(step: int, progress: Any = None) -> None:
         nonlocal graph, eager_until
-        step = agent.n_updates
-        graphed = step >= eager_until and left >= GRAPH_UPDATES
-        if graphed and not graph:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):  # which runs nothing on the device
-                    for _ in range(GRAPH_UPDATES):
-                        update()
-            except Exception as error:
-                print(f"warning: no CUDA graph, slower: {error!r}", file=sys.stderr)
-                graphed, eager_until = False, math.inf
-            agent.n_updates = step
-        if graphed:
-            graph.replay()
-            agent.n_updates = step + GRAPH_UPDATES
-        elif left:
-            update()
-        return agent.n_updates - step
+        started = time.perf_counter()
+        while agent.n_updates < step and not Signals.received:
+            before = agent.n_updates
+            graphed = before >= eager_until and step - before >= GRAPH_UPDATES
+            if graphed and not graph:
+                graph = torch.cuda.CUDAGraph()
+                try:
+                    with torch.cuda.graph(graph):  # which runs nothing on the device
+                        for _ in range(GRAPH_UPDATES):
+                            update()
+                except Exception as error:
+                    print(f"warning: no CUDA graph, slower ({name_error(error)})", file=sys.stderr)
+                    graphed, eager_until = False, math.inf
+                agent.n_updates = before
+            if graphed:
+                graph.replay()
+                agent.n_updates = before + GRAPH_UPDATES
+            else:
+                update()
+            if progress is not None:
+                progress.update(agent.n_updates - before)
+        if run:
+            run.seconds += time.perf_counter() - started
 
-    return advance
+    return run_until
 
 
 class Run:
-    """A run's folder and W&B record. checkpoint.pt is all that a resume reads; the other files are for people."""
+    """A run's folder, means of metrics and W&B record. A resume reads checkpoint.pt; other files are for people."""
 
-    free = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
+    may_change = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
 
-    def __init__(self, config: Any, n_steps: int):
-        """Reads what the run starts from, and writes nothing. Raises ConfigError or DataError."""
+    def __init__(self, config: Any, n_steps: int, *switches: int):
+        """Reads what the run starts from, and writes nothing. Rows are due at the `switches` too. Raises ConfigError or
+        DataError."""
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
-        self.config, self.n_steps, self.rows, self.start = config, n_steps, [], None
-        self.path = Path(config.checkpoints_path, name)
+        self.config, self.n_steps, self.switches = config, n_steps, {n_steps, *switches}
+        self.path, self.lock_file, self.checkpoint = Path(config.checkpoints_path, name), None, None
+        self.rows, self.names, self.sums = [], [], None  # sums [2, M + 1]: since the last record, and row before it
+        self.done, self.seconds = 0, 0.0  # step of the last record; of updates since the last row
+        self.saved, self.save_seconds = -math.inf, 0.0
+        if self.path.exists():
+            self.lock()
         self.resumed = (self.path / "checkpoint.pt").exists()
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
         self.rng = torch.cuda if "cuda" in config.device else torch
         if "cuda" in config.device:
             torch.cuda.set_device(torch.device(config.device).index or 0)
         if self.source:
-            self.start = load(self.source, config.device, "agent", "policy", "config", "rows")
+            keys = ("agent", "policy", "config", "rows") + ("means", "random") * self.resumed
+            self.checkpoint = load(self.source, config.device, *keys)
         if self.resumed:
-            self.rows, old, new = self.start["rows"], self.start["config"], vars(config)
-            names = [x for x in old.keys() & new.keys() - self.free if old[x] != new[x]]
+            self.rows, old, new = self.checkpoint["rows"], self.checkpoint["config"], vars(config)
             longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
-            changed = [f"{x} was {old[x]}, is {new[x]}" for x in names if x not in longer]
-            changed += [f"{x} is not an option of both" for x in old.keys() ^ new.keys()]
+            names = sorted((old.keys() | new.keys()) - self.may_change - longer)
+            changed = [f"{x} was {old.get(x)}, is {new.get(x)}" for x in names if old.get(x) != new.get(x)]
             if changed:
-                raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(sorted(changed))}")
+                raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(changed)}")
+
+    def lock(self) -> None:
+        """For this process alone, until it ends. Raises DataError."""
+        with explain(f"{self.path} cannot be written"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(self.path / ".lock", "w")  # noqa: SIM115, open for the whole run
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is at work in {self.path}; --run_id takes another name") from None
+        except OSError:  # a file system without locks
+            pass
 
     @property
     def last_step(self) -> int:
         return self.rows[-1]["step"] if self.rows else 0
 
-    def restore(self, agent: Any, means: tuple[RunningMean, ...]) -> None:
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.rows) and self.last_step >= self.n_steps
+
+    def stops(self, *freqs: int) -> Iterator[int]:
+        """The steps at which a record or a row is due, and multiples of `freqs`, each after the last record."""
+        freqs = (self.config.eval_freq, self.config.log_interval, *freqs)
+        if 0 in self.switches and not self.rows:
+            yield 0
+        while self.done < self.n_steps:
+            yield min(*(x for x in self.switches if x > self.done), *(self.done - self.done % x + x for x in freqs))
+
+    def is_row_due(self, step: int) -> bool:
+        freq = self.config.eval_freq
+        return step in self.switches or step // freq > self.last_step // freq
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Of an update. They are summed on the device, so that no update waits for it."""
+        values = F.pad(torch.stack(list(metrics.values())).double(), (0, 1), value=1.0)  # the last one counts
+        if self.names != list(metrics):
+            self.names, self.sums = list(metrics), values.new_zeros(2, len(values))
+        self.sums[0].add_(values)  # in place, as a CUDA graph needs it
+
+    def means(self, i: int = 0) -> dict[str, float]:
+        *sums, n = [0] if self.sums is None else self.sums[i].tolist()
+        return {name: x / n for name, x in zip(self.names, sums)} if n else {}
+
+    def next_record(self, step: int) -> dict[str, float]:
+        """Means since the last record; and begins the next one."""
+        started = time.perf_counter()
+        means, self.done = self.means(), step  # waits for the device
+        self.seconds += time.perf_counter() - started
+        if self.sums is not None:
+            self.sums[1].add_(self.sums[0])
+            self.sums[0].zero_()
+        return means
+
+    def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
+        """Adds the speed, and the means since the last row: those of its records, weighted by their counts."""
+        n = 0.0 if self.sums is None else self.sums[1, -1].item()
+        speed = n / self.seconds if self.seconds else 0.0
+        self.rows.append({"step": step} | row | {"updates_per_second": speed} | self.means(1))
+        self.progress.set_postfix_str(describe(self.rows[-1]))
+        self.progress.write(f"{self.unit} {step:,}: {describe(self.rows[-1])}, {speed:.0f} updates/s")
+        self.seconds = 0.0
+        if self.sums is not None:
+            self.sums[1].zero_()
+        return self.rows[-1]
+
+    def restore(self, agent: Any) -> None:
         """Sets the agent to where the run starts, and of a resumed run all the rest. Raises DataError."""
-        with blame(f"{self.source} holds another network than this run's"):
-            if self.start["policy"]["sizes"] != list(agent.actor.sizes):
-                raise ValueError(f"{self.start['policy']['sizes']} there, {list(agent.actor.sizes)} here")
-            agent.load_state_dict(self.start["agent"])
+        if not self.checkpoint:
+            return
+        sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
+        if sizes != own:
+            raise DataError(f"{self.source} holds another network than this run's: {sizes} there, {own} here")
+        with explain(f"{self.source} holds another network than this run's"):
+            agent.load_state_dict(self.checkpoint["agent"])
         if not self.resumed:
             agent.n_updates = 0
             return
-        for mean, state in zip(means, self.start["means"]):
-            vars(mean).update(state)
-        if len(self.start["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
-            self.rng.set_rng_state(self.start["random"].cpu())
+        self.names, self.sums, self.done, self.seconds = self.checkpoint["means"]
+        if len(self.checkpoint["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
+            self.rng.set_rng_state(self.checkpoint["random"].cpu())
 
-    def save(self, agent: Any, means: tuple[RunningMean, ...], step: int, **more: Any) -> None:
-        """Raises DataError."""
+    def save(self, agent: Any, step: Optional[int] = None, **more: Any) -> None:
+        """At a record only where that costs little; always at a row, and without a step. Raises DataError."""
+        started = time.perf_counter()
+        if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
+            return
         policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
-        state |= {"means": [vars(mean) for mean in means], "random": self.rng.get_rng_state()} | more
+        state |= {"means": [self.names, self.sums, self.done, self.seconds], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
-        if self.config.keep_policies and self.rows and step == self.last_step:
-            save(self.path / f"policy-{step}.pt", policy)
+        if self.config.keep_policies and self.rows and self.done == self.last_step:
+            save(self.path / f"policy-{self.last_step}.pt", policy)
         if self.rows:
             writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
             save(self.path / "metrics.csv", text.getvalue())
         save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
+        self.saved = time.perf_counter()
+        self.save_seconds = self.saved - started
 
-    def begin(self, task: Task, span: str) -> None:
+    def begin(self, task: Task, step: int, unit: str = "update") -> None:
         """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
+        if not self.lock_file:
+            self.lock()
+        self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
-        print(f"{self.path}: {span} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
+        print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
         options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
-        limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
         # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
+        asked, mode = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID"), None
         try:
-            asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
+            limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
             mode = None if asked or wandb.login(prompt=False, verify=False) else "disabled"
             self.wandb = wandb.init(**options, config=vars(config), resume="allow", settings=limits, mode=mode)
         except Exception as error:  # no account, no network, no disk
-            print(f"warning: W&B is off for this run: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"warning: W&B is off for this run ({' '.join(name_error(error).split())})", file=sys.stderr)
             self.wandb = wandb.init(mode="disabled")
+        self.progress = tqdm(total=self.n_steps, initial=step, unit=unit, disable=None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        values = {name: value for name, value in metrics.items() if value is not None}
         with contextlib.suppress(Exception):  # W&B's failures are not the run's
             if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
-                self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+                self.wandb.log(values, step=step)
 
-    def end(self, stop: Any) -> None:
+    def end(self, *environments: Any) -> None:
+        self.progress.close()
+        self.lock_file.close()
+        torch.set_flush_denormal(False)
+        if Signals.received:
+            print(f"signal {Signals.received}: saved in {self.path}")
         with contextlib.suppress(Exception):
-            if stop and stop[0] != signal.SIGINT:
+            if Signals.received not in (0, signal.SIGINT):
                 self.wandb.mark_preempting()  # W&B requeues the run
-            self.wandb.finish(exit_code=int(self.last_step < self.n_steps))
+            self.wandb.finish(exit_code=int(not self.is_complete))
+        for envs in filter(None, environments):
+            envs.close()
 
 
 def main(config_class: type, train: Callable) -> None:
-    """The program: an error is a line and an exit status; signals are handed to `train`, which saves and ends."""
-    signals = []
-
-    def receive(number: int, _: Any) -> None:
-        if signals:
-            raise SystemExit(128 + number)  # the second one does not wait
-        signals.append(number)
-
+    """The program: an error of a person is a line and an exit status."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, receive)
+        signal.signal(number, Signals.receive)
     try:
-        train(parse_arguments(config_class), stop=signals)
+        train(parse_arguments(config_class))
     except (DataError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join((str(error) or repr(error)).split())}", file=sys.stderr)
+        text = str(error) if isinstance(error, DataError) else name_error(error)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(getattr(error, "status", 1))
-
-
-def train(config: TrainConfig, data: Optional[dict[str, Any]] = None, stop: Any = ()) -> dict[str, Any]:
-    """Trains on `data` (what load_dataset returns; by default that of config.env), evaluates, and returns the last row
-    of metrics.csv. A run folder that holds part of the run is continued.
-
-    Raises ConfigError and DataError, and SystemExit(128 + signal), with everything saved, once `stop` holds a signal.
-    """
-    run = Run(config, config.max_timesteps)
-    if run.last_step == run.n_steps:
-        print(f"{run.path} is complete: {describe(run.rows[-1])}")
-        return run.rows[-1]
-    data = load_dataset(config.env) if data is None else dict(data)
-    task = Task(config, data)
-    data, holdout, scaling = prepare_data(config, data, task, run.start)
-    torch.manual_seed(config.seed)
-    agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
-    buffer, holdout = ReplayBuffer(data, config.device), ReplayBuffer(holdout, config.device)
-    # The holdout metrics are over the same ten minibatches at each evaluation, or less.
-    holdout = holdout.rows(np.random.default_rng(config.seed).permutation(holdout.size)[: 10 * config.batch_size])
-    means = total, recent = RunningMean(), RunningMean()  # since the last row, and since the last W&B record
-    if run.start:
-        run.restore(agent, means)
-    agent.actor.load_state_dict(scaling, strict=False)
-    model = WorldModel(config, task, agent, buffer, run)
-
-    def save_run(step: int) -> None:
-        run.save(agent, means, step, generations=model.generations, model=model.state)
-
-    run.begin(task, f"updates {agent.n_updates:,}")
-    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
-    progress = tqdm(total=run.n_steps, initial=agent.n_updates, unit="update", disable=None)
-    try:
-        model.learn(save_run, stop)
-        for generation in run.start["generations"] if run.resumed else ():
-            model.generate(**generation)
-        advance = updater(config, agent, model, *means)
-        n, begun = 0, (agent.n_updates, time.perf_counter())
-        since = begun
-        while run.last_step < run.n_steps:
-            step = agent.n_updates
-            due = step > run.last_step and (step % config.eval_freq == 0 or step == run.n_steps)
-            if due and not stop:
-                averages = task.check(total.read(), agent)  # waits for the device
-                seconds = time.perf_counter() - since[1]
-                speed, model.seconds["update"] = (step - since[0]) / seconds, model.seconds["update"] + seconds
-                row = {"step": step} | task.evaluate(agent, holdout, stop) | {"updates_per_second": speed}
-                row |= model.metrics | model.time_shares()
-                if not stop:  # else the evaluation was cut short, and is made when the run goes on
-                    run.rows.append(task.check(row, agent) | averages)
-                    run.log(row | recent.read(), step)
-                    progress.set_postfix_str(describe(run.rows[-1]))
-                    progress.write(f"update {step:,}: {describe(run.rows[-1])}, {speed:.0f} updates/s")
-                    for mean in means:
-                        mean.reset()
-                    save_run(step)
-                    since = (step, time.perf_counter())
-            elif step > begun[0] and step % config.log_interval == 0 and not stop:
-                run.log(task.check(recent.read(), agent), step)
-                recent.reset()
-            if progress.disable and step - n < begun[0] + 100 <= step:
-                rate = (step - begun[0]) / (time.perf_counter() - begun[1])
-                left = tqdm.format_interval((run.n_steps - step) / rate)
-                print(f"update {step:,}: {rate:.0f} updates/s, the end in about {left}", flush=True)
-            if stop:
-                task.check(total.read(), agent)  # no checkpoint of a run that diverged
-                save_run(step)
-                progress.write(f"signal {stop[0]} at update {step:,}: saved in {run.path}")
-                raise SystemExit(128 + stop[0])
-            if step % config.rollout_freq == 0 and step < run.n_steps:
-                since = (since[0], since[1] + model.generate(step))  # which no update takes
-            ends = (step + n - step % n for n in (config.eval_freq, config.log_interval, config.rollout_freq))
-            n = advance(min(run.n_steps, *ends) - step)
-            progress.update(n)
-    finally:
-        torch.set_flush_denormal(False)
-        progress.close()
-        run.end(stop)
-        if task.envs:
-            task.envs.close()
-    print(f"{describe(run.rows[-1])} after {run.n_steps:,} updates, in {run.path}")
-    return run.rows[-1]
 
 
 if __name__ == "__main__":
