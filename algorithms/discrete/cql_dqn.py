@@ -503,6 +503,10 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
 GRAPH_UPDATES = 10  # in a CUDA graph
+EVALUATION = (
+    "eval_return eval_return_std d4rl_normalized_score updates_per_second "
+    "eval_length eval_success eval_predicted_value eval_discounted_return"
+)
 # Wrappers of a recording that its policy is played in, and those that change nothing.
 WRAPPERS = "RescaleAction ClipAction RescaleObservation FlattenObservation ClipReward TimeAwareObservation StickyAction"
 IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvChecker"
@@ -742,7 +746,7 @@ def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
 class Task:
     """The rewards to train on, and the environments to evaluate in (None without a simulator)."""
 
-    failed = False  # an evaluation
+    data_return, failed = None, False  # mean discounted return of the data; whether an evaluation failed
 
     def __init__(self, config: Any, data: dict[str, Any]):
         """Narrows the bounds of actions in `data` to the environment's. Raises ConfigError or DataError."""
@@ -821,9 +825,7 @@ class Task:
 
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
         """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
-        row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
-        row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
-        row["data_discounted_return"] = self.data_return
+        row = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}
         agent.eval()
         with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
             torch.manual_seed(self.config.eval_seed)

@@ -283,14 +283,10 @@ class CQL(nn.Module):
             next_q = next_q - self.alpha * next_log_prob.gather(1, best.unsqueeze(1)).squeeze(1)
         return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
 
-    def critic_loss(
-        self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def critic_loss(self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor) -> tuple:
         """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state,
         clipped; the target gap is 0 without Lagrange. Offline SAC has no proposals, and no penalty.
-
-        td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics.
-        """
+        td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics."""
         config = self.config
         q_data, log_sum_exp, q, scores = self.log_sum_exp(batch, proposals, proposal_log_prob)
         td_loss = (q_data - td_target).square().mean(dim=1)  # [E]
@@ -306,15 +302,10 @@ class CQL(nn.Module):
         metrics |= self.penalty_metrics(batch, q, scores, state_gap)
         return (td_loss + penalty).sum(), gap.detach(), metrics
 
-    def log_sum_exp(
-        self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals: by importance sampling an estimate of CQL(H)'s
-        integral over all actions. Without it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action.
-
-        Returns Q of the data's actions and the log-sum-exp [E, B], and for the metrics Q of the data's actions and the
-        proposals [E, B, 1 + 3N], and the scores in the log-sum-exp [E, B, 3N or 1 + 3N].
-        """
+    def log_sum_exp(self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor) -> tuple[Tensor, ...]:
+        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals, CQL(H)'s integral by importance sampling; without
+        it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action. Returns Q of the data's actions and the
+        log-sum-exp [E, B]; for metrics Q of data and proposals [E, B, 1 + 3N], the scores [E, B, 3N or 1 + 3N]."""
         actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
@@ -329,8 +320,8 @@ class CQL(nn.Module):
 
     # local: Cal-QL's bound
     def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """What Q counts as in the log-sum-exp: to calibrate, that of the policy's actions is at least the return.
-        q [E, B, N] is of the actions at these places [..., N] among data, random, next, current."""
+        """What q [E, B, N] counts as in the log-sum-exp, of the actions at these places [..., N] among all: to
+        calibrate, that of the policy's actions is at least the return."""
         if not self.config.calibrate:
             return q
         return torch.where(places > self.config.cql_n_actions, q.maximum(batch.returns.unsqueeze(1)), q)
@@ -338,9 +329,7 @@ class CQL(nn.Module):
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
         """The same with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
         gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
-
-        actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B].
-        """
+        actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         n_critics, batch_size, n_scores = scores.shape
         k = self.config.cql_backprop_actions
         uniform = torch.rand(n_critics, batch_size, k, dtype=scores.dtype, device=scores.device)
@@ -381,12 +370,9 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def td_target_and_proposals(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """mean and log_std [2B, A] are the actor's at the observations and at the next observations -> TD target [B],
-        and N random, N next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N].
-
-        The next actions serve twice: in the target, and as proposals at s, with the density that they have at s' (as in
-        the authors' code).
-        """
+        """mean and log_std [2B, A] of the actor at the observations and the next ones -> TD target [B], and N random, N
+        next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions serve
+        twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors' code)."""
         config, (batch_size, action_dim) = self.config, batch.actions.shape
         n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
@@ -461,8 +447,7 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw observations:
-        [B, O] -> [B]."""
+        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw ones: [B, O] -> [B]."""
         observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
         return values.view(len(observations)).cpu().numpy()
@@ -558,17 +543,15 @@ class Collector:
         self.row_type = np.dtype([(name, np.float32, shape) for name, shape in parts.items()])
         self.state = {"n_rows": 0, "n_finished": 0, "regret": 0.0, "reports_success": False}
         self.state["n_updates"] = config.offline_iterations  # and those that are due online
-        # Since the last row: return, length and success of episodes; steps, and seconds of playing.
-        self.state |= {"finished": [], "steps": 0, "seconds": 0.0}
+        self.begin_row()
         self.state |= run.checkpoint["online"] if run.resumed else {}
-        self.path, self.envs = run.path / "online.bin", None
+        self.path, self.envs, n = run.path / "online.bin", None, config.n_online_envs
         if not config.online_iterations:
             return
-        n = config.n_online_envs
         self.envs = make_environments(config, n, **task.arguments)
         self.one = gym.vector.utils.create_empty_array(self.envs.single_observation_space, 1)
         self.numbers, self.played = list(range(n)), np.zeros((n, 3))  # episodes, and their return, length and success
-        self.observations, self.pending = np.zeros((n, len(self.mean)), np.float32), np.empty(0, self.row_type)
+        self.observations, self.unfinished = np.zeros((n, len(self.mean)), np.float32), [[] for _ in range(n)]
         size = self.state["n_rows"] * self.row_type.itemsize
         with explain(f"{self.path} cannot be read or written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -582,6 +565,10 @@ class Collector:
             own = rows[rows["episode"] % n == i]
             self.replay(i, own[own["episode"] == own["episode"][-1:]])
         self.absorb(rows)
+
+    def begin_row(self) -> None:
+        """Return, length and success of the episodes that follow; steps, and seconds of playing."""
+        self.state |= {"finished": [], "steps": 0, "seconds": 0.0}
 
     @property
     def position(self) -> int:
@@ -662,19 +649,20 @@ class Collector:
     def absorb(self, rows: np.ndarray) -> None:
         """Rows in the order of time go to the buffer; to calibrate, once their episode is over."""
         if self.config.calibrate:
-            is_end, rows = (rows["terminal"] + rows["timeout"]).any(), np.concatenate([self.pending, rows])
-            if not is_end:
-                self.pending = rows
-                return
-            is_end = rows["terminal"] + rows["timeout"] > 0
-            ends = dict(zip(rows["episode"][is_end], np.flatnonzero(is_end)))  # number of an episode -> its end
-            order = np.array([ends.get(number, len(rows)) for number in rows["episode"]])
-            self.pending = rows[(order == len(rows)) & np.isin(rows["episode"], self.numbers)]
-            rows = rows[np.argsort(order, kind="stable")][: np.count_nonzero(order < len(rows))]
+            whole = []
+            for row in rows:
+                own = self.unfinished[int(row["episode"]) % len(self.unfinished)]
+                if own and own[0]["episode"] != row["episode"]:  # one that plays otherwise now
+                    own.clear()
+                own.append(row)
+                if row["terminal"] or row["timeout"]:
+                    whole += own
+                    own.clear()
+            rows = np.array(whole, self.row_type)
         data = {"rewards": self.task.training_rewards(rows["reward"]), "terminals": rows["terminal"] > 0}
         largest = float(np.abs(data["rewards"]).max(initial=0)) / max(1 - self.config.discount, 1e-4)
         self.task.value_limit, data["returns"] = max(self.task.value_limit, 100 * largest), np.zeros(len(rows))
-        if self.config.calibrate:
+        if self.config.calibrate and len(rows):
             data["returns"] = calibration_returns(data, rows["episode"].astype(int), self.failure, self.config)
         data["observations"] = (rows["observation"] - self.mean) / self.std
         data["next_observations"] = (rows["next_observation"] - self.mean) / self.std
@@ -684,22 +672,24 @@ class Collector:
     def metrics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Of the episodes since the last row, and begins anew; regrets, of all online episodes and of the online ones
         of `rows`."""
-        state, means = self.state, 3 * [np.nan]
-        if state["finished"]:
-            means = np.mean(state["finished"], axis=0)
-        result = dict(zip(("online_return", "online_length", "online_success"), means))
-        result["train_regret"] = state["regret"] / state["n_finished"] if state["n_finished"] else np.nan
+        state, nan = self.state, np.nan
+        played = np.mean(state["finished"] or [3 * [nan]], axis=0)
+        result = dict(zip(("online_return", "online_length", "online_success"), played))
+        result["train_regret"] = state["regret"] / state["n_finished"] if state["n_finished"] else nan
         if not state["reports_success"]:
-            result["online_success"] = np.nan
+            result["online_success"] = nan
             if self.task.reference is None:
-                result["train_regret"] = np.nan
-        rows = [row for row in rows if row["step"] >= self.config.offline_iterations]
-        scores = [
-            x["eval_success"] if x["d4rl_normalized_score"] is None else x["d4rl_normalized_score"] / 100 for x in rows
-        ]
-        result["eval_regret"] = np.mean([1 - x for x in scores if x is not None] or np.nan)
-        result["env_steps_per_second"] = state["steps"] / state["seconds"] if state["seconds"] else np.nan
-        state |= {"finished": [], "steps": 0, "seconds": 0.0}
+                result["train_regret"] = nan
+        scores = []
+        for row in rows:
+            score = row["eval_success"]
+            if row["d4rl_normalized_score"] is not None:
+                score = row["d4rl_normalized_score"] / 100
+            if row["step"] >= self.config.offline_iterations and score is not None:
+                scores.append(score)
+        result["eval_regret"] = 1 - np.mean(scores or nan)
+        result["env_steps_per_second"] = state["steps"] / state["seconds"] if state["seconds"] else nan
+        self.begin_row()
         return {name: None if np.isnan(x) else float(x) for name, x in result.items()}
 
     def sync(self) -> dict[str, Any]:
@@ -724,24 +714,23 @@ def prepare(config: TrainConfig, data: Any, run: Any) -> tuple[Any, CQL, ReplayB
         raise ConfigError(f"--mixing_ratio takes -1, or a number from 0 to 1, not {config.mixing_ratio}")
     if (config.mixing_ratio >= 0 or config.is_sparse_reward) and not config.calibrate:
         print("this run is CQL (with mixing_ratio); Cal-QL, where is_sparse_reward acts, needs --calibrate True")
-    if data is None:
-        data = no_data(config) if alone else load_dataset(config.env)
-    task = Task(config, data := dict(data))
+    if alone:
+        data = no_data(config)
+    data = load_dataset(config.env) if data is None else dict(data)
+    task = Task(config, data)
     if config.online_iterations and not task.envs:
         raise ConfigError(f"--online_iterations {config.online_iterations} needs an environment; --eval_env takes one")
     if alone:
         _, low, high = encode_actions(data, config.eval_env)
-        scaling = {"action_low": torch.tensor(low), "action_high": torch.tensor(high)}
-        holdout, task.data_return = {key: data[key] for key in COLUMNS}, None
+        scaling, holdout = {"action_low": torch.tensor(low), "action_high": torch.tensor(high)}, dict(data)
     else:
         data, holdout, scaling = prepare_data(config, data, task, run.checkpoint)
-    failure_reward = config.failure_reward
+    failure_reward, n = config.failure_reward, len(data["rewards"])
     if failure_reward is None:
         failure_reward = data["rewards"].min(initial=0.0)
-    room = min(config.online_iterations, config.buffer_size - len(data["rewards"]))
+    room = min(config.online_iterations, config.buffer_size - n)
     if config.online_iterations and room < 1:
-        size = len(data["rewards"])
-        raise ConfigError(f"--buffer_size {config.buffer_size} leaves no room beside {size} transitions")
+        raise ConfigError(f"--buffer_size {config.buffer_size} leaves no room beside {n} transitions")
     for part in (data, holdout):
         part["returns"] = np.zeros_like(part["rewards"])
         if config.calibrate and len(part["rewards"]):
@@ -758,10 +747,11 @@ def no_data(config: TrainConfig) -> dict[str, np.ndarray]:
     """Columns without rows, of the environment's sizes. Raises ConfigError or DataError."""
     envs = make_environments(config, 1, config.eval_env)
     observations = flatten(envs.observation_space.sample(), envs.single_observation_space)[:0]
-    n_actions = len(action_bounds(envs.single_action_space, config.eval_env)["action_low"])
+    actions = action_bounds(envs.single_action_space, config.eval_env)["action_low"][None][:0]
     envs.close()
-    data = dict.fromkeys(COLUMNS, np.zeros(0)) | {"observations": observations, "next_observations": observations}
-    return data | {"actions": np.zeros((0, n_actions))}
+    return dict.fromkeys(COLUMNS, np.zeros(0)) | {
+        "observations": observations, "next_observations": observations, "actions": actions,
+    }  # fmt: skip
 
 
 def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[str, Any]:
@@ -844,6 +834,10 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
 GRAPH_UPDATES = 10  # in a CUDA graph
+EVALUATION = (
+    "eval_return eval_return_std d4rl_normalized_score updates_per_second "
+    "eval_length eval_success eval_predicted_value eval_discounted_return"
+)
 # Wrappers of a recording that its policy is played in, and those that change nothing.
 WRAPPERS = "RescaleAction ClipAction RescaleObservation FlattenObservation ClipReward TimeAwareObservation StickyAction"
 IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvChecker"
@@ -1063,7 +1057,7 @@ def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
 class Task:
     """The rewards to train on, and the environments to evaluate in (None without a simulator)."""
 
-    failed = False  # an evaluation
+    data_return, failed = None, False  # mean discounted return of the data; whether an evaluation failed
 
     def __init__(self, config: Any, data: dict[str, Any]):
         """Narrows the bounds of actions in `data` to the environment's. Raises ConfigError or DataError."""
@@ -1142,9 +1136,7 @@ class Task:
 
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
         """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
-        row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
-        row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
-        row["data_discounted_return"] = self.data_return
+        row = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}
         agent.eval()
         with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
             torch.manual_seed(self.config.eval_seed)

@@ -393,20 +393,13 @@ class CQL(nn.Module):
 
     # local: data and imagined rows
     def critic_loss(
-        self,
-        batch: Batch,
-        td_target: Tensor,
-        proposals: Tensor,
-        proposal_log_prob: Tensor,
-        n_real: Optional[int] = None,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor, n_real: int | None = None
+    ) -> tuple:
         """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state,
         clipped; the target gap is 0 without Lagrange. MBPO and MOPO have no proposals, and no penalty. An imagined
         state has no action in the data, and the mean Q of the data's stands for it: so Q is pushed up at data alone.
-
         td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics.
-        n_real is R; None: all are data.
-        """
+        n_real is R; None: all are data."""
         config = self.config
         q_taken, log_sum_exp, q, scores = self.log_sum_exp(batch, proposals, proposal_log_prob)
         q_data, n_imagined = q_taken[:, :n_real], len(td_target) - (n_real or len(td_target))
@@ -428,15 +421,10 @@ class CQL(nn.Module):
         metrics |= self.penalty_metrics(batch, q, scores, state_gap)
         return (td_loss + penalty).sum(), gap.detach(), metrics
 
-    def log_sum_exp(
-        self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals: by importance sampling an estimate of CQL(H)'s
-        integral over all actions. Without it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action.
-
-        Returns Q of the data's actions and the log-sum-exp [E, B], and for the metrics Q of the data's actions and the
-        proposals [E, B, 1 + 3N], and the scores in the log-sum-exp [E, B, 3N or 1 + 3N].
-        """
+    def log_sum_exp(self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor) -> tuple[Tensor, ...]:
+        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals, CQL(H)'s integral by importance sampling; without
+        it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action. Returns Q of the data's actions and the
+        log-sum-exp [E, B]; for metrics Q of data and proposals [E, B, 1 + 3N], the scores [E, B, 3N or 1 + 3N]."""
         actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
@@ -451,16 +439,13 @@ class CQL(nn.Module):
 
     # local: Cal-QL's bound, see finetune/cql.py
     def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """What Q counts as in the log-sum-exp: itself. q [E, B, N] is of the actions at these places [..., N] among
-        data, random, next, current."""
+        """What q [E, B, N] counts as in the log-sum-exp, of the actions at these places [..., N] among all: itself."""
         return q
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
         """The same with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
         gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
-
-        actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B].
-        """
+        actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         n_critics, batch_size, n_scores = scores.shape
         k = self.config.cql_backprop_actions
         uniform = torch.rand(n_critics, batch_size, k, dtype=scores.dtype, device=scores.device)
@@ -496,12 +481,9 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def td_target_and_proposals(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """mean and log_std [2B, A] are the actor's at the observations and at the next observations -> TD target [B],
-        and N random, N next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N].
-
-        The next actions serve twice: in the target, and as proposals at s, with the density that they have at s' (as in
-        the authors' code).
-        """
+        """mean and log_std [2B, A] of the actor at the observations and the next ones -> TD target [B], and N random, N
+        next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions serve
+        twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors' code)."""
         config, (batch_size, action_dim) = self.config, batch.actions.shape
         n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
@@ -543,7 +525,7 @@ class CQL(nn.Module):
                 metrics[metric] = nn.utils.get_total_norm(gradients[name])
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
-    # local: nothing is cloned
+    # local: COMBO does not clone
     def phases(self) -> list[tuple]:
         """What `gradients` takes beside a batch, now and later."""
         return [()]
@@ -565,8 +547,7 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw observations:
-        [B, O] -> [B]."""
+        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw ones: [B, O] -> [B]."""
         observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
         return values.view(len(observations)).cpu().numpy()
@@ -763,10 +744,8 @@ class Imagination:
             raise ConfigError("--push_down_states model needs imagined states: a smaller --real_ratio")
         if not self.n_imagined:
             return
-        data, actor = Batch(*buffer.columns), agent.actor
-        observations, following = (
-            x * actor.observation_std + actor.observation_mean for x in (data.observations, data.next_observations)
-        )
+        data, mean, std = Batch(*buffer.columns), agent.actor.observation_mean, agent.actor.observation_std
+        observations, following = (x * std + mean for x in (data.observations, data.next_observations))
         self.model = WorldModel(config, data._replace(observations=observations, next_observations=following), run)
         (self.low, self.high), self.reward_range = following.aminmax(dim=0), data.rewards.aminmax()
         agent.largest_value = max(0.0, self.reward_range[1].item()) / max(1 - config.discount, 1e-9)
@@ -818,12 +797,12 @@ class Imagination:
 
     def refresh(self, step: int) -> None:
         """Imagines a generation where one is due."""
-        is_new = not self.generations or self.generations[-1]["step"] < step
-        if self.model and step % self.config.rollout_freq == 0 and is_new:
+        known = [generation["step"] for generation in self.generations]
+        if self.model and step % self.config.rollout_freq == 0 and step not in known:
             self.generate(step)
 
     def row(self) -> dict[str, float]:
-        """Metrics of model and rollouts, and shares of the time since the last row..."""
+        """Metrics of model and rollouts, and their shares of the time so far."""
         self.seconds["update"] += self.run.seconds
         seconds = {"model": self.model.seconds if self.model else 0.0} | self.seconds
         shares = {f"{name}_time_share": x / sum(seconds.values()) for name, x in seconds.items()}
@@ -926,6 +905,10 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
 GRAPH_UPDATES = 10  # in a CUDA graph
+EVALUATION = (
+    "eval_return eval_return_std d4rl_normalized_score updates_per_second "
+    "eval_length eval_success eval_predicted_value eval_discounted_return"
+)
 # Wrappers of a recording that its policy is played in, and those that change nothing.
 WRAPPERS = "RescaleAction ClipAction RescaleObservation FlattenObservation ClipReward TimeAwareObservation StickyAction"
 IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvChecker"
@@ -1166,7 +1149,7 @@ def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
 class Task:
     """The rewards to train on, and the environments to evaluate in (None without a simulator)."""
 
-    failed = False  # an evaluation
+    data_return, failed = None, False  # mean discounted return of the data; whether an evaluation failed
 
     def __init__(self, config: Any, data: dict[str, Any]):
         """Narrows the bounds of actions in `data` to the environment's. Raises ConfigError or DataError."""
@@ -1245,9 +1228,7 @@ class Task:
 
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
         """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
-        row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
-        row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
-        row["data_discounted_return"] = self.data_return
+        row = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}
         agent.eval()
         with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
             torch.manual_seed(self.config.eval_seed)

@@ -281,14 +281,10 @@ class CQL(nn.Module):
             next_q = next_q - self.alpha * next_log_prob.gather(1, best.unsqueeze(1)).squeeze(1)
         return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
 
-    def critic_loss(
-        self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def critic_loss(self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor) -> tuple:
         """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state,
         clipped; the target gap is 0 without Lagrange. Offline SAC has no proposals, and no penalty.
-
-        td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics.
-        """
+        td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics."""
         config = self.config
         q_data, log_sum_exp, q, scores = self.log_sum_exp(batch, proposals, proposal_log_prob)
         td_loss = (q_data - td_target).square().mean(dim=1)  # [E]
@@ -304,15 +300,10 @@ class CQL(nn.Module):
         metrics |= self.penalty_metrics(batch, q, scores, state_gap)
         return (td_loss + penalty).sum(), gap.detach(), metrics
 
-    def log_sum_exp(
-        self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals: by importance sampling an estimate of CQL(H)'s
-        integral over all actions. Without it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action.
-
-        Returns Q of the data's actions and the log-sum-exp [E, B], and for the metrics Q of the data's actions and the
-        proposals [E, B, 1 + 3N], and the scores in the log-sum-exp [E, B, 3N or 1 + 3N].
-        """
+    def log_sum_exp(self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor) -> tuple[Tensor, ...]:
+        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals, CQL(H)'s integral by importance sampling; without
+        it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action. Returns Q of the data's actions and the
+        log-sum-exp [E, B]; for metrics Q of data and proposals [E, B, 1 + 3N], the scores [E, B, 3N or 1 + 3N]."""
         actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
@@ -327,16 +318,13 @@ class CQL(nn.Module):
 
     # local: Cal-QL's bound, see finetune/cql.py
     def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """What Q counts as in the log-sum-exp: itself. q [E, B, N] is of the actions at these places [..., N] among
-        data, random, next, current."""
+        """What q [E, B, N] counts as in the log-sum-exp, of the actions at these places [..., N] among all: itself."""
         return q
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
         """The same with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
         gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
-
-        actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B].
-        """
+        actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         n_critics, batch_size, n_scores = scores.shape
         k = self.config.cql_backprop_actions
         uniform = torch.rand(n_critics, batch_size, k, dtype=scores.dtype, device=scores.device)
@@ -372,12 +360,9 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def td_target_and_proposals(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """mean and log_std [2B, A] are the actor's at the observations and at the next observations -> TD target [B],
-        and N random, N next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N].
-
-        The next actions serve twice: in the target, and as proposals at s, with the density that they have at s' (as in
-        the authors' code).
-        """
+        """mean and log_std [2B, A] of the actor at the observations and the next ones -> TD target [B], and N random, N
+        next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions serve
+        twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors' code)."""
         config, (batch_size, action_dim) = self.config, batch.actions.shape
         n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
@@ -549,6 +534,10 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
 GRAPH_UPDATES = 10  # in a CUDA graph
+EVALUATION = (
+    "eval_return eval_return_std d4rl_normalized_score updates_per_second "
+    "eval_length eval_success eval_predicted_value eval_discounted_return"
+)
 # Wrappers of a recording that its policy is played in, and those that change nothing.
 WRAPPERS = "RescaleAction ClipAction RescaleObservation FlattenObservation ClipReward TimeAwareObservation StickyAction"
 IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvChecker"
@@ -782,7 +771,7 @@ def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
 class Task:
     """The rewards to train on, and the environments to evaluate in (None without a simulator)."""
 
-    failed = False  # an evaluation
+    data_return, failed = None, False  # mean discounted return of the data; whether an evaluation failed
 
     def __init__(self, config: Any, data: dict[str, Any]):
         """Narrows the bounds of actions in `data` to the environment's. Raises ConfigError or DataError."""
@@ -861,9 +850,7 @@ class Task:
 
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
         """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
-        row = dict.fromkeys(("eval_return", "eval_return_std", "d4rl_normalized_score", "updates_per_second"))
-        row |= dict.fromkeys(("eval_length", "eval_success", "eval_predicted_value", "eval_discounted_return"))
-        row["data_discounted_return"] = self.data_return
+        row = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}
         agent.eval()
         with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
             torch.manual_seed(self.config.eval_seed)
