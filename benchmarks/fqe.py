@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algorithms.discrete import cql_dqn
-from algorithms.offline.cql import ConfigError, DataError, EnsembleCritic, blame, episodes, save
+from algorithms.offline.cql import ConfigError, DataError, EnsembleCritic, explain, episodes, save
 from benchmarks.policies import DataErrors, load_policy
 
 # Chosen by how soon FQE of the behaviour agrees with its returns on LunarLander; no policy's return was used.
@@ -182,7 +182,7 @@ def training_discount(paths: list[Path]) -> float:
     found = {}
     for file in {path.parent / "config.yaml" for path in paths}:
         if file.exists():
-            with blame(f"{file} is no config.yaml of a run; --discount does without"):
+            with explain(f"{file} is no config.yaml of a run; --discount does without"):
                 found[float(yaml.safe_load(file.read_text())["discount"])] = file
     if len(found) > 1:
         raise ConfigError(f"{' and '.join(map(str, found.values()))} have different discounts: give --discount")
@@ -222,7 +222,7 @@ def act(path: Path, policy: Any, observations: np.ndarray, data: dict[str, Any],
     """Encoded actions, [N, A]. Raises DataError."""
     parts = [policy(part) for part in np.array_split(observations, len(observations) // 10_000 + 1)]
     actions = np.concatenate(parts).reshape(len(observations), -1)
-    with blame(f"{path} does not act as the dataset's actions are"):
+    with explain(f"{path} does not act as the dataset's actions are"):
         if not np.isfinite(actions).all():
             raise ValueError("its actions are NaN")
         return encode(actions, data, script, "")

@@ -58,7 +58,9 @@ def critic_gradient(agent, batch, proposed, k):
     """The gradient of the critics' loss with k drawn actions, or exactly (0), as one vector [P]."""
     agent.config.cql_backprop_actions = k
     loss, *_ = agent.critic_loss(batch, *proposed)
-    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, agent.learned["critic"])]).double()
+    return torch.cat(
+        [gradient.flatten() for gradient in torch.autograd.grad(loss, agent.parameter_groups["critic"])]
+    ).double()
 
 
 def measure(agent, batches, draws):
@@ -67,7 +69,7 @@ def measure(agent, batches, draws):
     for batch in batches:
         with torch.no_grad():
             mean, log_std = agent.actor(torch.cat([batch.observations, batch.next_observations]))
-        proposed = agent.propose(batch, mean, log_std)
+        proposed = agent.td_target_and_proposals(batch, mean, log_std)
         exact.append(critic_gradient(agent, batch, proposed, 0))
         for k in DRAWN:
             errors = [critic_gradient(agent, batch, proposed, k) - exact[-1] for _ in range(draws)]

@@ -32,7 +32,7 @@ COLUMNS = ("run", "env", "step", "starts", "observation", "reward", "reward_bias
 def load_model(folder):
     """The model of a run, and the run's configuration. Raises DataError."""
     config = combo.load(folder / "checkpoint.pt", "cpu", "config")["config"]
-    with combo.blame(f"{folder} holds no model of offline/combo.py that has learned"):
+    with combo.explain(f"{folder} holds no model of offline/combo.py that has learned"):
         config = combo.TrainConfig(**config | {"device": "cpu", "eval_env": "none"})
         state = combo.load(folder / "dynamics.pt", "cpu", "status", "best")
         observation_dim = state["best"]["min_log_var"].shape[-1] - 1

@@ -69,22 +69,22 @@ def make_task(args, policy):
     return task
 
 
-def with_pictures(env):
-    """The same environment, made anew so that it renders to arrays [H, W, 3]. Raises DataError."""
-    spec, modes = env.spec, env.metadata.get("render_modes", [])
-    env.close()
+def with_pictures(task):
+    """Makes the task's environment anew, alone and so that it renders to arrays [H, W, 3]. Raises DataError."""
+    name, modes = f"--env {task.envs.spec.id}", task.envs.envs[0].metadata.get("render_modes", [])
+    task.envs.close()
     if "rgb_array" not in modes:
-        raise DataError(f"--env {spec.id} renders no rgb_array, only {modes}")
+        raise DataError(f"{name} renders no rgb_array, only {modes}")
+    arguments = task.arguments | {"render_mode": "rgb_array"}
     try:
-        env = gym.make(spec, render_mode="rgb_array")
-        follow(env)
-        env.reset(seed=0)
-        frame = env.render()
+        task.envs = inspect.getmodule(task).make_environments(task.config, 1, **arguments)
+        follow(task.envs.envs[0])
+        task.envs.reset(seed=0)
+        frame = task.envs.envs[0].render()
     except Exception as error:  # of any renderer
-        raise without_renderer(f"--env {spec.id} cannot be rendered: {str(error) or repr(error)}") from error
+        raise without_renderer(f"{name} cannot be rendered: {str(error) or repr(error)}") from error
     if np.shape(frame)[2:] != (3,):
-        raise DataError(f"--env {spec.id} renders {type(frame).__name__} of shape {np.shape(frame)}, not [H, W, 3]")
-    return env
+        raise DataError(f"{name} renders {type(frame).__name__} of shape {np.shape(frame)}, not [H, W, 3]")
 
 
 def follow(env):
@@ -107,14 +107,13 @@ def play(args, task, policy):
     """The episodes of `task`, as rollout returns them. Raises DataError."""
     try:
         return task.rollout(policy)
-    except Exception as error:  # of the simulator
-        message = f"failed in the episodes from seed {task.config.eval_seed} on: {error!r}"
-        raise DataError(f"--env {args.env} {message}") from error
+    except inspect.getmodule(task).SimulatorError as error:
+        raise DataError(f"--env {args.env}: in the episodes from seed {task.config.eval_seed} on {error}") from error
 
 
 def record(args, task, policy):
     """A video an episode; yields their paths and results."""
-    env = with_pictures(task.envs.envs[0])
+    with_pictures(task)
     try:
         import imageio_ffmpeg  # noqa: F401
         import moviepy.video.io.ImageSequenceClip  # noqa: F401, else RecordVideo misses it after the first episode
@@ -123,8 +122,8 @@ def record(args, task, policy):
     folder = args.output.parent if args.one_file else args.output
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".record-", dir=folder) as staging:
-        env = RecordVideo(env, staging, episode_trigger=lambda _: True)
-        task.envs = gym.vector.SyncVectorEnv([lambda: env])
+        env = RecordVideo(task.envs.envs[0], staging, episode_trigger=lambda _: True)
+        task.envs.envs[0] = env
         for seed in range(args.seed, args.seed + args.episodes):
             task.config = replace(task.config, n_episodes=1, eval_seed=seed)
             result = play(args, task, policy)

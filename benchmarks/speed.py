@@ -25,7 +25,6 @@ products of a critic's hidden layer alone (forward and both gradients), in the s
 import argparse
 import contextlib
 import csv
-import functools
 import importlib.util
 import itertools
 import multiprocessing
@@ -107,57 +106,57 @@ def prepare_script(job, variant):
             agent.critic.atoms.copy_(torch.linspace(-10, 10, config.n_atoms))
     else:
         agent = script.CQL(config, job.observation, job.action)
-    buffer = script.ReplayBuffer(data, job.device)
+    buffer, run = script.ReplayBuffer(data, job.device), script.Run(config, 10**9)
     if script is combo:
-        return prepare_combo(job, config, agent, buffer)
-    operations = count_operations(lambda: agent.update(buffer.sample(job.batch)))
-    started = time.perf_counter()
-    advance = script.updater(config, agent, buffer, script.RunningMean(), script.RunningMean())
-    return functools.partial(advance, script.GRAPH_UPDATES), operations, time.perf_counter() - started
+        return prepare_combo(job, config, agent, buffer, run)
+    return prepare_updates(script, config, agent, buffer.sample, run)
 
 
-def prepare_combo(job, config, agent, buffer):
+def prepare_combo(job, config, agent, buffer, run):
     """The same for updates of the agent, with imagined transitions; or of the model; or for imagined transitions."""
-    task, run = types.SimpleNamespace(arguments={"id": "none"}), types.SimpleNamespace(path=Path(), resumed=False)
-    model, steps = combo.WorldModel(config, task, agent, buffer, run), itertools.count(0, config.rollout_freq)
+    imagination = combo.Imagination(config, types.SimpleNamespace(arguments={"id": "none"}), agent, buffer, run)
+    steps = itertools.count(0, config.rollout_freq)
 
     def generate():
         step = next(steps)
-        model.generate(step)
-        return int(model.counts[step // config.rollout_freq % config.model_retain])
+        imagination.generate(step)
+        return int(imagination.counts[step // config.rollout_freq % config.model_retain])
 
     if job.part == "rollouts":
         return generate, count_operations(generate) / generate(), 0.0
     if job.part == "model":
-        agent, source = model.dynamics, types.SimpleNamespace(sample=model.sample_transitions)
-    else:
-        source = model
-        model.generate(0)
-    operations = count_operations(lambda: agent.update(source.sample(job.batch)))
+        return prepare_updates(combo, config, imagination.model.dynamics, imagination.model.sample)
+    imagination.refresh(0)
+    return prepare_updates(combo, config, agent, imagination.sample, run)
+
+
+def prepare_updates(script, config, agent, sample, run=None):
+    """The same for updates as a run makes them: metrics, if any, are added up in the run, which is not begun."""
+    operations = count_operations(lambda: agent.update(sample(config.batch_size)))
     started = time.perf_counter()
-    advance = combo.updater(config, agent, source, combo.RunningMean())
-    return functools.partial(advance, combo.GRAPH_UPDATES), operations, time.perf_counter() - started
+    run_until = script.updater(config, agent, sample, run)
+
+    def update():
+        run_until(agent.n_updates + script.GRAPH_UPDATES)
+        return script.GRAPH_UPDATES
+
+    return update, operations, time.perf_counter() - started
 
 
 def prepare_online(job, variant):
     """Online steps of finetune/cql: (runs one of each environment, operations, compile seconds)."""
-    (config, _), folder = make_config(job, variant), Path(tempfile.mkdtemp())
+    config, _ = make_config(job, variant)
     options = {"env": "none", "eval_env": job.env, "offline_iterations": 0, "online_iterations": 10**9}
-    options["failure_reward"] = config.failure_reward or 0.0
-    config = replace(config, normalize=False, buffer_size=10**5, **options)
-    run = types.SimpleNamespace(path=folder, resumed=False, start=None)
-    with contextlib.redirect_stdout(None):
-        task, agent, buffer, _, scaling, failure_reward = finetune_cql.prepare(config, None, run)
-    agent.actor.load_state_dict(scaling, strict=False)
-    collector = finetune_cql.Collector(config, task, agent, buffer, run, failure_reward)
-    collector.path.unlink()  # the open file stays until the process ends
-    folder.rmdir()
-
-    def step():
-        collector.step()
-        return config.n_online_envs
-
-    return step, 1, 0.0
+    options |= {"failure_reward": config.failure_reward or 0.0, "normalize": False, "buffer_size": 10**5}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(None),
+    ):  # the open file stays until the process ends
+        config = replace(config, checkpoints_path=folder, **options)
+        run = finetune_cql.Run(config, config.online_iterations)
+        task, agent, buffer, _, failure_reward = finetune_cql.prepare(config, None, run)
+        collector = finetune_cql.Collector(config, task, agent, buffer, run, failure_reward)
+    return collector.step, 1, 0.0
 
 
 def prepare_peer(job, path):

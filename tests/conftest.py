@@ -142,9 +142,10 @@ WORLDS = {
 continuous = pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
 discrete = pytest.mark.parametrize("script", ["algorithms.discrete.cql_dqn"], indirect=True)
 finetune = pytest.mark.parametrize("script", ["algorithms.finetune.cql"], indirect=True)
-# Of both kinds of actions: runs that max_timesteps lengthens, and slow tests of what is the same text in all files.
+# Of both kinds of actions: runs that max_timesteps lengthens; and one script of each kind.
 offline = pytest.mark.parametrize("script", [x for x in SCRIPTS if "finetune" not in x], indirect=True)
-once = continuous  # for slow tests of what is the same text in all files (see test_house.py)
+once = continuous  # for tests of what is the same text in all files (see test_house.py)
+kinds = pytest.mark.parametrize("script", ["algorithms.offline.cql", "algorithms.discrete.cql_dqn"], indirect=True)
 
 ENVIRONMENTS = {
     "Counter": Counter, "DictCounter": DictCounter, "Plain": Plain, "Paid": Paid, "Fine": Fine, "Words": Words,
@@ -186,10 +187,22 @@ def store(name, buffers, **options):
 
 
 @pytest.fixture(autouse=True)
-def denormal_numbers():
-    """A run that fails on its way may leave them off."""
+def left_behind():
+    """A run that ends on its way leaves denormal numbers off, and the signal that ended it."""
     yield
     torch.set_flush_denormal(False)
+    for name in SCRIPTS:
+        if name in sys.modules:
+            sys.modules[name].Signals.received = 0
+
+
+def interrupt(script, config, number=15, **options):
+    """A run that a signal ends before the next update: its exit status."""
+    script.Signals.received = number
+    with pytest.raises(SystemExit) as end:
+        script.train(config, **options)
+    script.Signals.received = 0
+    return end.value.code
 
 
 @pytest.fixture
@@ -342,11 +355,11 @@ def equal(first, second):
 
 
 def contents(folder):
-    """Every file below a folder: its bytes and when it was written."""
+    """Every file below a folder, but for the lock of a run: its bytes and when it was written."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 

@@ -87,7 +87,7 @@ def batch_of(n=32):
 def test_penalty_pushes_down_at_its_states_and_up_at_data_alone(states, ratio, float64):
     agent = combo.CQL(config_of(real_ratio=ratio, push_down_states=states, cql_alpha=3.0, cql_n_actions=4), 3, 2)
     batch, n = batch_of(), int(32 * ratio)
-    target, proposals, log_prob = agent.propose(batch, *agent.actor(torch.cat([batch[0], batch[3]])))
+    target, proposals, log_prob = agent.td_target_and_proposals(batch, *agent.actor(torch.cat([batch[0], batch[3]])))
     loss, gap, metrics = agent.critic_loss(batch, target, proposals, log_prob, n)
 
     actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)
@@ -107,7 +107,7 @@ def test_penalty_pushes_down_at_its_states_and_up_at_data_alone(states, ratio, f
 
 def test_drawn_gradient_has_the_exact_ones_expectation(float64):
     agent, batch = combo.CQL(config_of(real_ratio=0.5, cql_n_actions=4), 3, 2), batch_of(8)
-    proposed = agent.propose(batch, *agent.actor(torch.cat([batch[0], batch[3]])))
+    proposed = agent.td_target_and_proposals(batch, *agent.actor(torch.cat([batch[0], batch[3]])))
     parameters = list(agent.critic.parameters())
     exact, gap, _ = agent.critic_loss(batch, *proposed, 4)
     exact = torch.cat([x.flatten() for x in torch.autograd.grad(exact, parameters)])
@@ -511,6 +511,8 @@ def test_no_target_is_above_what_rewards_can_add_up_to(discount, make):
     assert agent.largest_value == pytest.approx(largest) and make(real_ratio=1.0)[1].largest_value == np.inf
     batch = model.buffer.sample(32)
     agent.target_critic.biases[-1].data.fill_(1e30)
-    target, *_ = agent.propose(batch, *agent.actor(torch.cat([batch.observations, batch.next_observations])))
+    target, *_ = agent.td_target_and_proposals(
+        batch, *agent.actor(torch.cat([batch.observations, batch.next_observations]))
+    )
     ended = batch.terminals == 1
     assert torch.allclose(target[~ended], torch.tensor(largest)) and torch.equal(target[ended], batch.rewards[ended])

@@ -547,7 +547,7 @@ def test_images_and_observations_that_are_no_arrays_are_refused(script, tiny, sp
         buffers = [episode(0, observations=observations[i])]
         name = new_dataset(buffers, f"toy/image-v{i}", **spaces | {"observation_space": space})
         status, line = refusal(script.train, tiny(env=name))
-        assert status == 1 and f"--env {name}" in line and "(40, 40, 3)" in line
+        assert status == 1 and "(40, 40, 3)" in line
     parts = gym.spaces.Tuple([gym.spaces.Discrete(2), gym.spaces.Discrete(3)])
     for space, value in ((parts, (0, 1)), (gym.spaces.Dict({"cards": parts}), {"cards": (0, 1)})):
         assert "observations are" in refusal(script.flatten, value, space)[1]
@@ -557,7 +557,7 @@ def test_images_and_observations_that_are_no_arrays_are_refused(script, tiny, sp
 
 ENTRY = '{"id": "%s", "entry_point": "evil:Env", "reward_threshold": null, "nondeterministic": false, '
 ENTRY += '"max_episode_steps": null, "disable_env_checker": false, "kwargs": {}, "additional_wrappers": '
-ENTRY += '[{"name": "Evil", "entry_point": "evil:Env", "kwargs": {}}], "vector_entry_point": "evil:Env"}'
+ENTRY += '[{"name": "RecordVideo", "entry_point": "evil:Env", "kwargs": {}}], "vector_entry_point": "evil:Env"}'
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def set_tables(agent, outputs):
     """Both networks' outputs are these, and the online one's are learned."""
     set_table(agent.critic, outputs)
     set_table(agent.target_critic, outputs)
-    agent.learned["critic"] = list(agent.critic.parameters())
-    agent.optimizer = torch.optim.Adam(agent.learned["critic"], agent.config.qf_lr)
+    agent.parameter_groups["critic"] = list(agent.critic.parameters())
+    agent.optimizer = torch.optim.Adam(agent.parameter_groups["critic"], agent.config.qf_lr)
     return agent
 
 
@@ -236,7 +236,7 @@ def slow_loss(agent, batch):
 )
 @HEADS
 def test_loss_and_gradient_are_those_of_slow_loops(head, options):
-    """Gradients larger than the limit are scaled down to it, and no others; the metric is their norm before that."""
+    """An update scales gradients larger than the limit down to it, and no others; the metric is their norm before."""
     agent, batch = make_agent(head=head, **options), make_batch()
     batch = batch._replace(rewards=3 * batch.rewards)
     before, slow = copy.deepcopy(agent), slow_loss(agent, batch)
@@ -255,8 +255,9 @@ def test_loss_and_gradient_are_those_of_slow_loops(head, options):
     assert torch.equal(flat(agent.parameters()), flat(before.parameters()))
     for factor in (0.5, 2.0):
         limit = factor * expected.norm().item()
-        gradients, metrics = make_agent(head=head, max_grad_norm=limit, **options).gradients(batch)
-        assert close(flat(gradients["critic"]), min(factor, 1) * expected)
+        clipped = make_agent(head=head, max_grad_norm=limit, **options)
+        metrics = clipped.update(batch)
+        assert close(flat([x.grad for x in clipped.critic.parameters()]), min(factor, 1) * expected)
         assert close(metrics["critic_grad_norm"], expected.norm())
 
 

@@ -140,11 +140,13 @@ def test_penalty_bounds_the_policys_actions_before_the_density(calibrate, float6
 
 def proposed(agent, batch):
     with torch.no_grad():
-        return agent.propose(batch, *agent.actor(torch.cat([batch.observations, batch.next_observations])))
+        return agent.td_target_and_proposals(
+            batch, *agent.actor(torch.cat([batch.observations, batch.next_observations]))
+        )
 
 
 def critic_gradient(agent, loss):
-    return torch.cat([x.flatten() for x in torch.autograd.grad(loss, agent.learned["critic"])])
+    return torch.cat([x.flatten() for x in torch.autograd.grad(loss, agent.parameter_groups["critic"])])
 
 
 @pytest.mark.parametrize("options", [{}, {"cql_importance_sample": False, "cql_temp": 2.0}], ids=str)

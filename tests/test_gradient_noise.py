@@ -32,7 +32,7 @@ def tiny_problem(n_batches=4, batch_size=2, n_proposals=3):
 
 def every_draw(agent, batch, td_target, proposals, log_prob):
     """The gradient [P] of each of the outcomes of drawing one action a state and critic, and their probabilities."""
-    parameters = agent.learned["critic"]
+    parameters = agent.parameter_groups["critic"]
     q_data = agent.critic(batch.observations, batch.actions.unsqueeze(1))[..., 0]  # [E, B]
     q = agent.critic(batch.observations, proposals)  # [E, B, N]
     probabilities, outcomes = (q - log_prob).softmax(dim=-1).detach().flatten(0, 1), []
@@ -54,7 +54,7 @@ def test_variances_are_those_of_all_draws_one_by_one(monkeypatch):
         exact.append(chances @ gradients)
         added.append(chances @ ((gradients - exact[-1]) ** 2).sum(axis=1))
     remaining = iter(proposed)
-    monkeypatch.setattr(agent, "propose", lambda *_: next(remaining))
+    monkeypatch.setattr(agent, "td_target_and_proposals", lambda *_: next(remaining))
     terms, measured = gradient_noise.measure(agent, batches, draws=150)
     assert terms.mean().item() == pytest.approx(np.var(exact, axis=0, ddof=1).sum(), rel=1e-4)
     assert len(terms) == len(measured[1]) == 4

@@ -7,8 +7,10 @@
 """
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "algorithms"
 PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
-# Lines of a file, of its method (above the comment "# Common to all files") and of its common part, at most.
+# Lines and tokens of the method with `train` (above the comment "# Common to all files"), and of the file, at most.
 BUDGETS = {
-    "offline/cql.py": (1125, 460, 675),
-    "offline/combo.py": (1474, 800, 690),
-    "finetune/cql.py": (1470, 710, 780),
-    "discrete/cql_dqn.py": (1100, 420, 685),
+    "offline/cql.py": (510, 4_900, 1_300, 12_600),
+    "offline/combo.py": (880, 9_450, 1_670, 17_300),
+    "finetune/cql.py": (810, 8_400, 1_570, 16_000),
+    "discrete/cql_dqn.py": (460, 4_300, 1_260, 11_800),
 }
+# Agents for continuous actions: how many methods that several have are of one text, at least.
+SHARED_METHODS = 13
 
 
 class Block(NamedTuple):
@@ -202,22 +206,69 @@ def length(node):
     return node.end_lineno - node.lineno + 1
 
 
+def count_tokens(text):
+    """Without comments, docstrings and line ends: names, numbers, operators."""
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [x for x in ast.walk(ast.parse(text)) if isinstance(x, kinds)]
+    docstrings = {x.body[0].lineno for x in nodes if ast.get_docstring(x) is not None}
+    found = [x for x in tokenize.generate_tokens(io.StringIO(text).readline) if x.type not in skipped]
+    return sum(x.type != tokenize.STRING or x.start[0] not in docstrings for x in found)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_budgets(path):
     text = path.read_text()
     lines, tree = text.splitlines(), ast.parse(text)
     (common,) = [i for i, line in enumerate(lines) if line.startswith("# Common to all files")]
-    total, method, rest = BUDGETS[str(path.relative_to(FOLDER))]
-    assert len(lines) <= total and common <= method and len(lines) - common <= rest
-    long = {node.name: length(node) for node in functions(tree) if length(node) > (80 if node.name == "train" else 60)}
-    assert not long
+    found = (common, count_tokens("\n".join(lines[:common]) + "\n"), len(lines), count_tokens(text))
+    assert all(x <= most for x, most in zip(found, BUDGETS[str(path.relative_to(FOLDER))])), found
+    assert not {node.name: length(node) for node in functions(tree) if length(node) > 60}
+    train = next(node for node in functions(tree) if node.name == "train")
+    assert length(train) <= (60 if "finetune" in path.parts or path.stem == "combo" else 45)
     networks = [x.lineno for x in tree.body if isinstance(x, ast.ClassDef) and "nn.Module" in map(ast.unparse, x.bases)]
-    assert networks[0] < (140 if path.stem == "combo" else 120)  # it has 65 options
+    assert networks[0] < (145 if path.stem == "combo" else 125)  # it has 65 options
+
+
+def agent_methods(path):
+    """Name -> text of each method of the agent, and the comments right above."""
+    source, found = path.read_text(), {}
+    lines = source.splitlines(keepends=True)
+    (agent,) = [
+        x
+        for x in ast.parse(source).body
+        if isinstance(x, ast.ClassDef) and {"update", "start_values"} <= {y.name for y in functions(x)}
+    ]
+    for node in agent.body:
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+            start = min([node.lineno, *(x.lineno for x in node.decorator_list)]) - 1
+            comments = []
+            while lines[start - 1 - len(comments)].strip().startswith("#"):
+                comments.append(lines[start - 1 - len(comments)])
+            found[node.name] = "".join(lines[start : node.end_lineno]), "".join(comments)
+    return found
+
+
+def test_methods_of_the_agents_have_one_text_or_say_why_not():
+    methods = {path: agent_methods(path) for path in PATHS}
+    of_one_text = 0
+    for name in sorted(set().union(*methods.values())):
+        continuous = [
+            found[name] for path, found in methods.items() if name in found and path.parent.name != "discrete"
+        ]
+        of_one_text += len(continuous) > 1 and len({text for text, _ in continuous}) == 1
+        versions = [found[name] for found in methods.values() if name in found]
+        versions.sort(key=lambda x: "# local: " in x[1])  # of two that are as common, that without a comment
+        commonest = max(versions, key=lambda x: sum(x[0] == y[0] for y in versions))[0]
+        for path, found in methods.items():
+            if name in found and found[name][0] != commonest:
+                assert re.search(r"# local: \S", found[name][1]), f"{path}: {name} differs and does not say why"
+    assert of_one_text >= SHARED_METHODS
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_order_of_the_sections(path):
-    """Docstring, imports, TrainConfig, networks, the agent, what is common, train, the main guard."""
+    """Docstring, imports, TrainConfig, networks, the agent, train, what is common, the main guard."""
     text = path.read_text()
     tree = ast.parse(text)
     common = text[: text.index("# Common to all files")].count("\n") + 1
@@ -228,9 +279,9 @@ def test_order_of_the_sections(path):
     train = next(x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "train")
     guard = tree.body[-1]
     assert ast.get_docstring(tree) and ast.unparse(guard.test) == "__name__ == '__main__'"
-    places = [1, max(imports), classes["TrainConfig"].lineno, networks[0].lineno, agent.lineno, common, train.lineno]
-    assert places == sorted(places) and train is tree.body[-2]
-    assert all(network.lineno <= agent.lineno for network in networks) and agent.end_lineno < common
+    places = [1, max(imports), classes["TrainConfig"].lineno, networks[0].lineno, agent.lineno, train.lineno, common]
+    assert places == sorted(places) and common - train.end_lineno <= 3
+    assert all(network.lineno <= agent.lineno for network in networks)
     legend = text[: text.index("nn.Module")].rsplit("\n\n\n", 2)[-2]
     assert legend.startswith("# Shapes: B batch")
 

@@ -96,8 +96,8 @@ def check_updates(make_agent, make_batch, others, rates, target_rate, period):
     """An update is a step of Adam at each group's own rate, then one of the targets, every `period` updates; a copy by
     state_dict goes on the same, moments and counter included. others(i): what else the i-th gradients depend on."""
     agent, twin = make_agent(), make_agent()
-    adams = {name: torch.optim.Adam(twin.learned[name], rate) for name, rate in rates.items()}
-    learned = {x for group in twin.learned.values() for x in group}
+    adams = {name: torch.optim.Adam(twin.parameter_groups[name], rate) for name, rate in rates.items()}
+    learned = {x for group in twin.parameter_groups.values() for x in group}
     assert learned | set(twin.target_critic.parameters()) == set(twin.parameters())
     for i in range(7):
         batch = make_batch()
@@ -106,7 +106,7 @@ def check_updates(make_agent, make_batch, others, rates, target_rate, period):
         torch.manual_seed(i)
         gradients, _ = twin.gradients(batch, *others(i))
         for name, adam in adams.items():
-            for parameter, gradient in zip(twin.learned[name], gradients[name]):
+            for parameter, gradient in zip(twin.parameter_groups[name], gradients[name]):
                 parameter.grad = gradient
             adam.step()
         for target, source in zip(twin.target_critic.parameters(), twin.critic.parameters()):
@@ -134,7 +134,7 @@ def check_bfloat16(agents, batch, *inputs):
     results = []
     for agent in agents:
         torch.manual_seed(2)
-        results.append(agent.gradients(batch, *next(iter(agent.variants()))))
+        results.append(agent.gradients(batch, *next(iter(agent.phases()))))
     assert check_same(results, 0.1)["critic"] > 0
     (_, _), (gradients, metrics) = results
     assert all(x.dtype == torch.float32 for x in (*rounded.parameters(), *gradients["critic"], *metrics.values()))
@@ -146,9 +146,9 @@ def check_compiled(script, agent, make_batch, tolerance):
     """With the same random numbers, of which compiling itself uses none."""
     data = {key: getattr(make_batch(), key).numpy() for key in script.Batch._fields}
     state = torch.get_rng_state()
-    script.updater(agent.config, agent, script.ReplayBuffer(data, "cpu"))
+    script.updater(agent.config, agent, script.ReplayBuffer(data, "cpu").sample)
     assert torch.equal(state, torch.get_rng_state()) and agent.compute_gradients != agent.gradients
-    results, batch, (others,) = [], make_batch(), agent.variants()
+    results, batch, (others,) = [], make_batch(), {*agent.phases()}
     for compute in (agent.compute_gradients, agent.gradients):
         torch.manual_seed(2)
         results.append(compute(batch, *others))
@@ -200,7 +200,7 @@ def test_estimator_approaches_the_log_integral(temperature):
     agent.critic = agent.target_critic = Formulas(formula, formula)
     batch = make_batch(1, 1, len(states))._replace(observations=states)
     mean = torch.tensor([[0.4], [-0.6]]).repeat_interleave(len(states), dim=0)
-    proposed = agent.propose(batch, mean, torch.full_like(mean, 0.1))
+    proposed = agent.td_target_and_proposals(batch, mean, torch.full_like(mean, 0.1))
     _, gap, metrics = agent.critic_loss(batch, *proposed)
     log_mean = gap[0] + metrics["average_qf1"] - temperature * math.log(3 * n)
     assert abs(log_mean - truth) < 0.03 * max(1, temperature)
@@ -353,7 +353,7 @@ def test_ensemble_is_two_networks_that_start_apart_and_targets_with_them():
 
 
 def test_log_std_is_scaled_shifted_and_bounded():
-    """multiplier * network - 1, both learned, between -20 and 2; the mean is the network's."""
+    """multiplier * network - 1, both parameter_groups, between -20 and 2; the mean is the network's."""
     actor = make_agent(fresh=True, policy_log_std_multiplier=0.5).actor
     observations = torch.randn(B, S)
     mean, log_std = actor.head(actor.hidden(observations)).chunk(2, dim=1)
@@ -381,7 +381,9 @@ def test_holdout_metrics_are_those_of_the_losses():
     metrics = agent.holdout_metrics(batch)
     assert same(agent, before)
     torch.manual_seed(3)
-    target, *proposed = agent.propose(batch, *agent.actor(torch.cat([batch.observations, batch.next_observations])))
+    target, *proposed = agent.td_target_and_proposals(
+        batch, *agent.actor(torch.cat([batch.observations, batch.next_observations]))
+    )
     q = agent.critic(batch.observations, batch.actions.unsqueeze(1)).squeeze(-1)
     hand = {
         "holdout_td_error": (q - target).square().mean(), "holdout_q": q.mean(),
@@ -476,7 +478,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(options, cloning):
     losses = slow_losses(agent, batch, cloning)
     assert gradients.keys() == losses.keys() and same(agent, before)
     for name, loss in losses.items():
-        expected = torch.autograd.grad(loss, agent.learned[name], retain_graph=True)
+        expected = torch.autograd.grad(loss, agent.parameter_groups[name], retain_graph=True)
         assert all(close(*pair) for pair in zip(gradients[name], expected)), name
     logged = {"actor": "policy_loss", "alpha": "alpha_loss", "alpha_prime": "alpha_prime_loss"}
     assert {name for name in logged.keys() & losses.keys() if not close(metrics[logged[name]], losses[name])} == set()
@@ -492,7 +494,7 @@ def test_other_parameters_are_constants_of_each_loss(cloning):
     agent = make_agent(cql_lagrange=True, backup_entropy=True, cql_backprop_actions=1)
     agent.target_critic.requires_grad_(True)
     losses, metrics = agent.losses(make_batch(), cloning)
-    groups = agent.learned | {"target": list(agent.target_critic.parameters())}
+    groups = agent.parameter_groups | {"target": list(agent.target_critic.parameters())}
     reached = {
         (loss, group)
         for loss in losses
@@ -541,15 +543,15 @@ def test_expected_gradient_is_that_through_all_actions(options, k):
     """Over 30 times 300 draws, within six standard errors; the loss and the metrics are the same in each draw."""
     agent, cheap, batch = make_agent(**options), make_agent(cql_backprop_actions=k, **options), make_batch()
     mean, log_std = agent.actor(torch.cat([batch.observations, batch.next_observations]))
-    proposed = agent.propose(batch, mean, log_std)
+    proposed = agent.td_target_and_proposals(batch, mean, log_std)
     loss, gap, metrics = agent.critic_loss(batch, *proposed)
-    exact, found = flat(torch.autograd.grad(loss, agent.learned["critic"])), []
+    exact, found = flat(torch.autograd.grad(loss, agent.parameter_groups["critic"])), []
     many, proposed = cql.Batch(*(x.repeat_interleave(300, dim=0) for x in batch)), [
         x.repeat_interleave(300, dim=0) for x in proposed
     ]  # fmt: skip
     for _ in range(30):
         cheap_loss, cheap_gap, cheap_metrics = cheap.critic_loss(many, *proposed)
-        found.append(flat(torch.autograd.grad(cheap_loss, cheap.learned["critic"])))
+        found.append(flat(torch.autograd.grad(cheap_loss, cheap.parameter_groups["critic"])))
     found = torch.stack(found)
     error = found.std(dim=0) / math.sqrt(30)
     assert ((found.mean(dim=0) - exact).abs() <= 6 * error + 1e-9).all()
@@ -561,10 +563,10 @@ def test_expected_gradient_is_that_through_all_actions(options, k):
 
 def test_clipped_states_contribute_nothing_to_the_drawn_gradient():
     agent, batch = make_agent(cql_backprop_actions=2, cql_clip_diff_max=-1e3), make_batch()
-    td_target, proposals, log_prob = agent.propose(batch, *torch.zeros(2, 2 * B, A))
+    td_target, proposals, log_prob = agent.td_target_and_proposals(batch, *torch.zeros(2, 2 * B, A))
     clipped, _, _ = agent.critic_loss(batch, td_target, proposals, log_prob)
     td_loss, _, _ = agent.critic_loss(batch, td_target, proposals[:, :0], log_prob[:, :0])
-    gradients = [flat(torch.autograd.grad(x, agent.learned["critic"])) for x in (clipped, td_loss)]
+    gradients = [flat(torch.autograd.grad(x, agent.parameter_groups["critic"])) for x in (clipped, td_loss)]
     assert close(*gradients) and gradients[0].norm() > 0.1
 
 
@@ -593,8 +595,8 @@ def test_compiled_gradients_are_the_same(options):
     check_compiled(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4)
 
 
-def test_variants_name_what_gradients_are_called_with():
+def test_phases_name_what_gradients_are_called_with():
     agent = make_agent(bc_steps=1)
-    assert agent.variants() == {(True,), (False,)} and make_agent().variants() == {(False,)}
+    assert agent.phases() == [(True,), (False,)] and make_agent().phases() == [(False,), (False,)]
     agent.update(make_batch())
-    assert agent.variants() == {(False,)}
+    assert agent.phases() == [(False,), (False,)]

@@ -290,7 +290,7 @@ def test_program_exits_with_0_1_and_2_and_says_why_in_a_line(script, command_lin
 
 
 def test_too_little_memory_of_a_gpu_is_one_line(script, monkeypatch, signals, capsys):
-    def train(config, stop):
+    def train(config):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
 
     monkeypatch.setattr(sys, "argv", ["program"])

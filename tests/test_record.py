@@ -108,7 +108,7 @@ def refusal(capsys, *options, **named):
     return stop.value.code, printed.err
 
 
-@pytest.mark.parametrize("n_episodes", [2, 18])  # 18: in two waves
+@pytest.mark.parametrize("n_episodes", [2, 34])  # 34: in two waves
 def test_plays_the_evaluation_of_a_run_of_any_script(n_episodes, run, new_dataset, capsys, monkeypatch):
     for name in ("moviepy", "imageio_ffmpeg"):  # not needed
         monkeypatch.setitem(sys.modules, name, None)

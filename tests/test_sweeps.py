@@ -212,7 +212,7 @@ def test_ids_follow_what_is_run_and_not_how_it_is_written(tmp_path, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_free_options_are_those_that_a_resume_may_change(script):
     run = importlib.import_module(script).Run
-    assert run.free | {"max_timesteps", "online_iterations"} == commands.FREE | {"run_id"}
+    assert run.may_change | {"max_timesteps", "online_iterations"} == commands.FREE | {"run_id"}
 
 
 def test_command_of_the_file(tmp_path, capsys):

@@ -98,7 +98,8 @@ def test_wandb_never_stops_a_run(broken, recorder, script, tiny, run, capsys):
 def test_wandb_requeues_a_run_that_a_scheduler_ended(number, requeued, recorder, script, tiny):
     wandb = recorder()
     with pytest.raises(SystemExit):
-        script.train(tiny(), stop=[number])
+        script.Signals.received = number
+        script.train(tiny())
     names = [name for name, _ in wandb.calls]
     assert names[-1] == "finish" and ("mark_preempting" in names) == requeued
     assert wandb.calls[-1][1] == {"exit_code": 1}

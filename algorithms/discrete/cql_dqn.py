@@ -582,9 +582,12 @@ def parse_arguments(config_class: type) -> Any:
         problem = f"--config_path {path} is no YAML of lines `option: value`"
         with explain(problem, ConfigError):
             content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # texts, as on the command line
-        if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        if not isinstance(content, dict):
             raise ConfigError(problem)
-        options = parser.parse_args([f"--{name}={value}" for name, value in content.items()]) | options
+        for name, value in content.items():
+            if name not in kinds or not isinstance(value, str):
+                raise ConfigError(f"{problem} ({name}: {value})")
+        options = content | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
 
@@ -631,6 +634,9 @@ def load_dataset(name: str) -> dict[str, Any]:
         with explain(problem):
             episode = dataset[i]
         observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
+        lengths = {n, len(observations) - 1, len(episode.actions), len(episode.terminations), len(episode.truncations)}
+        if len(lengths) > 1 or not n or (parts and observations.shape[1] != parts[0][0].shape[1]):
+            raise DataError(f"{problem} (episode {i} has parts of other sizes)")
         # The next observation is known at time-outs too, so that they bootstrap.
         timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
         actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
@@ -996,7 +1002,7 @@ class Signals:
     @classmethod
     def receive(cls, number: int, _: Any) -> None:
         if cls.received or not cls.wait:
-            raise SystemExit(128 + number)
+            os._exit(128 + number)  # an exception could get lost in the compiler
         cls.received = number
 
 
@@ -1075,7 +1081,7 @@ class Run:
         self.path, self.lock_file, self.checkpoint = Path(config.checkpoints_path, name), None, None
         self.rows, self.names, self.sums = [], [], None  # sums [2, M + 1]: since the last record, and row before it
         self.done, self.seconds = 0, 0.0  # step of the last record; of updates since the last row
-        self.saved, self.save_seconds = -math.inf, 0.0
+        self.saved, self.save_seconds = time.perf_counter(), 0.0
         if self.path.exists():
             self.lock()
         self.resumed = (self.path / "checkpoint.pt").exists()
@@ -1098,7 +1104,7 @@ class Run:
         """For this process alone, until it ends. Raises DataError."""
         with explain(f"{self.path} cannot be written"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.path / ".lock", "w")  # noqa: SIM115, open for the whole run
+            self.lock_file = open(self.path / ".lock", "a")  # noqa: SIM115, open for the whole run
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
