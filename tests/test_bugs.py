@@ -21,7 +21,11 @@ SAME = [  # in all scripts
 ]
 CONTINUOUS = [
     ("network", "self.head(self.hidden(", "self.heads(self.hidden("),
-    ("network", "torch.cat([observations, actions], dim=-1).flatten", "torch.cat([observations, actions], dim=0).flatten"),
+    (
+        "network",
+        "torch.cat([observations, actions], dim=-1).flatten",
+        "torch.cat([observations, actions], dim=0).flatten",
+    ),
     ("network", "q.view(-1, leading[-1], n_actions)", "q.view(-1, leading[-1], n_actions + 1)"),
     ("loss", "- td_target).square()", "- td_target.unsqueeze(1)).square()"),
     ("loss", "next_q.max(dim=1)", "next_q.max(dim=3)"),

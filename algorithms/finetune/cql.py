@@ -561,6 +561,7 @@ class Collector:
         if len(content) != size:
             raise DataError(f"{self.path} has less than the {self.state['n_rows']} transitions of the checkpoint")
         rows = np.frombuffer(content, self.row_type)
+        torch.set_flush_denormal(True)  # as when they were played
         for i in range(n):
             own = rows[rows["episode"] % n == i]
             self.replay(i, own[own["episode"] == own["episode"][-1:]])
@@ -658,11 +659,13 @@ class Collector:
                 if row["terminal"] or row["timeout"]:
                     whole += own
                     own.clear()
+            if not whole:
+                return
             rows = np.array(whole, self.row_type)
         data = {"rewards": self.task.training_rewards(rows["reward"]), "terminals": rows["terminal"] > 0}
         largest = float(np.abs(data["rewards"]).max(initial=0)) / max(1 - self.config.discount, 1e-4)
         self.task.value_limit, data["returns"] = max(self.task.value_limit, 100 * largest), np.zeros(len(rows))
-        if self.config.calibrate and len(rows):
+        if self.config.calibrate:
             data["returns"] = calibration_returns(data, rows["episode"].astype(int), self.failure, self.config)
         data["observations"] = (rows["observation"] - self.mean) / self.std
         data["next_observations"] = (rows["next_observation"] - self.mean) / self.std
@@ -1151,7 +1154,7 @@ class Task:
             except SimulatorError as error:
                 tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error}", file=sys.stderr)
                 if not self.failed:
-                    traceback.print_exception(error.__cause__)
+                    traceback.print_exception(error.__cause__ or error)
                 result, self.failed = {}, True
             if result:
                 result["predicted_value"] = agent.start_values(result.pop("first_observations"))

@@ -1243,7 +1243,7 @@ class Task:
             except SimulatorError as error:
                 tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error}", file=sys.stderr)
                 if not self.failed:
-                    traceback.print_exception(error.__cause__)
+                    traceback.print_exception(error.__cause__ or error)
                 result, self.failed = {}, True
             if result:
                 result["predicted_value"] = agent.start_values(result.pop("first_observations"))
