@@ -368,7 +368,48 @@ def test_an_episode_that_lasts_is_not_trained_on_before_its_end(run, added, monk
     assert [len(data["rewards"]) for data in added] == [30]
 
 
+class Whole(Counter):
+    action_space = gym.spaces.Box(0, 10, (2,), np.int64)
+
+
+def test_whole_numbers_are_stored_as_they_were_played(run, added):
+    gym.register("Whole-v0", entry_point=Whole)
+    rows = read(run(**SAC | {"eval_env": "Whole-v0", "warmup_steps": 9}))
+    actions = rows[:, 3:5]
+    assert np.array_equal(actions, actions.round()) and len(np.unique(actions)) > 3
+    assert np.array_equal(rows[:, 7] - rows[:, 2], actions.sum(axis=1))
+    found = np.concatenate([data["actions"] for data in added])
+    assert found == pytest.approx(actions / 5 - 1, abs=1e-6)
+
+
+def test_online_actions_are_in_the_units_of_a_recording_through_a_wrapper(tiny, new_dataset):
+    """In each row of the buffer, recorded or met, the action moves the environment's sum by what it stands for."""
+    env = gym.wrappers.RescaleAction(gym.make("Counter-v0"), -1.0, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gym, "make", lambda _: env)
+        buffers = record("", range(9))
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    config = tiny(env=new_dataset(buffers, env=env.spec, **spaces), online_iterations=30, normalize=False)
+    run = cql.Run(config, 30)
+    task, agent, buffer, _, failure_reward = cql.prepare(config, None, run)
+    collector = cql.Collector(config, task, agent, buffer, run, failure_reward)
+    for _ in range(30):
+        collector.step()
+    batch, (low, high) = buffer.rows(slice(None)), (Counter.action_space.low, Counter.action_space.high)
+    moved = batch.next_observations[:, 2] - batch.observations[:, 2]
+    stands_for = low + (batch.actions.numpy() + 1) / 2 * (high - low)
+    assert len(moved) == buffer.size + 30 and stands_for.sum(axis=1) == pytest.approx(moved.numpy(), abs=1e-5)
+
+
 # Rows and metrics
+
+
+@pytest.mark.parametrize("report", [None, math.nan, "yes", np.array([True])], ids=repr)
+def test_no_report_of_success_ends_a_run(report, run, monkeypatch):
+    step = Counter.step
+    monkeypatch.setattr(Counter, "step", lambda *x: (*step(*x)[:4], {"success": report}))
+    row = table(run(max_timesteps=2, online_iterations=30, eval_freq=99))[-1]
+    assert row["online_return"] and row["online_success"] == ("1.0" if isinstance(report, np.ndarray) else "")
 
 
 @pytest.mark.parametrize(
@@ -488,61 +529,56 @@ def test_killed_run_goes_on_with_the_same_bits(uninterrupted, tiny):
     check_end(Path(config.checkpoints_path, "run"), expected)
 
 
-@pytest.mark.parametrize("every", [3, 7])
-def test_run_that_is_stopped_again_and_again_goes_on_with_the_same_bits(every, uninterrupted, tiny):
-    """After each third round of steps, or each seventh minibatch."""
-    options, expected = uninterrupted
-    config, stops = tiny(**options), 0
-    owner, name = (cql.Collector, "step") if every == 3 else (cql.ReplayBuffer, "sample")
-    while True:
-        calls = itertools.count(1)
-        with pytest.MonkeyPatch.context() as patch:
-            function = getattr(owner, name)
+def signalled(config, n, owner=cql.Collector, name="step"):
+    """The exit status of a run to which a signal comes in the n-th online round, or in that call of another function;
+    0 where it is over before."""
+    function, calls, code = getattr(owner, name), itertools.count(1), 0
 
-            def stopping(*arguments, calls=calls, function=function):
-                if next(calls) == every:
-                    cql.Signals.received = signal.SIGTERM
-                return function(*arguments)
+    def receiving(*arguments):
+        if next(calls) == n:
+            cql.Signals.received = signal.SIGTERM
+        return function(*arguments)
 
-            patch.setattr(owner, name, stopping)
-            try:
-                cql.train(config)
-            except SystemExit as end:
-                assert end.code == 128 + signal.SIGTERM
-                stops, cql.Signals.received = stops + 1, 0
-            else:
-                break
-    assert stops > 4
-    check_end(Path(config.checkpoints_path, "run"), expected)
-
-
-def receive():
-    cql.Signals.received = signal.SIGTERM
-
-
-def stopped(tiny, n, **options):
-    """A run that a signal ended in its n-th online round; its folder."""
-    calls, step = itertools.count(1), cql.Collector.step
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(cql.Collector, "step", lambda self: (next(calls) == n and receive()) or step(self))
-        cql.train(tiny(**options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, receiving)
+        try:
+            cql.train(config)
+        except SystemExit as end:
+            code = end.code
     cql.Signals.received = 0
+    return code
+
+
+def stopped(tiny, *place, **options):
+    """The folder of a run that a signal ended there."""
+    assert signalled(tiny(**options), *place) == 128 + signal.SIGTERM
     return Path(tiny(**options).checkpoints_path, options.get("run_id", "run"))
 
 
-@pytest.mark.parametrize("place", ["before the switch", "at the switch"])
+@pytest.mark.parametrize("place", [(3,), (7, cql.ReplayBuffer, "sample")], ids=["rounds", "minibatches"])
+def test_run_that_is_stopped_again_and_again_goes_on_with_the_same_bits(place, uninterrupted, tiny):
+    options, expected = uninterrupted
+    config, codes = tiny(**options), []
+    while code := signalled(config, *place):
+        codes.append(code)
+    assert len(codes) > 4 and {*codes} == {128 + signal.SIGTERM}
+    check_end(Path(config.checkpoints_path, "run"), expected)
+
+
+def test_updates_that_were_due_at_a_stop_are_made_first(run, tiny):
+    options = {"max_timesteps": 5, "online_iterations": 20, "utd_ratio": 4, "eval_freq": 99}
+    expected, n = run(run_id="whole", **options), 5 + 3 * 4 + 2  # the second of four, after the fourth step
+    folder = stopped(tiny, n, cql.ReplayBuffer, "sample", **options)
+    assert n_updates(folder) == n and len(read(folder)) == 4
+    check_end(run(**options), expected)
+
+
+@pytest.mark.parametrize("place", [(10, cql.ReplayBuffer, "sample"), (1, cql.Task, "rollout")], ids=["before", "at"])
 def test_row_at_the_switch_is_the_same_after_a_stop(place, run, tiny):
     """Without a penalty online, which the held-out metrics of that row still have."""
     options = {"max_timesteps": 10, "online_iterations": 6, "holdout_fraction": 0.2, "cql_alpha_online": 0.0}
-    expected, rollout = run(run_id="whole", **options), cql.Task.rollout
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        if place == "at the switch":
-            patch.setattr(cql.Task, "rollout", lambda *x: receive() or rollout(*x))
-        else:
-            sample, calls = cql.ReplayBuffer.sample, itertools.count(1)
-            patch.setattr(cql.ReplayBuffer, "sample", lambda *x: (next(calls) == 10 and receive()) or sample(*x))
-        cql.train(tiny(**options))
-    cql.Signals.received = 0
+    expected = run(run_id="whole", **options)
+    assert n_updates(stopped(tiny, *place, **options)) == 10
     check_end(run(**options), expected)
 
 

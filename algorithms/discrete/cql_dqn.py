@@ -227,9 +227,7 @@ class DiscreteCQL(nn.Module):
         self.to(config.device)
         self.parameter_groups = {"critic": list(self.critic.parameters())}
         on_gpu = "cuda" in config.device  # where steps are recorded in CUDA graphs
-        self.optimizer = torch.optim.Adam(
-            self.parameter_groups["critic"], lr=config.qf_lr, fused=True, capturable=on_gpu
-        )
+        self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.qf_lr, fused=True, capturable=on_gpu)
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 
@@ -362,11 +360,10 @@ class DiscreteCQL(nn.Module):
         """What DR3 looks at. The rank is the number of singular values that hold 99 % of their sum."""
         features, following = (self.critic.features(x) for x in (batch.observations, batch.next_observations))
         share = torch.linalg.svdvals(features).cumsum(dim=0)
-        dots = (features * following).sum(dim=1)
         return {
             "feature_rank": float((share < 0.99 * share[-1]).sum() + 1),
             "feature_norm": features.norm(dim=1).mean().item(),
-            "feature_dot": dots.mean().item(),
+            "feature_dot": (features * following).sum(dim=1).mean().item(),
             "feature_cosine": F.cosine_similarity(features, following).mean().item(),
         }
 
@@ -379,10 +376,8 @@ class DiscreteCQL(nn.Module):
 
 
 def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
-    """The columns of a Batch, with n-step rewards that end where the episode does.
-
-    With target sarsa a time-out's last step only lends its action: what follows it in the data is another episode's.
-    """
+    """The columns of a Batch, with n-step rewards that end where the episode does. With target sarsa a time-out's last
+    step only lends its action: what follows it in the data is another episode's."""
     ends = data["terminals"] | data["timeouts"]
     ends[-1:] = True
     next_actions = np.append(data["actions"][1:], data["actions"][:1])
@@ -401,15 +396,9 @@ def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np
         last = last + going
         rewards += going * config.discount**i * data["rewards"][last]
     discounts = config.discount ** (last - rows + 1) * ~data["terminals"][last]
-    return {
-        "observations": data["observations"],
-        "actions": data["actions"],
-        "rewards": rewards,
-        "next_observations": data["next_observations"] if config.n_step == 1 else data["next_observations"][last],
-        "terminals": data["terminals"][last],
-        "discounts": discounts,
-        "next_actions": next_actions[last],
-    }
+    if config.n_step > 1:
+        data = data | {"next_observations": data["next_observations"][last], "terminals": data["terminals"][last]}
+    return data | {"rewards": rewards, "discounts": discounts, "next_actions": next_actions[last]}
 
 
 def support(data: dict[str, np.ndarray], config: TrainConfig) -> Tensor:
@@ -1002,6 +991,8 @@ class Signals:
     @classmethod
     def receive(cls, number: int, _: Any) -> None:
         if cls.received or not cls.wait:
+            with contextlib.suppress(RuntimeError):  # where the signal came while something was printed
+                sys.stdout.flush()
             os._exit(128 + number)  # an exception could get lost in the compiler
         cls.received = number
 

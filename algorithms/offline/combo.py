@@ -1405,6 +1405,8 @@ class Signals:
     @classmethod
     def receive(cls, number: int, _: Any) -> None:
         if cls.received or not cls.wait:
+            with contextlib.suppress(RuntimeError):  # where the signal came while something was printed
+                sys.stdout.flush()
             os._exit(128 + number)  # an exception could get lost in the compiler
         cls.received = number
 
