@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algorithms.discrete import cql_dqn
-from algorithms.offline.cql import ConfigError, DataError, EnsembleCritic, explain, episodes, save
+from algorithms.offline.cql import ConfigError, DataError, EnsembleCritic, episodes, explain, save
 from benchmarks.policies import DataErrors, load_policy
 
 # Chosen by how soon FQE of the behaviour agrees with its returns on LunarLander; no policy's return was used.

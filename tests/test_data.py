@@ -22,7 +22,8 @@ from conftest import (
     continuous,
     discrete,
     equal,
-    offline,
+    kinds,
+    once,
     record,
     refusal,
     table,
@@ -73,6 +74,7 @@ def prepare(script, tiny):
 # Episodes and their ends
 
 
+@once
 def test_only_terminal_states_do_not_bootstrap_and_no_transition_crosses_an_episode(script, spaces, new_dataset):
     ends = [*ENDS] * 4  # 16 episodes, so that the alphabet would put number 10 before number 2
     lengths = [1, 4, 1, 3, 2, 1, 5, 1] * 2
@@ -92,6 +94,7 @@ def test_only_terminal_states_do_not_bootstrap_and_no_transition_crosses_an_epis
     assert ends == [[1], [3]] and script.episodes(data)[0].tolist() == [0, 0, 1, 1]  # a time-out inside ends it, too
 
 
+@once
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.booleans()), min_size=1, max_size=20))
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_returns_of_any_data(script, rows):
@@ -121,6 +124,7 @@ def test_returns_of_the_data_are_said_and_logged(script, run, capsys):
     assert "100 transitions" in out and "20 episodes" in out
 
 
+@once
 def test_observations_of_many_kinds_are_vectors_in_data_and_environment(script, new_dataset, run, spaces):
     """Parts of Dict ones in sorted order, small grids, Discrete ones one-hot, no texts."""
     flat = script.load_dataset(new_dataset(record("Counter-v0", range(9)), env="Counter-v0"))
@@ -249,6 +253,7 @@ def test_actions_outside_the_bounds_or_between_numbers_are_refused(action, envir
     assert status == 1 and f"--env {name}" in line
 
 
+@kinds
 def test_actions_at_the_bounds_train_without_nan(script, run, new_dataset):
     bounds = script.action_bounds(Counter.action_space, "")
     actions = np.stack([bounds[f"action_{end}"] for end in ("low", "high", "low", "high")])
@@ -263,6 +268,7 @@ def test_actions_at_the_bounds_train_without_nan(script, run, new_dataset):
 # Scaling of observations, rewards, scores
 
 
+@once
 @pytest.mark.parametrize("holdout_fraction", [0, 0.25])
 def test_observations_are_normalised_by_the_training_data(holdout_fraction, script, prepare):
     raw = script.load_dataset(DATASET)
@@ -279,6 +285,7 @@ def test_observations_are_normalised_by_the_training_data(holdout_fraction, scri
         assert np.sort(holdout[key], axis=0) == pytest.approx(held_out, abs=1e-4)
 
 
+@kinds
 @pytest.mark.parametrize("normalize", [True, False])
 def test_statistics_are_stored_and_used_to_act(normalize, script, run):
     folder = run(normalize=normalize, policy_lr=1e-2, qf_lr=1e-2, reward_clip=1.0)
@@ -296,6 +303,7 @@ def test_statistics_are_stored_and_used_to_act(normalize, script, run):
     assert script.load_policy(folder / "policy.pt")(raw) == pytest.approx(expected, abs=1e-4)
 
 
+@once
 @pytest.mark.parametrize(
     ("name", "environment", "ranged"),
     [
@@ -319,12 +327,14 @@ def test_rewards(name, environment, ranged, script, prepare, new_dataset):
         assert task.training_rewards(raw) == pytest.approx(expected, rel=1e-5)
 
 
+@once
 def test_rewards_without_a_range_are_one_line(prepare, spaces, new_dataset):
     name = new_dataset([episode(0), episode(0)], "toy/hopper-v0", **spaces)
     status, line = refusal(prepare, env=name, normalize_reward=True)
     assert status == 1 and "--normalize_reward" in line
 
 
+@once
 def test_reference_scores_come_from_the_dataset(prepare, new_dataset):
     buffers, returns = record("Counter-v0", range(9)), np.array([12.0, 16.0])
     plain = new_dataset(buffers, env="Counter-v0")
@@ -357,7 +367,11 @@ def test_held_out_episodes_are_whole_and_not_trained_on(script, prepare, run, ne
     assert [{key: row[key] for key in names} for row in rows] == [{key: row[key] for key in names} for row in expected]
 
 
-@pytest.mark.parametrize("options", [{}, {"bc_only": True}])
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [(name, {}) for name in SCRIPTS] + [("algorithms.offline.cql", {"bc_only": True})],
+    indirect=["script"],
+)
 def test_evaluation_and_holdout_metrics_take_none_of_trainings_random_numbers(options, script, run):
     options = options | {"holdout_fraction": 0.2}
     often, seldom = (run(**options, eval_freq=freq, run_id=f"run{freq}") for freq in (1, 25))
@@ -442,7 +456,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-@offline
+@once
 @pytest.mark.parametrize("fault", BROKEN)
 def test_broken_data_is_refused_before_training(fault, script, tiny, spaces, new_dataset, tmp_path):
     name = new_dataset([episode(i) for i in range(6)], **spaces)
@@ -453,7 +467,7 @@ def test_broken_data_is_refused_before_training(fault, script, tiny, spaces, new
     assert not (tmp_path / "runs").exists()
 
 
-@offline
+@once
 @pytest.mark.parametrize("file", ["main_data.hdf5", "metadata.json"])
 def test_damaged_bytes_are_refused_or_read_as_numbers(file, script, prepare, new_dataset, tmp_path):
     name = new_dataset(record("Counter-v0", range(6)), env="Counter-v0")
@@ -472,6 +486,7 @@ def test_damaged_bytes_are_refused_or_read_as_numbers(file, script, prepare, new
     assert refused > 5
 
 
+@once
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -490,6 +505,7 @@ def test_bad_arrays_are_refused(changes, word, script, tiny):
     assert status == 1 and "--env mine" in line and word in line
 
 
+@once
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
@@ -506,6 +522,7 @@ def test_what_does_not_fit_is_refused_before_training(options, status, words, sc
     assert not (tmp_path / "runs").exists()
 
 
+@kinds
 def test_environments_and_data_of_another_kind_are_refused_before_training(script, tiny, tmp_path, new_dataset):
     world = WORLDS[script.__name__]
     for name in world.others:
@@ -519,6 +536,7 @@ def test_environments_and_data_of_another_kind_are_refused_before_training(scrip
     assert not (tmp_path / "runs").exists()
 
 
+@once
 def test_a_name_of_d4rl_means_its_import(script, tiny, new_dataset, monkeypatch):
     monkeypatch.setattr(script.minari, "download_dataset", lambda *_, **__: pytest.fail("downloaded"))
     status, line = refusal(script.train, tiny(env="hopper-medium-v2"))
@@ -529,6 +547,7 @@ def test_a_name_of_d4rl_means_its_import(script, tiny, new_dataset, monkeypatch)
     assert len(script.load_dataset("hopper-medium-v2")["rewards"]) == 18
 
 
+@once
 def test_without_network_the_line_says_where_the_data_belong(script, tiny, new_dataset, monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise ConnectionError("Name or service not known")
@@ -539,6 +558,7 @@ def test_without_network_the_line_says_where_the_data_belong(script, tiny, new_d
     assert status == 1 and "Name or service" in line and str(tmp_path / "minari" / "mujoco/hopper/medium-v0") in line
 
 
+@once
 def test_images_and_observations_that_are_no_arrays_are_refused(script, tiny, spaces, new_dataset):
     image = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
     pixels, nested = np.zeros((5, 40, 40, 3), np.uint8), gym.spaces.Dict({"pixels": image})
@@ -569,7 +589,7 @@ ENTRY += '[{"name": "RecordVideo", "entry_point": "evil:Env", "kwargs": {}}], "v
         ("Counter-v0", True, False),
     ],
 )  # fmt: skip
-@offline
+@once
 @pytest.mark.parametrize("key", ["env_spec", "eval_env_spec"])
 def test_entry_points_in_a_dataset_are_never_imported(
     key, environment, evaluates, spaces, script, tiny, new_dataset, tmp_path, monkeypatch, capsys
@@ -589,6 +609,7 @@ def test_entry_points_in_a_dataset_are_never_imported(
     assert "evil" not in sys.modules
 
 
+@once
 def test_arguments_of_the_environment_come_from_the_dataset(script, tiny, new_dataset):
     spec = copy.deepcopy(gym.spec("Counter-v0"))
     spec.max_episode_steps, spec.kwargs = 2, {"render_mode": "human"}
@@ -596,6 +617,7 @@ def test_arguments_of_the_environment_come_from_the_dataset(script, tiny, new_da
     assert script.train(tiny(env=name))["eval_length"] == 2
 
 
+@once
 def test_an_episode_without_end_ends_in_evaluation(script, run, monkeypatch):
     monkeypatch.setattr(script, "MAX_STEPS", 30)
     monkeypatch.setattr(Counter, "length", staticmethod(lambda seed: 10**9))
@@ -632,7 +654,7 @@ def test_without_environment_a_run_trains_and_says_what_it_can(wanted, script, r
     }
 
 
-@pytest.mark.parametrize(("bounded", "scored"), [*itertools.product([False, True], repeat=2)])
+@pytest.mark.parametrize(("bounded", "scored"), [(False, True), (True, False)])
 def test_arrays_are_enough(bounded, scored, script, tiny, tmp_path):
     """Bounds and reference scores are optional, and the caller's arrays stay as they are."""
     rng = np.random.default_rng(0)
@@ -654,13 +676,13 @@ def test_arrays_are_enough(bounded, scored, script, tiny, tmp_path):
     assert weights(tmp_path / "runs/run")["/weights/action_high"].tolist() == ([1, 2] if bounded else [1, 1])
     data["actions"] = before["actions"] = data["actions"] * 0
     row = script.train(tiny(env="my own data", eval_env="Counter-v0", run_id="evaluated"), data=data)
-    high = script.action_bounds(Counter.action_space, "")["action_high"]  # the environment's bounds count
+    high = script.action_bounds(Counter.action_space, "")["action_high"]  # the environment's bounds narrow the data's
     assert weights(tmp_path / "runs/evaluated")["/weights/action_high"].tolist() == high.tolist()
     assert (row["d4rl_normalized_score"] is not None) == scored and row["eval_return"] is not None
     assert data.keys() == before.keys() and all(np.array_equal(data[key], before[key]) for key in data)
 
 
-@offline
+@kinds
 def test_loading_needs_less_than_twice_the_data(script, tiny, new_dataset):
     n, rng = 50_000, np.random.default_rng(0)
     observations = rng.standard_normal((1001, 20), dtype=np.float32)

@@ -34,6 +34,7 @@ RECORDINGS = {
     "none": [],
     "rescaled": [(wrappers.RescaleAction, {"min_action": -1.0, "max_action": 1.0})],
     "clipped": [(wrappers.RescaleAction, {"min_action": -5.0, "max_action": 5.0}), (wrappers.ClipAction, {})],
+    "sticky": [(wrappers.StickyAction, {"repeat_action_probability": 0.5})],
     "observations": [
         (wrappers.RescaleObservation, {"min_obs": -1.0, "max_obs": 1.0}),
         (wrappers.TimeAwareObservation, {}),

@@ -5,6 +5,7 @@ one; DEVICE=cpu runs the same tests there, without graphs:
 """
 
 import os
+import types
 
 import numpy as np
 import pytest
@@ -39,19 +40,19 @@ def make_buffer(script, config):
 
 def updated(script, tiny, seed=0, **options):
     """All parameters after 60 updates, the numbers of updates done at once, and the mean of each metric."""
+    steps = []
     config = tiny(device=DEVICE, hidden_dim=64, **options)
     torch.manual_seed(0)
-    agent, mean = make_agent(script, config), script.RunningMean()
+    agent, run = make_agent(script, config), script.Run(config, 60)
     if options.get("head") == "c51":
         agent.critic.atoms.copy_(torch.linspace(-5, 5, config.n_atoms))
     buffer = make_buffer(script, config)
     torch.manual_seed(seed)
-    advance, steps = script.updater(config, agent, buffer, mean), []
+    run_until = script.updater(config, agent, buffer.sample, run)
     for end in (25, 40, 50, 60):
-        while agent.n_updates < end:
-            steps.append(advance(end - agent.n_updates))
-    assert sum(steps) == agent.n_updates == mean.sums[-1] == 60 and set(np.cumsum(steps)) >= {25, 40, 50, 60}
-    return torch.cat([x.detach().flatten().double().cpu() for x in agent.parameters()]), steps, mean.read()
+        run_until(end, types.SimpleNamespace(update=steps.append))
+        assert sum(steps) == agent.n_updates == run.sums[0, -1] == end
+    return torch.cat([x.detach().flatten().double().cpu() for x in agent.parameters()]), steps, run.means()
 
 
 @pytest.mark.parametrize(("script", "options"), VARIANTS, indirect=["script"])

@@ -134,7 +134,7 @@ def check_bfloat16(agents, batch, *inputs):
     results = []
     for agent in agents:
         torch.manual_seed(2)
-        results.append(agent.gradients(batch, *next(iter(agent.phases()))))
+        results.append(agent.gradients(batch, *agent.phases()[0]))
     assert check_same(results, 0.1)["critic"] > 0
     (_, _), (gradients, metrics) = results
     assert all(x.dtype == torch.float32 for x in (*rounded.parameters(), *gradients["critic"], *metrics.values()))
@@ -353,7 +353,7 @@ def test_ensemble_is_two_networks_that_start_apart_and_targets_with_them():
 
 
 def test_log_std_is_scaled_shifted_and_bounded():
-    """multiplier * network - 1, both parameter_groups, between -20 and 2; the mean is the network's."""
+    """multiplier * network - 1, both learned, between -20 and 2; the mean is the network's."""
     actor = make_agent(fresh=True, policy_log_std_multiplier=0.5).actor
     observations = torch.randn(B, S)
     mean, log_std = actor.head(actor.hidden(observations)).chunk(2, dim=1)

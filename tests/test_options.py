@@ -23,7 +23,6 @@ from conftest import (
     ROOT,
     SCRIPTS,
     continuous,
-    offline,
     once,
     option_names,
     record,
@@ -111,6 +110,7 @@ def test_options_of_corl_keep_name_type_and_default(script):
         assert options[name].type == kind and vars(script.TrainConfig())[name] == default, name
 
 
+@once
 def test_command_line_and_yaml_say_what_they_say(parse):
     for name, text, value in [
         ("normalize", "True", True), ("normalize", "false", False), ("seed", "1e6", 1_000_000), ("seed", "1_000", 1000),
@@ -179,6 +179,7 @@ def test_limits_in_the_wrong_order_are_one_line(low, high, values, script, tiny)
     assert status == 2 and low in line and high in line
 
 
+@once
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -193,19 +194,19 @@ def test_bad_command_line_is_one_line(arguments, word, parse, tmp_path, monkeypa
     assert status == 2 and word in line
 
 
-@offline
+@once
 def test_bad_yaml_is_one_line_and_runs_no_code(parse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bomb = "".join(f"x{i}: &x{i} [{', '.join(9 * [f'*x{i - 1}' if i else 'x'])}]\n" for i in range(20))
     for text in (
         "", "# nothing\n", "- seed\n", "seed", "sed: 1\n", "1: 2\n", "null: 1\n", "{", "a: b: c", "\tseed: 1", "\0",
         "seed: 2001-13-45\n", "\ud800", 8000 * "[", "name: " + 8000 * "[", "seed: " + 9999 * "9", bomb,
-        bomb.replace("x19:", "name:"), "seed: !!python/object/apply:os.mkdir [harm]",
+        f"name: [{3000 * 'a'}]", "seed: !!python/object/apply:os.mkdir [harm]",
     ):  # fmt: skip
         status, line = refusal(parse, text=text)
-        assert status == 2 and ("options.yaml" in line or "--seed" in line), text[:20]
-    line = refusal(parse, text="sed: 1\nseed: 2\nno_such_option: 3\n")[1]
-    assert "sed" in line and "no_such_option" in line and "options.yaml" in line and "'seed'" not in line
+        assert status == 2 and ("options.yaml" in line or "--seed" in line) and len(line) < 1000, text[:20]
+    line = refusal(parse, text="seed: 2\nno_such_option: 3\n")[1]
+    assert "no_such_option" in line and "options.yaml" in line and "seed" not in line
     assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
 
 
@@ -228,7 +229,7 @@ def meant(kind, text):
     return kind(number)
 
 
-@offline
+@once
 @given(data=st.data())
 @properties
 def test_any_text_is_parsed_to_what_it_says_or_refused_in_a_line(script, parse, data):
@@ -249,7 +250,7 @@ def test_any_text_is_parsed_to_what_it_says_or_refused_in_a_line(script, parse, 
 VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.dates()), st.lists)
 
 
-@offline
+@once
 @given(data=st.data())
 @properties
 def test_any_yaml_is_a_configuration_or_a_line(script, parse, data):
@@ -289,6 +290,7 @@ def test_program_exits_with_0_1_and_2_and_says_why_in_a_line(script, command_lin
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
 
 
+@once
 def test_too_little_memory_of_a_gpu_is_one_line(script, monkeypatch, signals, capsys):
     def train(config):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
@@ -321,6 +323,7 @@ def test_waiting_threads_spin_little_unless_the_user_says_otherwise(script, monk
             assert script.os.environ.get("GOMP_SPINCOUNT") == wanted
 
 
+@once
 def test_stored_configuration_is_a_config_file(script, parse, tiny, run):
     options = {"name": "1e3", "group": "no", "reward_bias": -1e-7, "reward_clip": 3.5, "project": "null: ü"}
     folder, config = run(**options), tiny(**options)

@@ -131,11 +131,14 @@ def test_plays_the_evaluation_of_a_run_of_any_script(n_episodes, run, new_datase
 
 
 @continuous
-def test_environment_of_a_dataset_with_its_arguments(new_dataset, capsys):
+@pytest.mark.parametrize("output", [None, "video.mp4"])
+def test_environment_of_a_dataset_with_its_arguments(output, new_dataset, capsys, request):
+    if output:
+        request.getfixturevalue("frames")  # or it is skipped
     episodes, short = record_episodes("Painted-v0", range(3)), gym.make("Painted-v0", max_episode_steps=2).spec
     for name in ("toy/painted-v0", "painted-v0"):  # an id without a namespace
         capsys.readouterr()
-        play("--seed", 1, env=new_dataset(episodes, name, env=short), output=None)
+        play("--seed", 1, env=new_dataset(episodes, name, env=short), output=output)
         assert ", 2 steps" in capsys.readouterr().out
     spaces = {"observation_space": Painted.observation_space, "action_space": Painted.action_space}
     status, line = refusal(capsys, env=new_dataset(episodes, "toy/nowhere-v0", **spaces))

@@ -192,25 +192,12 @@ def test_evaluation_is_over_one_episode_from_each_seed(n_episodes, eval_seed, no
 
 
 @once
-def test_success_is_read_where_it_is_a_number(run, monkeypatch):
-    """Under any of its names; whatever it is, the return counts."""
+def test_names_of_success_and_none_where_none_is_reported(run, monkeypatch):
+    assert table(run(eval_env="Plain-v0"))[-1]["eval_success"] == ""
     step = Counter.step
-
-    def reported(key, convert=lambda success: success):
-        changed = lambda *x: (*(y := step(*x))[:4], {key: convert(y[4]["success"])})  # noqa: E731
-        monkeypatch.setattr(Counter, "step", changed)
-        row = table(run(n_episodes=6, run_id=os.urandom(4).hex(), max_timesteps=10))[-1]
-        assert float(row["eval_return"]) == pytest.approx(np.mean([outcome(seed, 1)[0] for seed in range(6)]))
-        return row["eval_success"] and float(row["eval_success"])
-
     for key in ("success", "is_success", "goal_achieved"):
-        assert reported(key) == pytest.approx(2 / 6)
-    assert reported("success", lambda success: np.array([success])) == pytest.approx(2 / 6)
-    assert reported("success", lambda success: success or None) == pytest.approx(2 / 6)
-    assert reported("success", lambda success: 0.5 if success else math.nan) == pytest.approx(0.5 * 2 / 6)
-    for nothing in (None, math.nan, "won", [1, 0], [], {}):
-        assert reported("success", lambda _, x=nothing: x) == ""
-    assert reported("won") == ""
+        monkeypatch.setattr(Counter, "step", lambda *x, key=key: (*(y := step(*x))[:4], {key: y[4]["success"]}))
+        assert float(table(run(n_episodes=6, run_id=key))[-1]["eval_success"]) == pytest.approx(2 / 6)
 
 
 @once
@@ -959,34 +946,6 @@ def test_environment_that_fails_costs_an_evaluation(place, run, monkeypatch, cap
     warnings = [line for line in err.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "update 20" in warnings[0]
     assert err.count("\n") == 1 or place in ("step", "reset")
-
-
-@once
-def test_simulator_that_always_fails_shows_its_traceback_once(run, monkeypatch, capsys):
-    monkeypatch.setattr(Counter, "step", lambda *_: 1 // 0)
-    rows, err = table(run()), capsys.readouterr().err
-    assert [(row["step"], row["eval_return"]) for row in rows] == [("10", ""), ("20", ""), ("25", "")]
-    assert err.count("warning: ") == 3 and err.count("Traceback") == 1 and "lambda *_: 1 // 0" in err
-    place = f"ZeroDivisionError: integer division or modulo by zero, {Path(__file__).name}:"
-    assert all(place in line for line in err.splitlines() if "warning: " in line)
-
-
-@pytest.mark.parametrize("place", ["Task.training_rewards", "agent.start_values", "agent.holdout_metrics", "flatten"])
-@once
-def test_bug_of_the_script_in_an_evaluation_is_no_failure_of_the_simulator(place, script, tiny, monkeypatch):
-    def bug(*_):
-        raise KeyError("a slip")
-
-    play, (owner, _, name) = script.Task.play, place.rpartition(".")
-    owner = {"": script, "agent": script.CQL, "Task": script.Task}[owner]
-
-    def broken(*arguments):
-        monkeypatch.setattr(owner, name, bug)
-        return play(*arguments)
-
-    monkeypatch.setattr(script.Task, "play", broken)
-    with pytest.raises(KeyError, match="a slip"):
-        script.train(tiny(holdout_fraction=0.2))
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import wandb
-from conftest import ROOT, SPEEDS, equal, offline, once, table, weights
+from conftest import ROOT, SPEEDS, equal, interrupt, once, table, weights
 from wandb_server import Server
 
 # A recorder in the place of W&B
@@ -72,6 +72,7 @@ def test_wandb_gets_names_configuration_and_metrics(recorder, script, tiny, run,
     assert wandb.calls[-1] == ("finish", {"exit_code": 0})
 
 
+@once
 @pytest.mark.parametrize("reason", ["login", "WANDB_MODE", "WANDB_SWEEP_ID", None])
 def test_wandb_runs_where_it_is_wanted(reason, recorder, run, monkeypatch):
     wandb = recorder(broken=() if reason == "login" else ("login",))
@@ -82,6 +83,7 @@ def test_wandb_runs_where_it_is_wanted(reason, recorder, run, monkeypatch):
     assert modes == [None if reason else "disabled"]
 
 
+@once
 @pytest.mark.parametrize("broken", ["init", "login", "log", "finish"])
 def test_wandb_never_stops_a_run(broken, recorder, script, tiny, run, capsys):
     expected = run(run_id="whole")
@@ -92,20 +94,19 @@ def test_wandb_never_stops_a_run(broken, recorder, script, tiny, run, capsys):
     assert capsys.readouterr().err.count("\n") <= 1  # a warning, in a line
 
 
+@once
 @pytest.mark.parametrize(
     ("number", "requeued"), [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, False)]
 )
 def test_wandb_requeues_a_run_that_a_scheduler_ended(number, requeued, recorder, script, tiny):
     wandb = recorder()
-    with pytest.raises(SystemExit):
-        script.Signals.received = number
-        script.train(tiny())
+    assert interrupt(script, tiny(), number) == 128 + number
     names = [name for name, _ in wandb.calls]
     assert names[-1] == "finish" and ("mark_preempting" in names) == requeued
     assert wandb.calls[-1][1] == {"exit_code": 1}
 
 
-@offline
+@once
 def test_resumed_run_tells_wandb_nothing_twice(recorder, run):
     recorder()
     run(max_timesteps=10, log_interval=4)

@@ -593,11 +593,12 @@ class WorldModel:
 
     patience, min_improvement = 5, 0.01  # epochs without a member whose held-out error falls by this share
 
-    def __init__(self, config: TrainConfig, data: Batch, run: Any):
-        """data: raw observations. Raises ConfigError and DataError."""
-        if config.dynamics_elites > config.dynamics_members:
-            raise ConfigError(f"--dynamics_elites {config.dynamics_elites} of {config.dynamics_members} members")
-        self.config, self.run, n = config, run, len(data.rewards)
+    def __init__(self, config: TrainConfig, data: Batch, digest: str, run: Any):
+        """data: raw observations; digest names them. Raises ConfigError and DataError."""
+        n, n_members = len(data.rewards), config.dynamics_members
+        if config.dynamics_elites > n_members:
+            raise ConfigError(f"--dynamics_elites {config.dynamics_elites} of {n_members} members")
+        self.config, self.run, self.seconds, self.metrics = config, run, 0.0, {}
         inputs = torch.cat([data.observations, data.actions], dim=1)
         targets = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
         with seeded(config, 0):  # the first weights, and what is held out
@@ -606,19 +607,10 @@ class WorldModel:
         self.columns = self.dynamics.standardise(inputs, targets) + (data.terminals,)
         n_held_out = max(1, min(n // 5, 5000))
         self.held_out, rest = order[:n_held_out].clone(), order[n_held_out:]  # a view would be stored whole
-        size = (config.dynamics_members, len(rest))
         with seeded(config, 1):  # a bootstrap sample a member
-            self.resampled = rest[torch.randint(len(rest), size, device=config.device)]
+            self.resampled = rest[torch.randint(len(rest), (n_members, len(rest)), device=config.device)]
         self.best = copy.deepcopy(self.dynamics.state_dict())
-        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in data)).hexdigest()
-        self.status = {
-            "data": digest,
-            "epoch": 0,
-            "stale": 0,
-            "over": False,
-            "errors": [math.inf] * len(self.resampled),
-        }
-        self.seconds, self.metrics = 0.0, {}
+        self.status = {"data": digest, "epoch": 0, "stale": 0, "over": False, "errors": [math.inf] * n_members}
         self.keep()
         if run.resumed or config.dynamics_path:
             self.restore()
@@ -746,7 +738,9 @@ class Imagination:
             return
         data, mean, std = Batch(*buffer.columns), agent.actor.observation_mean, agent.actor.observation_std
         observations, following = (x * std + mean for x in (data.observations, data.next_observations))
-        self.model = WorldModel(config, data._replace(observations=observations, next_observations=following), run)
+        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in data)).hexdigest()
+        raw = data._replace(observations=observations, next_observations=following)
+        self.model = WorldModel(config, raw, digest, run)
         (self.low, self.high), self.reward_range = following.aminmax(dim=0), data.rewards.aminmax()
         agent.largest_value = max(0.0, self.reward_range[1].item()) / max(1 - config.discount, 1e-9)
         names = f"{config.env} {task.arguments['id']}".lower()
@@ -993,7 +987,7 @@ def parse_arguments(config_class: type) -> Any:
             raise ConfigError(problem)
         for name, value in content.items():
             if name not in kinds or not isinstance(value, str):
-                raise ConfigError(f"{problem} ({name}: {value})")
+                raise ConfigError(f"{problem} (see {str(name)[:100]})")
         options = content | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
