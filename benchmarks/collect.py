@@ -228,6 +228,8 @@ def read_replay(folder, state, n_steps, env):
         raise ValueError(f"{folder} has observations of {size} numbers, {env.spec.id} {space}")
     if math.prod(env.action_space.shape) != action_size:
         raise ValueError(f"{folder} has actions of {action_size} numbers, {env.spec.id} {env.action_space}")
+    if wrappers := state["online"].get("wrappers"):
+        raise ValueError(f"it acted through {', '.join(wrappers)}, which the new dataset could not name")
     rows = np.fromfile(Path(folder, "online.bin"), np.float32).reshape(-1, 2 * size + action_size + 4)
     if n_steps > state["online"]["n_rows"]:
         raise ValueError(f"{folder} has {state['online']['n_rows']} online steps, not --steps {n_steps}")

@@ -1006,7 +1006,7 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees, for the next one
         for parameter, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
             ctypes.CDLL(None).mallopt(parameter, value)
-    if config.compile or (config.compile is None and on_gpu):
+    if (config.compile or (config.compile is None and on_gpu)) and not Signals.received:
         Signals.wait = False  # a signal to the whole group ends the compiler's processes, whose answers would not come
         torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
         compiled = torch.compile(agent.gradients, fullgraph=True, options={"fallback_random": True})  # eager's numbers
