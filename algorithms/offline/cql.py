@@ -840,12 +840,14 @@ class Task:
             observations, _ = envs.reset(seed=list(seeds))
         result["first_observations"] = observations = flatten(observations, space)
         while running.any() and result["length"].max() < MAX_STEPS:
+            if not np.isfinite(observations).all():
+                raise SimulatorError(f"{problem} (an observation is NaN or infinite)")
             actions = to_space(policy(observations), envs.action_space)
             with explain(problem, SimulatorError):
                 observations, rewards, terminated, truncated, infos = envs.step(actions)
             observations = flatten(observations, space)
-            if not np.isfinite([*observations.sum(axis=1), *rewards]).all():
-                raise SimulatorError(f"{problem} (it returned NaN or infinity)")
+            if not np.isfinite(rewards).all():
+                raise SimulatorError(f"{problem} (a reward is NaN or infinite)")
             discounts = self.config.discount ** result["length"]
             result["return"] += np.where(running, rewards, 0)
             result["discounted_return"] += np.where(running, discounts * self.training_rewards(rewards), 0)
@@ -864,8 +866,8 @@ class Task:
                 result = self.rollout(agent.actor.act) if self.envs else {}
             except SimulatorError as error:
                 tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error}", file=sys.stderr)
-                if not self.failed:
-                    traceback.print_exception(error.__cause__ or error)
+                if error.__cause__ and not self.failed:
+                    traceback.print_exception(error.__cause__)
                 result, self.failed = {}, True
             if result:
                 result["predicted_value"] = agent.start_values(result.pop("first_observations"))
@@ -923,7 +925,7 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
     for key, narrower in (("action_low", np.maximum), ("action_high", np.minimum)):
         bound = data.get(key, own[key])
         data[key] = narrower(bound, own[key])
-        if np.any(bound != own[key]):
+        if not np.allclose(bound, own[key]):
             print(f"{key}: {bound} in {name}, {own[key]} in {id}; {data[key]} is used")
 
 
