@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import make_agent, table, weights
+from conftest import make_agent, offline, table, weights
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 GRAPHS = "cuda" in DEVICE
@@ -69,6 +69,7 @@ def test_compiled_updates_and_graphs_are_eager_updates(options, script, tiny):
     assert steps.count(script.GRAPH_UPDATES) >= 3 if GRAPHS else set(steps) == {1}
 
 
+@offline
 def test_resumed_run_is_the_uninterrupted_one(script, run, tiny):
     """Where the graphs start differs, and with it the rounding."""
     options = {"device": DEVICE, "compile": True, "max_timesteps": 60, "eval_freq": 30}
@@ -85,6 +86,7 @@ def test_resumed_run_is_the_uninterrupted_one(script, run, tiny):
         assert distance < 0.05 * other
 
 
+@offline
 @pytest.mark.parametrize(
     ("devices", "precision"), [(("cpu", DEVICE), "float32"), ((DEVICE, "cpu"), "bfloat16"), ((DEVICE, DEVICE), "tf32")]
 )

@@ -615,7 +615,7 @@ def parse_arguments(config_class: type) -> Any:
             raise ConfigError(problem)
         for name, value in content.items():
             if name not in kinds or not isinstance(value, str):
-                raise ConfigError(f"{problem} (see {str(name)[:100]})")
+                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is no option with one value")
         options = content | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
