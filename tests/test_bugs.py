@@ -29,6 +29,11 @@ CONTINUOUS = [
     ("network", "q.view(-1, leading[-1], n_actions)", "q.view(-1, leading[-1], n_actions + 1)"),
     ("loss", "- td_target).square()", "- td_target.unsqueeze(1)).square()"),
     ("loss", "next_q.max(dim=1)", "next_q.max(dim=3)"),
+    (
+        "loss",
+        "torch.full_like(self.log_alpha_prime, self.cql_alpha)",
+        "torch.full_like(self.log_alpha_prime, self.cql_alfa)",
+    ),
     ("loss", "self.parameter_groups[name]) for", 'self.parameter_groups[name + "s"]) for'),
     ("loss", "self.config.cql_temp * scores", "self.config.cql_temperature * scores"),
     ("start_values", "self.actor(observations)[0].tanh()", "self.actors(observations)[0].tanh()"),

@@ -65,7 +65,8 @@ def test_other_wrappers_are_refused_by_name_unless_nothing_is_played(script, tin
     status, line = refusal(script.train, tiny(env=name))
     assert status == 1 and "NormalizeReward" in line and "--eval_env" in line
     assert script.train(tiny(env=name, eval_env="none"))["eval_return"] is None
-    assert script.train(tiny(env=name, eval_env="Pendulum-v1", run_id="named"))["eval_return"] < 0
+    gym.register("Toy-Pendulum-v0", entry_point=gym.spec("Pendulum-v1").entry_point, max_episode_steps=20)
+    assert script.train(tiny(env=name, eval_env="Toy-Pendulum-v0", run_id="named"))["eval_return"] < 0
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,16 @@ def test_success_is_read_where_it_is_a_number_and_the_return_counts(always, valu
     number = isinstance(value, (int, float, np.float32)) and not math.isnan(value) or getattr(value, "size", 2) == 1
     expected = (1 if always else 2 / 6) if number else None
     assert row["eval_return"] and (float(row["eval_success"]) if row["eval_success"] else None) == expected
+
+
+@pytest.mark.parametrize("value", [None, "no", np.zeros(2), False])
+def test_what_a_reset_reports_is_no_success(value, run, monkeypatch):
+    """A vector environment resets those whose episodes are over while others play on."""
+    reset, step = Counter.reset, Counter.step
+    monkeypatch.setattr(Counter, "reset", lambda self, **options: (reset(self, **options)[0], {"success": value}))
+    monkeypatch.setattr(Counter, "step", lambda self, action: (*step(self, action)[:4], {}))
+    row = table(run(n_episodes=6, max_timesteps=1))[-1]
+    assert row["eval_return"] and row["eval_success"] == ""
 
 
 @pytest.mark.parametrize("scores", [(5.0, 5.0), (math.nan, 1.0), (0.0, math.nan), (3.0, 1.0), (0.0, math.inf)])

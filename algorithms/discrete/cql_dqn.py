@@ -485,6 +485,8 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
     traceback."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
         raise kind(f"{problem} ({name_error(error)})") from error
 
@@ -541,9 +543,10 @@ def convert(name: str, text: str, kind: Any) -> Any:
     kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
     if optional and text in ("None", "null", "~", ""):
         return None
-    with contextlib.suppress(AttributeError, KeyError, OverflowError, ValueError):  # argparse makes a list of --
+    text = text if isinstance(text, str) else "--"  # argparse makes a list of it
+    with contextlib.suppress(OverflowError, ValueError):
         if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
+            return ["false", "true"].index(text.lower()) == 1
         value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
         if kind(value) == value:
             return kind(value)
@@ -750,7 +753,9 @@ class Task:
         if self.reference is not None and not -math.inf < self.reference[0] < self.reference[1] < math.inf:
             print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot be 0 and 100")
             self.reference = None
-        self.arguments = {"id": config.eval_env} if config.eval_env else data.get("environment", {"id": "none"})
+        self.arguments = data.get("environment", {"id": "none"})
+        if config.eval_env not in (None, self.arguments["id"]):
+            self.arguments = {"id": config.eval_env}
         n_waves = math.ceil(config.n_episodes / MAX_ENVS)
         self.envs = make_environments(config, math.ceil(config.n_episodes / n_waves), **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
@@ -847,6 +852,10 @@ class Task:
 class Success(gym.Wrapper):
     """Makes `info` the success alone: a number, NaN where the environment reports none."""
 
+    def reset(self, **options: Any) -> tuple[Any, dict]:
+        observation, _ = self.env.reset(**options)
+        return observation, {}
+
     def step(self, action: Any) -> tuple:
         *result, info = self.env.step(action)
         reported = [math.nan]
@@ -857,7 +866,7 @@ class Success(gym.Wrapper):
 
 
 def make_environments(
-    config: Any, n: int, id: str, wrappers: Any = (), **arguments: Any
+    config: Any, n: int, /, id: str, wrappers: Any = (), **arguments: Any
 ) -> Optional[gym.vector.SyncVectorEnv]:
     """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
     kind = ConfigError if config.eval_env else DataError
@@ -976,12 +985,12 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
-    """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises ValueError."""
+    """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises DataError."""
     with explain(f"an observation is {len(like)} finite numbers"):
         array = np.asarray(observations, dtype=np.float32)
-        if array.shape[-1:] != like.shape or not np.isfinite(array).all():
-            raise ValueError(f"it has NaN, infinity or shape {array.shape}")
-        return torch.tensor(array, device=like.device)
+    if array.shape[-1:] != like.shape or not np.isfinite(array).all():
+        raise DataError(f"an observation is {len(like)} finite numbers (it has NaN, infinity or shape {array.shape})")
+    return torch.tensor(array, device=like.device)
 
 
 class Signals:
@@ -1064,6 +1073,7 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
 class Run:
     """A run's folder, means of metrics and W&B record. A resume reads checkpoint.pt; other files are for people."""
 
+    log_failed = False
     may_change = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
 
     def __init__(self, config: Any, n_steps: int, *switches: int):
@@ -1072,11 +1082,12 @@ class Run:
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
         self.config, self.n_steps, self.switches = config, n_steps, {n_steps, *switches}
         self.path, self.lock_file, self.checkpoint = Path(config.checkpoints_path, name), None, None
-        self.rows, self.names, self.sums = [], [], None  # sums [2, M + 1]: since the last record, and row before it
+        self.rows, self.names, self.sums = [], [], torch.zeros(2, 1)  # [2, M + 1]: since the last record, and row
         self.done, self.seconds = 0, 0.0  # step of the last record; of updates since the last row
         self.saved, self.save_seconds = time.perf_counter(), 0.0
         if self.path.exists():
-            self.lock()
+            with contextlib.suppress(OSError):  # a finished run may be read-only
+                self.lock()
         self.resumed = (self.path / "checkpoint.pt").exists()
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
         self.rng = torch.cuda if "cuda" in config.device else torch
@@ -1095,9 +1106,7 @@ class Run:
 
     def lock(self) -> None:
         """For this process alone, until it ends. Raises DataError."""
-        with explain(f"{self.path} cannot be written"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.path / ".lock", "a")  # noqa: SIM115, open for the whole run
+        self.lock_file = open(self.path / ".lock", "a")  # noqa: SIM115, open for the whole run
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1133,7 +1142,7 @@ class Run:
         self.sums[0].add_(values)  # in place, as a CUDA graph needs it
 
     def means(self, i: int = 0) -> dict[str, float]:
-        *sums, n = [0] if self.sums is None else self.sums[i].tolist()
+        *sums, n = self.sums[i].tolist()
         return {name: x / n for name, x in zip(self.names, sums)} if n else {}
 
     def next_record(self, step: int) -> dict[str, float]:
@@ -1141,21 +1150,18 @@ class Run:
         started = time.perf_counter()
         means, self.done = self.means(), step  # waits for the device
         self.seconds += time.perf_counter() - started
-        if self.sums is not None:
-            self.sums[1].add_(self.sums[0])
-            self.sums[0].zero_()
+        self.sums[1].add_(self.sums[0])
+        self.sums[0].zero_()
         return means
 
     def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
         """Adds the speed, and the means since the last row: those of its records, weighted by their counts."""
-        n = 0.0 if self.sums is None else self.sums[1, -1].item()
-        speed = n / self.seconds if self.seconds else 0.0
+        speed = self.sums[1, -1].item() / self.seconds if self.seconds else 0.0
         self.rows.append({"step": step} | row | {"updates_per_second": speed} | self.means(1))
         self.progress.set_postfix_str(describe(self.rows[-1]))
         self.progress.write(f"{self.unit} {step:,}: {describe(self.rows[-1])}, {speed:.0f} updates/s")
         self.seconds = 0.0
-        if self.sums is not None:
-            self.sums[1].zero_()
+        self.sums[1].zero_()
         return self.rows[-1]
 
     def restore(self, agent: Any) -> None:
@@ -1165,8 +1171,10 @@ class Run:
         sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
         if sizes != own:
             raise DataError(f"{self.source} holds another network than this run's: {sizes} there, {own} here")
-        with explain(f"{self.source} holds another network than this run's"):
+        try:
             agent.load_state_dict(self.checkpoint["agent"])
+        except RuntimeError as error:
+            raise DataError(f"{self.source} holds another network than this run's ({name_error(error)})") from error
         if not self.resumed:
             agent.n_updates = 0
             return
@@ -1198,7 +1206,11 @@ class Run:
         """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
         if not self.lock_file:
-            self.lock()
+            with explain(f"{self.path} cannot be written"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock()
+        if not self.resumed and (self.path / "checkpoint.pt").exists():
+            raise DataError(f"another process made {self.path} in the meantime; start again to go on with its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
@@ -1218,9 +1230,13 @@ class Run:
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         values = {name: value for name, value in metrics.items() if value is not None}
-        with contextlib.suppress(Exception):  # W&B's failures are not the run's
+        try:
             if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
                 self.wandb.log(values, step=step)
+        except Exception as error:  # W&B's failures are not the run's
+            if not self.log_failed:
+                print(f"warning: W&B lacks step {step:,} ({' '.join(name_error(error).split())})", file=sys.stderr)
+            self.log_failed = True
 
     def end(self, *environments: Any) -> None:
         self.progress.close()
