@@ -222,10 +222,13 @@ def act(path: Path, policy: Any, observations: np.ndarray, data: dict[str, Any],
     """Encoded actions, [N, A]. Raises DataError."""
     parts = [policy(part) for part in np.array_split(observations, len(observations) // 10_000 + 1)]
     actions = np.concatenate(parts).reshape(len(observations), -1)
-    with explain(f"{path} does not act as the dataset's actions are"):
-        if not np.isfinite(actions).all():
-            raise ValueError("its actions are NaN")
+    problem = f"{path} does not act as the dataset's actions are"
+    if not np.isfinite(actions).all():
+        raise DataError(f"{problem} (its actions are NaN)")
+    try:
         return encode(actions, data, script, "")
+    except script.DataError as error:
+        raise DataError(f"{problem} ({error})") from None
 
 
 def summary(name: Path | str, values: np.ndarray, seed: int, **more: float) -> dict[str, Any]:
