@@ -66,7 +66,9 @@ def test_other_wrappers_are_refused_by_name_unless_nothing_is_played(script, tin
     assert status == 1 and "NormalizeReward" in line and "--eval_env" in line
     assert script.train(tiny(env=name, eval_env="none"))["eval_return"] is None
     gym.register("Toy-Pendulum-v0", entry_point=gym.spec("Pendulum-v1").entry_point, max_episode_steps=20)
+    capsys.readouterr()
     assert script.train(tiny(env=name, eval_env="Toy-Pendulum-v0", run_id="named"))["eval_return"] < 0
+    assert "recorded with {'wrappers': [('NormalizeReward'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

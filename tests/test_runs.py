@@ -893,11 +893,12 @@ def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval
 
 
 @offline
-def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, run, diverge, monkeypatch):
+def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, run, diverge, monkeypatch, capsys):
     good = contents(run(max_timesteps=10))
     diverge("critic_grad_norm", math.nan, 12)
     at_call(monkeypatch, script.ReplayBuffer, "sample", 5, lambda: setattr(script.Signals, "received", 15))
     assert "at update 15" in refusal(script.train, tiny(max_timesteps=20))[1]
+    assert "saved in" not in capsys.readouterr().out
     now = contents(tiny().checkpoints_path + "/run")
     assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
 

@@ -259,8 +259,7 @@ class DiscreteCQL(nn.Module):
         return quantile_loss(outputs, td_target, self.config.td_error == "huber").mean()
 
     def gap(self, q: Tensor, actions: Tensor) -> Tensor:
-        """What CQL(H) makes small: log sum_a exp Q(s, a) - Q(s, a_data), the cross-entropy of the data's actions with
-        Q as logits: [B, A], [B] -> []."""
+        """CQL(H)'s gap log sum_a exp Q(s, a) - Q(s, a_data), a cross-entropy with Q as logits: [B, A], [B] -> []."""
         return F.cross_entropy(q, actions)
 
     def dr3(self, batch: Batch, features: Tensor) -> Tensor:
@@ -445,6 +444,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
             if Signals.received:
                 task.check(run.means(), agent)  # no checkpoint of a run that diverged
                 run.save(agent)
+                print(f"signal {Signals.received}: saved in {run.path}")
                 raise SystemExit(128 + Signals.received)
             metrics = task.check(run.next_record(step), agent)
             if run.is_row_due(step):
@@ -753,9 +753,12 @@ class Task:
         if self.reference is not None and not -math.inf < self.reference[0] < self.reference[1] < math.inf:
             print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot be 0 and 100")
             self.reference = None
-        self.arguments = data.get("environment", {"id": "none"})
-        if config.eval_env not in (None, self.arguments["id"]):
+        self.arguments = recorded = data.get("environment", {"id": "none"})
+        if config.eval_env not in (None, recorded["id"]):
             self.arguments = {"id": config.eval_env}
+            left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
+            if left and config.eval_env != "none":
+                print(f"{config.eval_env} is made as it is, {recorded['id']} was recorded with {left}")
         n_waves = math.ceil(config.n_episodes / MAX_ENVS)
         self.envs = make_environments(config, math.ceil(config.n_episodes / n_waves), **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
@@ -831,13 +834,15 @@ class Task:
         agent.eval()
         with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
             torch.manual_seed(self.config.eval_seed)
+            result = {}
             try:
-                result = self.rollout(agent.actor.act) if self.envs else {}
+                if self.envs:
+                    result = self.rollout(agent.actor.act)
             except SimulatorError as error:
                 tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error}", file=sys.stderr)
                 if error.__cause__ and not self.failed:
                     traceback.print_exception(error.__cause__)
-                result, self.failed = {}, True
+                self.failed = True
             if result:
                 result["predicted_value"] = agent.start_values(result.pop("first_observations"))
                 if not np.isnan(result["success"]).all():  # else the environment reports none
@@ -1242,8 +1247,6 @@ class Run:
         self.progress.close()
         self.lock_file.close()
         torch.set_flush_denormal(False)
-        if Signals.received:
-            print(f"signal {Signals.received}: saved in {self.path}")
         with contextlib.suppress(Exception):
             if Signals.received not in (0, signal.SIGINT):
                 self.wandb.mark_preempting()  # W&B requeues the run

@@ -318,8 +318,8 @@ class CQL(nn.Module):
 
     # local: Cal-QL's bound
     def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """What q [E, B, N] counts as in the log-sum-exp, of the actions at these places [..., N] among all: to
-        calibrate, that of the policy's actions is at least the return."""
+        """What Q counts as in the log-sum-exp: to calibrate, at least the return where the action is the policy's.
+        q [E, B, N] is of the actions at `places` [..., N] among all."""
         if not self.config.calibrate:
             return q
         return torch.where(places > self.config.cql_n_actions, q.maximum(batch.returns.unsqueeze(1)), q)
@@ -788,6 +788,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
             if Signals.received:
                 task.check(run.means(), agent)  # no checkpoint of a run that diverged
                 run.save(agent, online=collector.sync())
+                print(f"signal {Signals.received}: saved in {run.path}")
                 raise SystemExit(128 + Signals.received)
             metrics = task.check(run.next_record(step), agent)
             if run.is_row_due(step):
@@ -1077,9 +1078,12 @@ class Task:
         if self.reference is not None and not -math.inf < self.reference[0] < self.reference[1] < math.inf:
             print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot be 0 and 100")
             self.reference = None
-        self.arguments = data.get("environment", {"id": "none"})
-        if config.eval_env not in (None, self.arguments["id"]):
+        self.arguments = recorded = data.get("environment", {"id": "none"})
+        if config.eval_env not in (None, recorded["id"]):
             self.arguments = {"id": config.eval_env}
+            left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
+            if left and config.eval_env != "none":
+                print(f"{config.eval_env} is made as it is, {recorded['id']} was recorded with {left}")
         n_waves = math.ceil(config.n_episodes / MAX_ENVS)
         self.envs = make_environments(config, math.ceil(config.n_episodes / n_waves), **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
@@ -1155,13 +1159,15 @@ class Task:
         agent.eval()
         with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
             torch.manual_seed(self.config.eval_seed)
+            result = {}
             try:
-                result = self.rollout(agent.actor.act) if self.envs else {}
+                if self.envs:
+                    result = self.rollout(agent.actor.act)
             except SimulatorError as error:
                 tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error}", file=sys.stderr)
                 if error.__cause__ and not self.failed:
                     traceback.print_exception(error.__cause__)
-                result, self.failed = {}, True
+                self.failed = True
             if result:
                 result["predicted_value"] = agent.start_values(result.pop("first_observations"))
                 if not np.isnan(result["success"]).all():  # else the environment reports none
@@ -1566,8 +1572,6 @@ class Run:
         self.progress.close()
         self.lock_file.close()
         torch.set_flush_denormal(False)
-        if Signals.received:
-            print(f"signal {Signals.received}: saved in {self.path}")
         with contextlib.suppress(Exception):
             if Signals.received not in (0, signal.SIGINT):
                 self.wandb.mark_preempting()  # W&B requeues the run
