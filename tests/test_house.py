@@ -22,7 +22,7 @@ PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
 # Lines and tokens of the method with `train` (above the comment "# Common to all files"), and of the file, at most.
 BUDGETS = {
-    "offline/cql.py": (510, 4_900, 1_305, 12_800),
+    "offline/cql.py": (510, 4_900, 1_310, 12_800),
     "offline/combo.py": (870, 9_450, 1_680, 17_550),
     "finetune/cql.py": (810, 8_400, 1_600, 16_300),
     "discrete/cql_dqn.py": (460, 4_300, 1_275, 12_000),
