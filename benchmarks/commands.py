@@ -1,20 +1,22 @@
-"""Print the runs of sweep files as command lines, one a line, for xargs, GNU parallel or a SLURM array.
+"""Print the runs of sweep files as command lines, one line per run, for xargs, GNU parallel or a SLURM array.
 
-    python benchmarks/commands.py configs/sweeps/offline/cql/locomotion.yaml > commands.txt
+    python benchmarks/commands.py configs/sweeps/offline/cql/locomotion/*.yaml > commands.txt
     xargs -rL 1 -P 4 env < commands.txt                    # or: parallel -j 4 < commands.txt
     sbatch --array=1-90 benchmarks/slurm/array.sh commands.txt
 
-A sweep file is one that `wandb sweep` takes. Options after a -- go into each line, and win over the file's:
+A sweep file is one that `wandb sweep` takes. Options after -- go into each line and override the file's:
 
     python benchmarks/commands.py configs/sweeps/offline/cql/alpha.yaml -- --device cuda:1 --max_timesteps 20000
 
 Each line has a --run_id of its own: the file's name, the values that vary, and a hash of the script's path and of all
-options but those that a run may change when it goes on. So the same lines once more go on where the runs were stopped,
-and skip those that are complete. Several files' runs come seed by seed: a study that is stopped has the first seeds of
-everything. (-r: no lines, no call of env, which would print the environment with its keys.)
+options but those that a resumed run may change. So the same lines, run again, continue the runs that were stopped and
+skip those that are complete. The runs of several files are sorted by seed, so that a study that is stopped early has
+the first seeds of everything. (Without -r, an empty file would make xargs call env, which prints the environment and
+the keys in it.)
 
-Only grids of given values: bayes and random searches ask W&B's server for each run's values (wandb sweep, wandb agent).
-Run it, and the lines, in the repository's root. Exit status: 0, or 2 with one line on stderr.
+Only grids of given values have lines: in bayes and random searches W&B's server chooses the values of each run (use
+wandb sweep and wandb agent). Run this program and its lines in the repository's root. Exit status: 0, or 2 with one
+line on stderr.
 """
 
 import argparse
@@ -31,9 +33,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-MACROS = ("${interpreter}", "${program}", "${args}")  # of `command`; its default in W&B is these after ${env}
-# Options that do not change which run it is: another value of theirs goes on with it (the scripts' Run.free; a run may
-# grow longer).
+MACROS = ("${interpreter}", "${program}", "${args}")  # the words of `command` in W&B; its default is ${env} and these
+# Options that do not change a run's id: a run may be resumed with other values of them (the scripts' Run.may_change,
+# and the options that make a run longer).
 FREE = {
     "device", "n_episodes", "keep_policies", "project", "group", "name", "checkpoints_path", "max_timesteps",
     "online_iterations",
@@ -41,14 +43,14 @@ FREE = {
 
 
 class Run(NamedTuple):
-    seed: int  # its place in the file's list
+    seed: int  # its index in the file's list of seeds
     run_id: str
     line: str
 
 
 @functools.cache
 def option_names(program: str) -> set[str]:
-    """The options of a script: the fields of its TrainConfig, read without importing torch. Raises ValueError."""
+    """The names of a script's options, the fields of its TrainConfig. Does not import torch. Raises ValueError."""
     for node in ast.parse(Path(program).read_text(), program).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainConfig":
             names = {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
@@ -57,18 +59,18 @@ def option_names(program: str) -> set[str]:
 
 
 def parse_extra(words: list[str]) -> dict[str, str]:
-    """Options --name=value or --name value. Raises ValueError."""
+    """The options in words of the form --name=value or --name value. Raises ValueError."""
     text = "".join(word + "\0" for word in words)
     if not re.fullmatch(r"(--[^\0=]+[=\0][^\0]*\0)*", text):
-        raise ValueError(f"options after -- are --name=value or --name value, not {shlex.join(words)}")
+        raise ValueError(f"options after -- have the form --name=value or --name value, not {shlex.join(words)}")
     return dict(re.findall(r"--([^\0=]+)[=\0]([^\0]*)\0", text))
 
 
 def choices(name: str, parameter: Any) -> list[str]:
-    """The values of a sweep's parameter, as the agent writes them. Raises ValueError."""
+    """The values of a sweep's parameter, as W&B's agent writes them. Raises ValueError."""
     keys = set(parameter) - {"distribution"} if isinstance(parameter, dict) else set()
     if "parameters" in keys:
-        raise ValueError(f"the parameter {name} is nested, and the scripts' options are flat")
+        raise ValueError(f"the parameter {name} is nested, but the scripts' options are flat")
     values = parameter["values"] if keys == {"values"} else [parameter["value"]] if keys == {"value"} else None
     if not isinstance(values, list) or not values:
         raise ValueError(f"the parameter {name} needs either `value` or a list of `values`")
@@ -76,38 +78,43 @@ def choices(name: str, parameter: Any) -> list[str]:
 
 
 def identity(path: Path, program: str, varied: list[str], options: dict[str, str]) -> str:
-    """A run's --run_id: legible, and the same whenever the same run is meant."""
+    """A run's --run_id: legible, and the same for the same run."""
     _, folder, name = path.resolve().with_suffix("").as_posix().rpartition("/sweeps/")
     words = [name if folder else path.stem]  # configs/sweeps/offline/cql/alpha.yaml: offline-cql-alpha
-    for name in sorted(varied):  # configs/offline/cql/hopper/medium-v2.yaml: hopper-medium-v2
+    for name in sorted(varied):
         value = options[name]
-        words += Path(value).with_suffix("").parts[-2:] if name == "config_path" else [f"{name}={value}"]
+        if name == "config_path":  # configs/finetune/cal_ql/adroit.yaml: cal_ql-adroit
+            words += Path(value).with_suffix("").parts[-2:]
+        else:
+            words.append(value if name == "env" else f"{name}={value}")
     hashed = [program, *(f"{name}={options[name]}" for name in sorted(options.keys() - FREE | set(varied)))]
     digest = hashlib.sha256("\0".join(hashed).encode()).hexdigest()[:8]
     legible = re.sub(r"[^\w.=+-]+", "-", "-".join(words), flags=re.ASCII)
-    return f"{legible[: 127 - len(digest)]}-{digest}"  # W&B takes 128 characters
+    return f"{legible[: 127 - len(digest)]}-{digest}"  # W&B takes at most 128 characters
 
 
 def expand(path: Path, extra: dict[str, str]) -> list[Run]:
     """The runs of a sweep file. Raises OSError, SyntaxError, ValueError and yaml.YAMLError."""
     sweep = yaml.safe_load(path.read_text())
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict) or "program" not in sweep:
-        raise ValueError("it is no sweep: it lacks `program` or `parameters`")
+        raise ValueError("it is not a sweep file, as it lacks `program` or `parameters`")
     if sweep.get("method") != "grid":
-        raise ValueError(f"method {sweep.get('method')} needs W&B (wandb sweep, wandb agent); only grids have lines")
+        raise ValueError(f"method {sweep.get('method')} needs W&B (wandb sweep, wandb agent): only grids have lines")
     program, command = str(sweep["program"]), sweep.get("command", list(MACROS))
     macros = [word for word in map(str, command) if "${" in word] if isinstance(command, list) else [command]
     if not {"${args}"} <= set(macros) <= {"${env}", *MACROS}:
         raise ValueError(
-            f"`command` is a list that has ${{args}}, and of macros only ${{env}}, {', '.join(MACROS)}, not {command}"
+            f"`command` must be a list with ${{args}} and no macros but ${{env}}, {', '.join(MACROS)}, not {command}"
         )
     grid = {str(name): choices(name, parameter) for name, parameter in sweep["parameters"].items()}
     varied = [name for name, parameter in sweep["parameters"].items() if "values" in parameter]
     grid |= {name: [value] for name, value in extra.items()}
     for name in grid.keys() - option_names(program):
-        raise ValueError(f"{name} is no option of {program}" if name != "run_id" else "run_id is given by commands.py")
+        raise ValueError(
+            f"{name} is not an option of {program}" if name != "run_id" else "run_id is set by commands.py"
+        )
     for name in (name for name, values in grid.items() if "\n" in "".join(values)):
-        raise ValueError(f"a value of {name} has several lines")
+        raise ValueError(f"a value of {name} has more than one line")
     for name in grid.get("config_path", []):
         Path(name).open().close()
     runs = []
@@ -127,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="commands.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"commands.py: error: {' '.join(str(message).split())}\n")
-    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml", help="then, after a --, options of runs")
+    parser.add_argument(
+        "sweeps", nargs="+", type=Path, metavar="SWEEP.yaml", help="sweep files; after --, options for all runs"
+    )
     sweeps, runs, path = parser.parse_args(argv[:split]).sweeps, [], None
     try:
         extra = parse_extra(argv[split + 1 :])
@@ -139,11 +148,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{path}: {error}" if path else error)
     ids = [run.run_id for run in runs]
     if twice := [run_id for run_id in ids if ids.count(run_id) > 1]:
-        parser.error(f"two runs are {twice[0]}")
+        parser.error(f"two runs have the same run_id, {twice[0]}")
     for run in sorted(runs, key=lambda run: run.seed):  # a stable sort
         print(run.line)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is not an error
     main()

@@ -36,7 +36,7 @@ collect() {
 }
 
 train() { # seed
-    python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander-continuous/medium.yaml $short \
+    python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander.yaml $short \
         --device "$DEVICE" --seed "$1" --checkpoints_path "$logs" --run_id "seed$1"
 }
 export -f collect train

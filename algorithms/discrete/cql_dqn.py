@@ -3,7 +3,7 @@ values are pushed down where they are high, and up on the data's actions, by an 
 CQL: https://arxiv.org/abs/2006.04779; C51: https://arxiv.org/abs/1707.06887; QR-DQN: https://arxiv.org/abs/1710.10044;
 DR3: https://arxiv.org/abs/2112.04716.
 
-    python algorithms/discrete/cql_dqn.py --config_path configs/discrete/cql_dqn/lunarlander/medium.yaml
+    python algorithms/discrete/cql_dqn.py --config_path configs/discrete/cql_dqn/lunarlander.yaml
 
 returns 225.9 ± 29.7 after 10,000 updates (five seeds; 35 s each on 2 CPU cores) on data that return 47.3.
 

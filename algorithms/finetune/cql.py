@@ -2,7 +2,7 @@
 with what the policy meets in the environment. With --calibrate True it is Cal-QL: values are pushed down no further
 than returns, so that going online does not unlearn the policy. Cal-QL: https://arxiv.org/abs/2303.05479.
 
-    python algorithms/finetune/cql.py --config_path configs/finetune/cal_ql/lunarlander-continuous/medium.yaml
+    python algorithms/finetune/cql.py --config_path configs/finetune/cal_ql/lunarlander.yaml
 
 scores 92.6 ± 2.3 offline and 87.9 ± 4.7 after 10,000 steps online (three seeds; five minutes a run on a CPU core).
 Differs from the papers as offline/cql.py does, and

@@ -2,7 +2,7 @@
 those states, so that the policy may leave the data where the model knows the way. MOPO and MBPO are special cases.
 COMBO: https://arxiv.org/abs/2102.08363; MOPO: https://arxiv.org/abs/2005.13239; CQL: https://arxiv.org/abs/2006.04779.
 
-    python algorithms/offline/combo.py --config_path configs/offline/combo/lunarlander-continuous/medium.yaml
+    python algorithms/offline/combo.py --config_path configs/offline/combo/lunarlander.yaml
 
 returns 250.2 ± 7.4 after 5,000 updates (three seeds; a run takes 7 minutes on a CPU core) on data that return 46.5.
 `--real_ratio 1` is CQL to the last bit; `--cql_alpha 0` is MBPO, and with `--mopo_penalty` above 0 MOPO.

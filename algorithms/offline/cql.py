@@ -2,7 +2,7 @@
 down on actions that the policy may choose, and up on those in the data, so that it does not trust what it never saw.
 CQL: https://arxiv.org/abs/2006.04779; SAC: https://arxiv.org/abs/1812.05905.
 
-    python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander-continuous/medium.yaml
+    python algorithms/offline/cql.py --config_path configs/offline/cql/lunarlander.yaml
 
 returns 246.8 ± 12.0 after 5,000 updates (five seeds; a run takes 80 s on 2 CPU cores) on data that return 46.5.
 
