@@ -47,7 +47,7 @@ def source(name):
 
 def parse(program, arguments, patch):
     script = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    patch.setattr(inspect, "getsource", source)  # else it is read for each line
+    patch.setattr(inspect, "getsource", source)  # without the cache it is read for every call
     patch.setattr(sys, "argv", [program, *arguments])
     return script.parse_arguments(script.TrainConfig)
 
@@ -58,7 +58,7 @@ def expand(name):
 
 
 def listed(sweep, name):
-    """The values of a parameter; of a range its ends."""
+    """The values of a parameter, or the two ends of its range."""
     parameter = sweep["parameters"].get(name, {})
     return parameter.get("values") or [parameter[key] for key in ("value", "min", "max") if key in parameter]
 
@@ -69,7 +69,7 @@ def study(name):
 
 
 def braces(word):
-    """The words that a shell makes of one with {a,b}."""
+    """The words that a shell makes from a word with {a,b}."""
     start, found, end = re.fullmatch(r"([^{]*)(?:\{([^}]*)\})?(.*)", word).groups()
     return [start + x + y for x in found.split(",") for y in braces(end)] if found else [word]
 
@@ -158,7 +158,7 @@ def test_the_comment_of_a_grid_counts_its_runs(name):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_values_arrive_as_they_stand_in_the_file(name, monkeypatch):
-    """As W&B's agent writes them, each value once; of ranges their ends; in grids the same line of commands.py."""
+    """W&B's agent writes each value, or both ends of a range; for a grid commands.py writes the same line."""
     sweep = SWEEPS[name]
     assert sweep.keys() <= {"program", "method", "metric", "early_terminate", "run_cap", "parameters"}
     assert listed(sweep, "group") == [study(name).replace("/", "-")]
@@ -218,7 +218,7 @@ def test_the_page_names_files_that_exist_and_counts_their_runs(capsys):
 
 
 def write(path, method="grid", program="algorithms/offline/cql.py", more=None, **parameters):
-    """A sweep file: lists are varied, dicts stand as they are."""
+    """Writes a sweep file: lists are varied, dicts stay as they are."""
     kinds = {list: lambda x: {"values": x}, dict: lambda x: x}
     parameters = {key: kinds.get(type(x), lambda x: {"value": x})(x) for key, x in parameters.items()}
     sweep = {"program": program, "method": method, "parameters": parameters} | (more or {})
@@ -282,7 +282,7 @@ def test_command_of_the_file(tmp_path, capsys):
     assert re.fullmatch(wanted, line)
 
 
-BAD = {  # arguments of write -> what the line names
+BAD = {  # arguments of write -> words of the error
     "random": ({"method": "random", "seed": [0]}, "method random"),
     "bayes": ({"method": "bayes", "seed": {"min": 0, "max": 3}}, "method bayes"),
     "no method": ({"method": None, "seed": [0]}, "method None"),
@@ -354,9 +354,9 @@ def test_bad_command_lines(refusal, tmp_path):
 
 @pytest.fixture
 def start(monkeypatch):
-    """Starts a program in a session of its own; what it and its children print goes to a pipe, which ends with them."""
+    """Starts a program in a session of its own. Its output and that of its children go to one pipe."""
     processes = []
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # whose python has the packages
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # its python has the packages
 
     def popen(*arguments, **options):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -378,7 +378,7 @@ def wait_for(condition, what, pause=0.05):
 
 
 def rows(folder):
-    """Rows of metrics.csv, none where there is no such file yet."""
+    """The rows of metrics.csv; none before the file exists."""
     with contextlib.suppress(FileNotFoundError):
         return table(folder)
     return []
@@ -435,7 +435,7 @@ touch "$1.done"
 
 @pytest.fixture
 def slurm(start, tmp_path, monkeypatch):
-    """Starts array.sh as a task with 6 cores, of lines `bash run.sh <name> <kind>`; scontrol notes how it is called."""
+    """Starts array.sh as a task with 6 cores and lines `bash run.sh <name> <kind>`; scontrol notes its arguments."""
     (tmp_path / "run.sh").write_text(RUN)
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/requeued\n')
     (tmp_path / "scontrol").chmod(0o755)
@@ -478,7 +478,7 @@ def test_slurm_time_limit_saves_and_requeues_what_is_not_complete(slurm):
 def test_slurm_ends_that_do_not_requeue(slurm):
     process = slurm(1, "long")
     wait_for(lambda: made("started"), "the run")
-    process.send_signal(signal.SIGTERM)  # SLURM itself requeues what it preempts, and not what its user cancels
+    process.send_signal(signal.SIGTERM)  # SLURM itself requeues what it preempts, but not what its user cancels
     assert process.wait() == 143
     assert slurm(1, "fails").wait() == 1 and not Path("requeued").exists()
     for number, lacks in ((3, "line 3 for task 3"), (0, "line 0 for task 0")):
@@ -493,7 +493,7 @@ def test_slurm_ends_that_do_not_requeue(slurm):
 AGENT = """
 from wandb.cli.cli import cli
 from wandb.wandb_agent import Agent
-Agent.POLL_INTERVAL = 0.5  # seconds, of 5
+Agent.POLL_INTERVAL = 0.5  # seconds instead of 5
 cli()
 """
 
