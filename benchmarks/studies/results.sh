@@ -2,9 +2,10 @@
 # Repeats a study of docs/results.md, docs/combo.md or docs/finetune_cql.md: records its data, trains, and writes
 # runs/<study>/* and runs/report-<study>. From the root of the repository:
 #   bash benchmarks/studies/results.sh STUDY [option of its runs...]
-# STUDY (runs; time on 2 cores): lunarlander-continuous (30, half an hour), lunarlander-cheaper (18, a quarter of an
-# hour), finetune (9, half an hour), combo (18, each with its own model), lunarlander (120, an hour), replay (30),
-# hopper-cheaper (6, half an hour; Minari's data), hopper-finetune (9, from hopper/medium-v0).
+# STUDY (runs; time on 2 cores): quickstart (15, 40 minutes), lunarlander-continuous (30, half an hour),
+# lunarlander-cheaper (18, a quarter of an hour), finetune (9, half an hour), combo (18, each with its own model),
+# lunarlander (120, an hour), replay (30), hopper-cheaper (6, half an hour; Minari's data), hopper-finetune (9, from
+# hopper/medium-v0).
 # The same command again skips runs that are complete and continues the others. Exit status: 0, 2 for another STUDY, or
 # that of the first command that failed.
 set -euo pipefail
@@ -42,6 +43,12 @@ train() { # sweep files
 }
 
 case $study in # no `&&` between the steps: bash would pass over a failure inside the first
+quickstart)
+    collect --env LunarLanderContinuous-v3 --policy random --id lunarlander-continuous/random-v0
+    collect --env LunarLanderContinuous-v3 --policy heuristic --noise 0.05 --id lunarlander-continuous/expert-v0
+    combine lunarlander-continuous/random-expert-v0 lunarlander-continuous/{random,expert}-v0
+    train configs/sweeps/offline/cql/quickstart/*.yaml
+    ;;
 lunarlander-continuous) lander; train configs/sweeps/offline/cql/lunarlander-continuous/*.yaml ;;
 lunarlander-cheaper) lander; train configs/sweeps/offline/cql/lunarlander-cheaper/*.yaml ;;
 finetune) lander; train configs/sweeps/finetune/cql/lunarlander-continuous/*.yaml ;;
@@ -58,7 +65,7 @@ hopper-finetune)
     train configs/sweeps/finetune/cql/hopper/*.yaml
     ;;
 *)
-    sed -n 's/^# \{0,1\}//; 2,9p' "$0" >&2
+    sed -n 's/^# \{0,1\}//; 2,10p' "$0" >&2
     exit 2
     ;;
 esac
