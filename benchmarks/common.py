@@ -1,4 +1,4 @@
-"""What the programs of this folder share. Importing it lets them import `algorithms` and `benchmarks` from any folder."""
+"""What the programs here share. Importing it makes `algorithms` and `benchmarks` importable from any folder."""
 
 import argparse
 import contextlib
