@@ -103,21 +103,27 @@ def film(args, environment, play):
     except ImportError as error:
         fail(1, f"the package {error.name.partition('.')[0]} is missing: pip install -r requirements-extra.txt")
     folder, name = args.output.parent if args.one_file else args.output, re.split("[/:]", environment["id"])[-1]
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".record-", dir=folder) as staging:
+    try:
+        with tempfile.TemporaryDirectory(prefix=".record-", dir=folder) as staging:
 
-        def filmed():
-            return RecordVideo(follow(make(environment, render_mode="rgb_array")), staging, lambda _: True)
+            def filmed():
+                return RecordVideo(follow(make(environment, render_mode="rgb_array")), staging, lambda _: True)
 
-        gym.register(f"filmed/{name}", entry_point=filmed, disable_env_checker=True)
-        for seed in range(args.seed, args.seed + args.episodes):
-            result = play({"id": f"filmed/{name}", "wrappers": environment.get("wrappers", ())}, 1, seed)
-            (video,) = Path(staging).iterdir()  # written as the environment was closed
-            if not is_whole(video, result["length"][0] + 1):  # moviepy ignores that ffmpeg failed
-                raise OSError("the video is incomplete: is the disk full?")
-            path = args.output if args.one_file else folder / f"{name}-seed-{seed}.mp4"
-            os.replace(video, path)
-            yield f", {path}", result
+            gym.register(f"filmed/{name}", entry_point=filmed, disable_env_checker=True)
+            for seed in range(args.seed, args.seed + args.episodes):
+                result = play({"id": f"filmed/{name}", "wrappers": environment.get("wrappers", ())}, 1, seed)
+                (video,) = Path(staging).iterdir()  # written when the environment was closed
+                if not is_whole(video, result["length"][0] + 1):  # moviepy ignores that ffmpeg failed
+                    raise OSError("the video is incomplete: is the disk full?")
+                path = args.output if args.one_file else folder / f"{name}-seed-{seed}.mp4"
+                os.replace(video, path)
+                yield f", {path}", result
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds videos
+                path.rmdir()
 
 
 def run(args):

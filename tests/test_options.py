@@ -34,7 +34,7 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import import_data
+from benchmarks import common
 
 # Name, type and default of CORL's options. Its checkpoints_path None writes nothing, here it is "runs"; its device is
 # "cuda"; buffer_size is a limit here.
@@ -588,9 +588,9 @@ def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark(script):
     wanted |= {f"{task}-{kind}-v1" for task, kind in hands} | {f"D4RL/{task}/{kind}-v2" for task, kind in hands}
     wanted |= {f"maze2d-{maze}-v1" for maze in ("umaze", "medium", "large")}
     wanted |= {f"kitchen-{kind}-v0" for kind in ("complete", "partial", "mixed")}
-    wanted |= {name for name in import_data.d4rl_files() if name.startswith("antmaze-") and name.endswith("-v2")}
+    wanted |= {name for name in common.d4rl() if name.startswith("antmaze-") and name.endswith("-v2")}
     assert wanted <= stored and len(wanted) == 54
-    assert {name for name in stored if "/" not in name} <= import_data.d4rl_files().keys()
+    assert {name for name in stored if "/" not in name} <= common.d4rl().keys()
 
 
 def section(page, title):

@@ -171,7 +171,7 @@ def test_incomplete_video_is_an_error_and_goes(frames, capsys, monkeypatch):
 
     monkeypatch.setattr(record.RecordVideo, "stop_recording", stop)
     status, line = refusal(capsys)
-    assert status == 1 and "--output videos" in line and "incomplete" in line and not os.listdir("videos")
+    assert status == 1 and "--output videos" in line and "incomplete" in line and not Path("videos").exists()
 
 
 def test_missing_package(capsys, monkeypatch):
@@ -194,7 +194,12 @@ def test_missing_package(capsys, monkeypatch):
         ([], {"policy": "nowhere.pt"}, 1, ["nowhere.pt", "does not exist"]),
         ([], {"policy": "text"}, 1, ["text", "policy.pt"]),
         ([], {"policy": "wide.pt"}, 1, ["wide.pt", "4 finite numbers", "3)", "Painted-v0"]),
-        ([], {"env": "One-v0"}, 1, ["policy.pt", "3 finite numbers", "1)"]),  # although the policy would take one number
+        (
+            [],
+            {"env": "One-v0"},
+            1,
+            ["policy.pt", "3 finite numbers", "1)"],
+        ),  # although the policy would take one number
         ([], {"env": "CartPole-v1"}, 1, ["--env CartPole-v1", "Discrete(2)", "Box"]),
         ([], {"policy": "discrete.pt"}, 1, ["--env Painted-v0", "Box", "Discrete"]),
         ([], {"policy": "discrete.pt", "env": "MountainCar-v0"}, 1, ["discrete.pt", "4 finite numbers", "2)"]),
