@@ -93,18 +93,19 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--script", type=Path, metavar="FILE.py", help=words)
 
 
-@functools.cache
 def load_script(path: Path) -> ModuleType:
     """A copied training script as a module, under a name that hides no other module. Raises OptionError."""
     if path.suffix != ".py" or not path.is_file():
         raise OptionError(f"--script {path} is not a Python file: give the path of your training script")
-    spec = importlib.util.spec_from_file_location(f"--script {path.resolve()}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module of a class
-    spec.loader.exec_module(module)
-    if missing := [name for name in INTERFACE if not callable(getattr(module, name, None))]:
-        raise OptionError(f"--script {path} is not a training script: it has no function {' or '.join(missing)}")
-    return module
+    name = f"--script {path.resolve()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for the module of a class
+        spec.loader.exec_module(sys.modules[name])
+    if missing := [x for x in INTERFACE if not callable(getattr(sys.modules[name], x, None))]:
+        needed = "a training script has load_policy, load_dataset and evaluate"
+        raise OptionError(f"--script {path} has no function {' or '.join(missing)}: {needed}")
+    return sys.modules[name]
 
 
 def open_policy(path: Path, script: Optional[Path] = None) -> tuple[ModuleType, Callable]:

@@ -121,7 +121,7 @@ def export(args: argparse.Namespace) -> None:
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("policy", type=Path, metavar="POLICY", help="policy.pt or checkpoint.pt of a run")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: POLICY with the ending .onnx")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: POLICY with .onnx)")
     parser.add_script()
     args = parser.parse_args(argv)
     if not args.policy.name or args.output and not args.output.name:

@@ -733,7 +733,7 @@ def parse_arguments(argv):
     domains = list(dict.fromkeys(dataset.domain for dataset in d4rl().values()))
     add = parser.add_argument
     add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv or .parquet file")
-    add("--all", choices=domains, help="the newest version of each dataset of a D4RL domain that is not here yet")
+    add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those that are here")
     add("--combine", nargs="+", metavar="DATASET_ID", help="two or more local datasets, to be joined in this order")
     add("--rows", type=int, nargs="+", metavar="N", help="rows to take from the start of each one (default: all)")
     add("--id", metavar="DATASET_ID", help="the new Minari id, namespace/name-v0 (D4RL names become d4rl/<name>)")
@@ -742,7 +742,9 @@ def parse_arguments(argv):
     add("--max_episode_steps", type=int, help="step limit of evaluations, and of episodes if a file tells no ends")
     add("--ref_min_score", type=float, help="return that scores 0 (D4RL's tasks have a default)")
     add("--ref_max_score", type=float, help="return that scores 100; give both or neither")
-    add("--action_kind", choices=("continuous", "discrete"), help="default: the environment's, else by the numbers")
+    add(
+        "--action_kind", choices=("continuous", "discrete"), help="default: as in the environment, else by type"
+    )
     add("--action_low", type=float, nargs="+", help="lowest action: one number, or one per column")
     add("--action_high", type=float, nargs="+", help="highest action: one number, or one per column")
     group = parser.add_argument_group("tables", "one row per step; the rows of an episode need not follow each other")

@@ -5,6 +5,7 @@ import sys
 import types
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import contents
 
 from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
-from benchmarks import common, export
+from benchmarks import export
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LOW, HIGH = np.array([-2, 0, -0.7], np.float32), np.array([1, 0.5, 0.1], np.float32)  # the last overshoots unclamped

@@ -6,6 +6,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import common
 import gymnasium as gym
 import h5py
 import minari
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 
-from benchmarks import common, import_data
+from benchmarks import import_data
 
 ID = "test/new-v0"
 FILES = {  # some of every rule by which D4RL named its files

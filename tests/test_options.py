@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Optional, get_args
 
+import common
 import pyrallis
 import pytest
 import torch
@@ -33,8 +34,6 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from benchmarks import common
 
 # Name, type and default of CORL's options. Its checkpoints_path None writes nothing, here it is "runs"; its device is
 # "cuda"; buffer_size is a limit here.
