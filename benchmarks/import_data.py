@@ -742,9 +742,7 @@ def parse_arguments(argv):
     add("--max_episode_steps", type=int, help="step limit of evaluations, and of episodes if a file tells no ends")
     add("--ref_min_score", type=float, help="return that scores 0 (D4RL's tasks have a default)")
     add("--ref_max_score", type=float, help="return that scores 100; give both or neither")
-    add(
-        "--action_kind", choices=("continuous", "discrete"), help="default: as in the environment, else by type"
-    )
+    add("--action_kind", choices=("continuous", "discrete"), help="default: as in the environment, else by type")
     add("--action_low", type=float, nargs="+", help="lowest action: one number, or one per column")
     add("--action_high", type=float, nargs="+", help="highest action: one number, or one per column")
     group = parser.add_argument_group("tables", "one row per step; the rows of an episode need not follow each other")

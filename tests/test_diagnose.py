@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import contents, finetune, offline, option_names
+from conftest import contents, finetune, kinds, option_names
 
 from benchmarks import diagnose
 
@@ -241,7 +241,7 @@ def test_real_runs_of_each_script(run, capsys, tmp_path):
     assert f"{moved}: too short to judge\n" in out and "1,000 updates" in out and "that of step 40\n" in out
 
 
-@offline
+@kinds
 def test_a_run_without_held_out_episodes_or_policies_and_a_clone(run, capsys, script):
     folder = run(**LONG | {"holdout_fraction": 0}, run_id="all")
     out = diagnosed(capsys, folder)

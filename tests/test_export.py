@@ -96,8 +96,7 @@ def test_one_valid_file_that_acts_as_the_policy(exported):
         assert batch_size < 3 or np.all(np.ptp(actions, axis=0) > 0.5 * (HIGH - LOW))
 
 
-@pytest.mark.parametrize("sizes", [[4], [4, 3]])
-@pytest.mark.parametrize(("head", "n_outputs"), [("dqn", 1), ("c51", 5), ("qr", 5)])
+@pytest.mark.parametrize(("sizes", "head", "n_outputs"), [([4], "dqn", 1), ([4, 3], "c51", 5), ([4], "qr", 5)])
 def test_discrete_actions(sizes, head, n_outputs, packages):
     torch.manual_seed(0)
     actor = cql_dqn.QNetwork(3, sizes, 16, 2, head, n_outputs, normalize_features=head == "qr")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, contents, offline, once, record
+from conftest import DATASET, contents, kinds, once, record
 
 from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
@@ -159,7 +159,7 @@ def evaluate(*arguments, env=DATASET, updates=300, seeds=2, device="cpu"):
     fqe.main([*map(str, arguments), f"--env={env}", f"--updates={updates}", f"--seeds={seeds}", f"--device={device}"])
 
 
-@offline
+@kinds
 def test_ranks_policies_by_what_they_return(script, new_dataset, capsys):
     """In Paid-v0 a step pays the sum of all actions so far."""
     env = new_dataset(record("Paid-v0", range(60)), env="Paid-v0")

@@ -55,7 +55,7 @@ def test_variances_are_those_of_all_draws_one_by_one(monkeypatch):
         added.append(chances @ ((gradients - exact[-1]) ** 2).sum(axis=1))
     remaining = iter(proposed)
     monkeypatch.setattr(agent, "td_target_and_proposals", lambda *_: next(remaining))
-    terms, measured = gradient_noise.measure(agent, batches, draws=150)
+    terms, measured = gradient_noise.measure(agent, batches, draws=75)
     assert terms.mean().item() == pytest.approx(np.var(exact, axis=0, ddof=1).sum(), rel=1e-4)
     assert len(terms) == len(measured[1]) == 4
     for k, values in measured.items():

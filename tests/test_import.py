@@ -117,9 +117,7 @@ def metadata(name=ID):
 
 
 @given(data=st.data(), n=st.integers(2, 25), following=st.booleans(), flagged=st.booleans(), limit=st.integers(1, 8))
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_transitions_are_those_of_a_slow_reading(run, data, n, following, flagged, limit):
     """Row by row: where the next state is known, which, and where an episode ends."""
     some = st.lists(st.integers(0, 3).map(lambda x: x == 0), min_size=n, max_size=n)

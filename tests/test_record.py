@@ -13,7 +13,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, Counter, contents, continuous, table
+from conftest import DATASET, Counter, contents, continuous, kinds, table
 from conftest import record as record_episodes
 
 from algorithms.discrete import cql_dqn
@@ -108,8 +108,8 @@ def refusal(capsys, *options, **named):
     return stop.value.code, printed.err
 
 
-@pytest.mark.parametrize("n_episodes", [2, 34])  # 34: in two waves
-def test_plays_the_evaluation_of_a_run_of_any_script(n_episodes, run, new_dataset, capsys, monkeypatch):
+@kinds
+def test_plays_the_evaluation_of_a_run(run, new_dataset, capsys, monkeypatch, n_episodes=34):  # in two waves
     for name in ("moviepy", "imageio_ffmpeg"):  # not needed
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delenv("MUJOCO_GL")
