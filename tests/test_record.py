@@ -203,6 +203,7 @@ def test_missing_package(capsys, monkeypatch):
         ([], {"env": "CartPole-v1"}, 1, ["--env CartPole-v1", "Discrete(2)", "Box"]),
         ([], {"policy": "discrete.pt"}, 1, ["--env Painted-v0", "Box", "Discrete"]),
         ([], {"policy": "discrete.pt", "env": "MountainCar-v0"}, 1, ["discrete.pt", "4 finite numbers", "2)"]),
+        ([], {"env": "Pendulum-v1", "output": None}, 1, ["policy.pt", "Pendulum-v1", "do not fit"]),
         ([], {"env": "Painte-v0"}, 2, ["--env Painte-v0", "Painted"]),
         ([], {"env": "no_such_module:Painted-v0"}, 2, ["--env no_such_module:Painted-v0", "no_such_module"]),
         ([], {"env": "toy/missing-v0"}, 1, ["--env toy/missing-v0", "cannot be read"]),
