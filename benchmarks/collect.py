@@ -258,7 +258,7 @@ def parse_arguments(argv):
     try:
         parse_dataset_id(args.id)
     except (ValueError, TypeError):  # TypeError: without a version, minari 0.5.4
-        parser.error(f"--id {args.id} is not a Minari id, which looks like namespace/name-v0")
+        parser.error(f"--id {args.id} is not a Minari id, which looks like namespace/name-v0, two letters or more each")
     return args
 
 

@@ -287,7 +287,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         )
     n_close = sum(best["estimate"] - row["estimate"] < 2 * best["seed_std"] for row in others)
     lines.append(
-        f"best: {best['policy']}" + f"; {n_close} more are within two standard deviations of its fits" * bool(n_close)
+        f"best: {best['policy']}" + f"; {n_close} more within two standard deviations of its fits" * bool(n_close)
     )
     return "\n".join(lines)
 

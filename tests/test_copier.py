@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 from conftest import DATASET, WORLDS, Counter, kinds, refusal, suited, tiny_config
 
@@ -102,8 +103,12 @@ def test_evaluate_plays_episodes_from_seeds_side_by_side(script):
 @kinds
 def test_evaluate_refuses_what_does_not_fit(script):
     world = WORLDS[script.__name__]
-    policy = lambda observations: np.zeros((len(observations), 3), world.action_space.dtype)  # noqa: E731
-    for env, code, words in (("Counter-v0", 1, "do not fit"), (world.foreign, 1, "actions"), ("No-v0", 2, "No-v0")):
+    foreign = gym.make(world.foreign).action_space
+    for env, code, shape, words in (
+        ("Counter-v0", 1, (3,), "do not fit"), (world.foreign, 1, foreign.shape, "has actions"),
+        ("No-v0", 2, (2,), "No-v0"),
+    ):  # fmt: skip
+        policy = lambda observations, shape=shape: np.zeros((len(observations), *shape), foreign.dtype)  # noqa: E731
         status, line = refusal(script.evaluate, policy, env, 1, 0)
         assert status == code and words in line
 
