@@ -67,7 +67,7 @@ def test_a_policy_of_another_network_names_the_option_or_the_script(copy, capsys
     assert status == 1 and "runs/run/policy.pt" in err and "--script" in err
     Path("plain.py").write_text(Path(common.ROOT, "algorithms/offline/cql.py").read_text())
     err, status = line(capsys, "runs/run/policy.pt", "--no_video", "--env=Counter-v0", "--script=plain.py")
-    assert status == 1 and "runs/run/policy.pt" in err
+    assert status == 1 and "--script plain.py: runs/run/policy.pt" in err
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,16 @@ def test_a_policy_of_another_network_names_the_option_or_the_script(copy, capsys
 )
 def test_what_is_no_training_script_is_one_line(name, text, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("policy.pt").touch()
     if text is not None:
         Path(name).write_text(text)
     err, status = line(capsys, "policy.pt", "--env=Counter-v0", "--no_video", f"--script={name}")
     assert status == 2 and f"--script {name} {words}" in err
 
 
-def test_a_bug_in_a_copy_keeps_its_traceback(tmp_path):
-    (tmp_path / "broken.py").write_text("1 / 0")
+def test_a_bug_in_a_copy_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("policy.pt").touch()
+    Path("broken.py").write_text("1 / 0")
     with pytest.raises(ZeroDivisionError):
-        record.main(["policy.pt", "--env=Counter-v0", "--no_video", f"--script={tmp_path / 'broken.py'}"])
+        record.main(["policy.pt", "--env=Counter-v0", "--no_video", "--script=broken.py"])

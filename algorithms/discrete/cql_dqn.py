@@ -824,8 +824,8 @@ class Task:
 
 
 def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments: Any) -> dict[str, list]:
-    """Plays one episode of a policy from each reset seed `seed` + i in an environment of Gymnasium: see rollout. With
-    `arguments`, the other entries of load_dataset's `environment`, it is that of a dataset. Raises DataError."""
+    """Plays a policy in the Gymnasium environment `env`, made with these arguments (see load_dataset's `environment`).
+    Returns what rollout returns. Raises DataError."""
     n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
     with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
         action_bounds(envs.single_action_space, env)  # refuses actions of another kind
@@ -833,8 +833,8 @@ def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments
 
 
 def rollout(policy: Callable, envs: Any, n_episodes: int, seed: int) -> dict[str, list]:
-    """Lists over the episodes from the reset seeds `seed` + i, as many side by side as there are environments: first
-    observation, rewards [length], return, length, and success, NaN where none is reported. Raises SimulatorError."""
+    """Plays one episode from each reset seed `seed` + i. Returns lists over the episodes: first_observations [O],
+    rewards [length], return, length, and success, NaN where none is reported. Raises SimulatorError."""
     space, problem, episodes = envs.single_observation_space, f"{envs.spec.id} failed", []
     for first_seed in range(seed, seed + n_episodes, envs.num_envs):
         running, steps = np.full(envs.num_envs, True), []
