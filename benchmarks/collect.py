@@ -1,23 +1,22 @@
-"""Record a Minari dataset with random actions, Gymnasium's own LunarLander controller, or the policy.pt of a run; or
-make one of what a run of finetune/cql.py met online, from its first random actions on (D4RL's "replay" sets).
+"""Record a Minari dataset with random actions, Gymnasium's LunarLander controller, or the policy of a run.
 
     python benchmarks/collect.py --env LunarLanderContinuous-v3 --policy heuristic --noise 0.9 --steps 100000 \
         --id lunarlander-continuous/medium-v0
     python benchmarks/collect.py --replay runs/sac --steps 50000 --id lunarlander-continuous/replay-v0
 
-It goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets), lossless and with exactly --steps steps: the last episode
-is cut there and marked truncated. Exit status: 0 stored, 1 cannot be done, 2 a bad value on the command line; an error
-is one line on stderr and stores nothing.
+The second command makes a dataset of what a run of finetune/cql.py met online, from its first random actions on, as
+D4RL's "replay" datasets are. A policy of your own copy of a script, with another network, needs --script
+path/to/copy.py.
+
+The dataset goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets). It is lossless and has exactly --steps steps:
+the last episode is cut there and marked truncated. Exit status: 0 stored, 1 cannot be done, 2 a bad value on the
+command line. An error is one line on stderr and stores nothing.
 """
 
-import argparse
-import contextlib
-import io
 import math
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import warnings
 from copy import deepcopy
@@ -27,6 +26,7 @@ from unittest.mock import patch
 import gymnasium as gym
 import minari
 import numpy as np
+from common import Parser, check_actions, fail, make_env, one_line_errors, open_policy, prefix, reference_scores
 from gymnasium.vector.utils import concatenate, create_empty_array
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
@@ -35,23 +35,10 @@ from minari.storage import get_dataset_path
 from tqdm import tqdm
 
 N_ENVS = 16  # side by side, so that a network acts for all of them in one call
-REFERENCE_SCORES = {  # environment, any version -> returns that score 0 and 100; D4RL's for MuJoCo
-    "LunarLander": (-180.0, 250.0),
-    "LunarLanderContinuous": (-200.0, 280.0),
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
-    "Ant": (-325.6, 3879.7),
-}
-
-
-def fail(status, message, program="collect.py"):
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(status)
 
 
 def storable(space):
-    """Whether Minari stores it as arrays: no text or sequence, and no kind of the environment's own."""
+    """Whether Minari stores it as arrays: not a text, a sequence, or a kind of the environment's own."""
     if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
         return all(map(storable, space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces))
     kinds = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
@@ -59,12 +46,12 @@ def storable(space):
 
 
 def stack(space, items):
-    """A batch of them, as vector environments have it."""
+    """A batch of the items, as vector environments make it."""
     return concatenate(space, items, create_empty_array(space, len(items)))
 
 
 class Episode:
-    """An episode in the making. Its chance depends on (seed, index) alone, not on the episodes at its side."""
+    """An episode while it is recorded. Its randomness depends only on (seed, index), not on the other episodes."""
 
     def __init__(self, env, seed, index):
         self.env, self.index, self.rng = env, index, np.random.default_rng((seed, index))
@@ -98,10 +85,10 @@ class Episode:
 
 
 def record(envs, policy, steps, seed, noise=0.0, epsilon=0.0):
-    """Record `steps` steps of `policy`, a function from running episodes to a sequence of actions, one for each.
+    """Record `steps` steps of `policy`, a function from running episodes to their actions.
 
-    envs: copies of one environment; how many changes only the speed (and, by its batch size, a network's last bits).
-    Returns the episodes as EpisodeBuffers, and the returns of those that are complete.
+    envs: copies of one environment; their number changes only the speed (and, through the batch size, the last bits of
+    a network's actions). Returns the episodes as EpisodeBuffers, and the returns of the complete ones.
     """
     space = envs[0].action_space
     free, running, episodes, recorded = list(envs), [], [], 0
@@ -135,8 +122,9 @@ def record(envs, policy, steps, seed, noise=0.0, epsilon=0.0):
     return buffers, returns
 
 
-def make_policy(name, env):
-    """'random', 'heuristic' or the path of a policy.pt -> a function from running episodes to their actions."""
+def make_policy(name, env, script=None):
+    """'random', 'heuristic' or the path of a policy.pt -> a function from running episodes to their actions. Raises a
+    DataError."""
     if name == "random":
         return lambda episodes: [episode.action_space.sample() for episode in episodes]
     if name == "heuristic":
@@ -145,28 +133,19 @@ def make_policy(name, env):
         from gymnasium.envs.box2d.lunar_lander import heuristic
 
         return lambda episodes: [heuristic(env, episode.observations[-1].tolist()) for episode in episodes]
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    _, policy = open_policy(Path(name), script)
     from algorithms.offline.cql import flatten
-    from benchmarks.policies import load_policy
-
-    observed, space = env.observation_space, env.action_space
 
     def act(observations):
-        return network(flatten(stack(observed, observations), observed))
+        return policy(flatten(stack(env.observation_space, observations), env.observation_space))
 
-    try:
-        network = load_policy(name)
-        actions = act([env.reset(seed=0)[0]])
-        if actions.shape != (1, *space.shape) or (actions.dtype.kind == "f") != (space.dtype.kind == "f"):
-            kinds = [f"{x.dtype} of shape {shape}" for x, shape in ((actions, actions.shape[1:]), (space, space.shape))]
-            raise ValueError(f"its actions are {kinds[0]}, the environment's {kinds[1]}")
-    except Exception as error:  # whatever torch raises for another file, or for observations of another size
-        fail(1, f"--policy {name} cannot act in {env.spec.id}: {error}")
+    with prefix(f"--policy {name} cannot act in {env.spec.id}"):
+        check_actions(act([env.reset(seed=0)[0]]), env.action_space)
     return lambda episodes: act([episode.observations[-1] for episode in episodes])
 
 
 def free_place(dataset_id, force):
-    """Minari's root, where the dataset can be stored. Raises OSError."""
+    """Minari's root, if the dataset can be stored there. Raises OSError."""
     root = get_dataset_path()
     target = root / dataset_id
     if not os.access(root, os.W_OK):
@@ -176,18 +155,10 @@ def free_place(dataset_id, force):
     return root
 
 
-def register(env_id):
-    """Make the environments of Gymnasium-Robotics known where the id is not one of Gymnasium's."""
-    if env_id not in gym.registry:
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
-            import gymnasium_robotics
-        gym.register_envs(gymnasium_robotics)
-
-
 def store(dataset_id, buffers, root, added=None, **metadata):
-    """Write the dataset in a hidden folder of `root`, then move it to its place: there it is whole or absent.
+    """Write the dataset in a hidden folder of `root`, then move it to its place, so that it is whole or absent there.
 
-    added: what Minari does not store itself, such as reference scores where there is no environment.
+    added: metadata that Minari does not store itself, such as reference scores where there is no environment.
     """
     target = root / dataset_id
     replaced = target.with_name(f".{target.name}.replaced")  # hidden from Minari, and there only for a moment
@@ -209,19 +180,16 @@ def store(dataset_id, buffers, root, added=None, **metadata):
 
 
 def read_run(folder):
-    """checkpoint.pt of a run folder of finetune/cql.py."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    """The checkpoint.pt of a run folder of finetune/cql.py. Raises DataError."""
     from algorithms.finetune import cql
 
-    try:
+    with prefix("--replay takes a run folder of finetune/cql.py"):
         return cql.load(Path(folder, "checkpoint.pt"), "cpu", "config", "online", "policy")
-    except cql.DataError as error:
-        fail(1, f"--replay takes a run folder of finetune/cql.py: {error}")
 
 
 def read_replay(folder, state, n_steps, env):
-    """What the run met in its first n_steps online steps (see Collector in finetune/cql.py), as EpisodeBuffers in the
-    order of their starts, and the returns of those that are complete."""
+    """The first n_steps online steps of the run (see Collector in finetune/cql.py) as EpisodeBuffers, in the order of
+    their starts, and the returns of the complete ones. Raises OSError and ValueError."""
     space = env.observation_space
     size, action_size = state["policy"]["sizes"][:2]
     if not isinstance(space, gym.spaces.Box) or math.prod(space.shape) != size:
@@ -229,10 +197,10 @@ def read_replay(folder, state, n_steps, env):
     if math.prod(env.action_space.shape) != action_size:
         raise ValueError(f"{folder} has actions of {action_size} numbers, {env.spec.id} {env.action_space}")
     if wrappers := state["online"].get("wrappers"):
-        raise ValueError(f"it acted through {', '.join(wrappers)}, which the new dataset could not name")
+        raise ValueError(f"it acted through {', '.join(wrappers)}, which the new dataset cannot record")
     rows = np.fromfile(Path(folder, "online.bin"), np.float32).reshape(-1, 2 * size + action_size + 4)
     if n_steps > state["online"]["n_rows"]:
-        raise ValueError(f"{folder} has {state['online']['n_rows']} online steps, not --steps {n_steps}")
+        raise ValueError(f"{folder} has {state['online']['n_rows']} online steps, fewer than --steps {n_steps}")
     rows, buffers, returns = rows[:n_steps], [], []
     for number in np.unique(rows[:, -1]):
         own = rows[rows[:, -1] == number]
@@ -254,72 +222,68 @@ def read_replay(folder, state, n_steps, env):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="collect.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: fail(2, message)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--env", metavar="GYM_ID", help="Gymnasium id; MODULE:ID imports the module that registers it")
     add("--policy", help="random, heuristic (LunarLander's controller), or the path of a policy.pt")
     add(
-        "--replay",
-        metavar="RUN_FOLDER",
-        help="of finetune/cql.py, in place of --policy: its first --steps online steps",
+        "--replay", metavar="RUN_FOLDER", help="instead of --policy: the first online steps of a run of finetune/cql.py"
     )
     add("--id", required=True, metavar="DATASET_ID", help="Minari id of the new dataset: namespace/name-v0")
     add("--steps", type=int, default=100_000, help="size of the dataset (default %(default)s)")
-    add("--noise", type=float, default=0.0, metavar="STD", help="Gaussian, where the action range is [-1, 1]; clipped")
-    add("--epsilon", type=float, default=0.0, metavar="P", help="probability that a step's action is a uniform one")
+    add("--noise", type=float, default=0.0, metavar="STD", help="Gaussian noise added to actions scaled to [-1, 1]")
+    add("--epsilon", type=float, default=0.0, metavar="P", help="probability that an action is a uniformly random one")
     add("--seed", type=int, default=0, help="seed of episodes, noise and epsilon (default %(default)s)")
-    add("--ref_min_score", type=float, help="return of score 0; LunarLander and D4RL's MuJoCo tasks have a default")
-    add("--ref_max_score", type=float, help="return of score 100; give both or neither")
+    add("--ref_min_score", type=float, help="return that scores 0 (default: known for LunarLander and D4RL's tasks)")
+    add("--ref_max_score", type=float, help="return that scores 100; give both or neither")
     add("--force", action="store_true", help="replace an existing dataset")
+    parser.add_script()
     args = parser.parse_args(argv)
     known, low, high = args.policy in ("random", "heuristic"), args.ref_min_score, args.ref_max_score
-    rules = {
+    stored = args.policy is not None and not known
+    parser.require({
         "--env and --policy are needed, or --replay": args.replay or args.env and args.policy,
         "--policy, --noise and --epsilon do not go with --replay": not (
             args.replay and (args.policy or args.noise or args.epsilon)
         ),
-        "--policy must be random, heuristic or a file": args.replay or known or Path(args.policy or "").is_file(),
+        "--policy must be random, heuristic or a file": not stored or Path(args.policy).is_file(),
+        "--script goes with the file of a policy": args.script is None or stored,
         "--steps must be at least 1": args.steps >= 1,
         "--noise must be a finite number of at least 0": 0 <= args.noise < math.inf,
         "--epsilon must be a probability, from 0 to 1": 0 <= args.epsilon <= 1,
         "--seed must be at least 0": args.seed >= 0,
         "--ref_min_score and --ref_max_score go together: give both or neither": (low is None) == (high is None),
         "--ref_min_score must be below --ref_max_score": None in (low, high) or -math.inf < low < high < math.inf,
-    }
-    for rule, kept in rules.items():
-        if not kept:
-            parser.error(rule)
+    })  # fmt: skip
     try:
         parse_dataset_id(args.id)
     except (ValueError, TypeError):  # TypeError: without a version, minari 0.5.4
-        parser.error(f"--id {args.id} is no Minari id: it looks like namespace/name-v0")
+        parser.error(f"--id {args.id} is not a Minari id, which looks like namespace/name-v0, two letters or more each")
     return args
 
 
 def collect(args):
+    """Raises a DataError and OSError."""
     root = free_place(args.id, args.force)
-    gym.logger.min_level = gym.logger.ERROR  # an error is one line, without warnings above it
     if args.replay:
         run = read_run(args.replay)
         args.env = args.env or run["config"]["eval_env"]
         if not args.env:
             fail(2, f"--replay {args.replay} acted in its dataset's environment: give it as --env")
-    register(args.env)
+    envs = [make_env(args.env) for _ in range(N_ENVS)]
+    env_id, space = envs[0].spec.id, envs[0].action_space
     try:
-        envs = [gym.make(args.env, disable_env_checker=True) for _ in range(N_ENVS)]
-        env_id, space = envs[0].spec.id, envs[0].action_space
-        gym.spec(env_id).to_json()  # Minari will store it, and fails where the entry point is no string
-    except Exception as error:  # Gymnasium's own errors, a missing package, a simulator of another version
-        fail(2, f"--env {args.env} cannot be used: {str(error) or repr(error)}")
+        gym.spec(env_id).to_json()  # Minari stores it, and fails where the entry point is not a text
+    except Exception as error:
+        fail(2, f"--env {args.env} cannot be stored: {error}")
     for kind in (space, envs[0].observation_space):
         if not storable(kind):
             fail(1, f"--env {env_id} has a space that cannot be stored as arrays: {kind}")
     if args.noise and not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
-        fail(2, f"--noise {args.noise:g} needs a bounded range of real actions, which {env_id} lacks: use --epsilon")
-    policy = None if args.replay else make_policy(args.policy, envs[0])
+        fail(2, f"--noise {args.noise:g} needs bounded actions of real numbers, which {env_id} lacks: use --epsilon")
+    policy = None if args.replay else make_policy(args.policy, envs[0], args.script)
     if args.ref_min_score is None:
-        args.ref_min_score, args.ref_max_score = REFERENCE_SCORES.get(env_id.rsplit("-v", 1)[0], (None, None))
+        args.ref_min_score, args.ref_max_score = reference_scores(env_id) or (None, None)
     scores = {"ref_min_score": args.ref_min_score, "ref_max_score": args.ref_max_score}
     options = {name: value for name, value in vars(args).items() if value is not None and name != "force"}
     extras = [f"{name} {options[name]:g}" for name in ("noise", "epsilon") if options[name]]
@@ -348,11 +312,10 @@ def collect(args):
 def main(argv=None):
     args = parse_arguments(argv)
     try:
-        collect(args)
+        with one_line_errors("interrupted: nothing was stored"):
+            collect(args)
     except OSError as error:
         fail(1, f"--id {args.id} cannot be stored: {error}")
-    except KeyboardInterrupt:
-        fail(130, "interrupted: nothing was stored")
 
 
 if __name__ == "__main__":

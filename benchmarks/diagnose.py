@@ -1,51 +1,48 @@
-"""Judge training runs without a simulator: which over-fit, under-fit or diverge, which checkpoint to take, what to
-change next, and which cql_alpha of several.
+"""Judge training runs without a simulator: name those that over-fit, under-fit or diverge, say which checkpoint to
+take and what to change next, and choose among several cql_alpha.
 
     python benchmarks/diagnose.py runs/shop
     python benchmarks/diagnose.py runs/alpha-* --output runs/alphas.png
 
-RUN is the folder of a run of any script, or a metrics.csv; train with --holdout_fraction 0.1 --keep_policies True.
-It prints a verdict a run (healthy, under-fitting, over-fitting, diverging, too short to judge), the evidence in
-numbers, the policy to take and what to change next. Where runs on the same data differ in cql_alpha it compares their
-TD errors and gaps after the same number of updates. Returns of evaluations are never looked at. --output draws the
-curves that the verdicts come from; docs/choosing.md explains them and says how often they were right.
+RUN is the run folder of any script, or a metrics.csv; train with --holdout_fraction 0.1 --keep_policies True. For each
+run the program prints a verdict (healthy, under-fitting, over-fitting, diverging, too short to judge), the evidence in
+numbers, the policy to take and what to change next. If runs on the same data differ in cql_alpha, it compares their TD
+errors and gaps after the same number of updates. It never looks at the returns of evaluations. --output draws the
+curves behind the verdicts. docs/choosing.md explains them and says how often they were right.
 
-Needs matplotlib for --output. Exit status: 0 with any verdict, 1 what is no run or cannot be written, 2 a bad command
-line; an error is one line on stderr and leaves an older file as it was.
+--output needs matplotlib. Exit status: 0 with any verdict, 1 not a run or not writable, 2 a bad command line. An error
+is one line on stderr and leaves an older file as it was.
 """
 
-import argparse
 import contextlib
 import csv
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from common import Parser, fail, one_line_errors
 
 WINDOW = 3  # rows of a running mean, since the peak of a raw curve is noise
 MIN_ROWS = 8  # fewer show no rise, peak and decline
 MIN_TARGET_LIVES = 5  # updates times target rate: the target network's first weights still count for exp(-5)
-# That data Q declines where critics over-fit, and the policy of its peak is to be taken, is the workflow of Kumar et
-# al. (2021); how far it must decline was set beforehand. The others lie between what the calibration runs in
-# docs/choosing.md reached that were healthy and those that were not.
+# Kumar et al. (2021) found that data Q declines where critics over-fit, and take the policy of its peak. How far it
+# must decline was set beforehand. The other limits lie between the values of the healthy and of the other calibration
+# runs in docs/choosing.md.
 DECLINE = 0.05  # of data Q below its peak, as a share of its largest size, and
-NOISE = 2.0  # standard deviations of a curve around its running mean, or of a slope, that are no noise
+NOISE = 2.0  # standard deviations of a curve around its running mean, or of a slope, beyond which it is not noise
 GROWTH = 1.5  # of the held-out TD error above its lowest, and
 EXCESS = 3.0  # of its ratio to the training one: up to 2.1 in healthy runs, 4.4 and more where critics over-fitted
-NO_EXCESS = 1.15  # of that ratio, where held-out episodes fare as training ones: 1.02 in a network too small, else 1.4
-SHORT = 0.25  # of the data's mean return, which counts for data Q: 0.38 short in a network too small, 0.1 in good runs
+NO_EXCESS = 1.15  # of that ratio, if held-out episodes fare like training ones: 1.02 with too small a network, else 1.4
+SHORT = 0.25  # share of the data's mean return that data Q may lack: 0.38 with too small a network, 0.1 in good runs
 CLONE_RISE = 0.05  # nats of a clone's held-out negative log-likelihood above its lowest
 DIVERGENCE = 100.0  # of a TD error above its lowest: up to 10 in runs that learned, above 3,000 in those that blew up
-FIT = (
-    math.e
-)  # an alpha fits whose TD error and likelihood of the data are within this factor of the best (set beforehand)
+FIT = math.e  # an alpha fits if its TD error and likelihood of the data are within this factor of the best (set before)
 
-# Curve -> the columns that it is the mean of, in any script; no column of an evaluation is among them.
+# Each curve is the mean of these columns, of any script. No column of an evaluation is among them.
 CURVES = {
     "step": "step",
     "q": "average_qf average_qf1 average_qf2",
@@ -54,14 +51,14 @@ CURVES = {
     "holdout_td": "holdout_td_error",
     "gap": "cql_qf_diff cql_qf1_diff cql_qf2_diff",
     "holdout_gap": "holdout_gap",
-    "nll": "policy_loss",  # of a clone
+    "nll": "policy_loss",  # a clone's
     "holdout_log_prob": "holdout_log_prob",
     "data_return": "data_discounted_return",
     "weighted_gap": "cql_min_qf_loss cql_min_qf1_loss cql_min_qf2_loss",
     "online": "env_steps_per_second",
 }
 LONGER, NOTHING = "a longer run may gain", "nothing has to change"
-# Options in which runs of one sweep of cql_alpha may differ.
+# Options that may differ among the runs of one sweep of cql_alpha.
 FREE = {
     *("cql_alpha", "cql_alpha_online", "seed", "eval_seed", "eval_env", "eval_freq", "n_episodes", "max_timesteps"),
     *("offline_iterations", "online_iterations", "device", "compile", "checkpoints_path", "run_id", "keep_policies"),
@@ -73,31 +70,26 @@ Curves = dict[str, np.ndarray]  # [T] each
 class Verdict(NamedTuple):
     name: str  # healthy, under-fitting, over-fitting, diverging or too short to judge
     evidence: str
-    step: int  # of the evaluation whose policy to take
+    step: int  # evaluation whose policy to take
     advice: str
 
 
 class Choice(NamedTuple):
     alpha: float | None  # None: none fits
-    step: int  # updates after which the runs are compared
+    step: int  # number of updates after which the runs are compared
     table: list[tuple[float, int, float, float, float]]  # alpha, runs, TD error, gap, factor to the best
     advice: str
 
 
-def fail(status, message):
-    print(f"diagnose.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(status)
-
-
 def number(text: Any) -> float:
-    """NaN where it is none."""
+    """The number that a text stands for, else NaN."""
     with contextlib.suppress(TypeError, ValueError):
         return float(text)
     return math.nan
 
 
 def curves(rows: list[dict[str, Any]]) -> Curves:
-    """The curves of a run's offline phase, in the order of steps; NaN where a cell is no number or missing."""
+    """The curves of a run's offline phase, in the order of steps; NaN where a cell is missing or not a number."""
     found = []
     for row in rows:
         cells = {name: [number(row[x]) for x in columns.split() if x in row] for name, columns in CURVES.items()}
@@ -108,7 +100,7 @@ def curves(rows: list[dict[str, Any]]) -> Curves:
 
 
 def complete(c: Curves, needed: list[str], wanted: str) -> Curves:
-    """The rows in which the needed curves have numbers, and the wanted one too if it has any."""
+    """The rows in which the needed curves have numbers; also the wanted one, if it has numbers at all."""
     names = [*needed, wanted] if np.isfinite(c[wanted]).any() else needed
     known = ~np.any([np.isnan(c[name]) for name in names], axis=0)
     return {name: x[known] for name, x in c.items()}
@@ -130,9 +122,9 @@ def falls(x: np.ndarray) -> bool:
 
 
 def decline(q: np.ndarray, data_return: float) -> int | None:
-    """Row of the peak of data Q, if Q rose to it and stays clearly below it afterwards: by more than noise, and more
-    than a wiggle beside the data's mean return. (A fall from the first rows on, where Q is what networks begin with, is
-    no sign of over-fitting: negative rewards make it.)"""
+    """The row of the peak of data Q, if Q rose to it and then stays clearly below it: by more than noise, and by more
+    than a small part of the data's mean return. (A fall from the first rows on, where Q comes from untrained networks,
+    is not a sign of over-fitting: negative rewards cause it.)"""
     smoothed = smooth(q)
     peak, stays = int(smoothed.argmax()), max(WINDOW, len(q) // 4)
     least = max(DECLINE * np.abs(smoothed).max(), NOISE * np.std(q - smoothed), np.nan_to_num(SHORT * abs(data_return)))
@@ -141,8 +133,8 @@ def decline(q: np.ndarray, data_return: float) -> int | None:
 
 
 def turn(train: np.ndarray, holdout: np.ndarray, rise: float, excess: float) -> int | None:
-    """The latest row before a held-out loss turns, if it ends `rise` above its lowest, and its difference to the
-    training loss `excess` above what it was there. Losses are logarithms, so differences are factors."""
+    """The last row before a held-out loss turns upwards, if it ends `rise` above its lowest value, and its difference
+    from the training loss ends `excess` above what it was there. Losses are logarithms, so differences are factors."""
     smoothed, difference = smooth(holdout), smooth(holdout - train)
     lowest = int(smoothed.argmin())
     risen = holdout[-WINDOW:].min() - smoothed[lowest] > rise
@@ -152,8 +144,8 @@ def turn(train: np.ndarray, holdout: np.ndarray, rise: float, excess: float) -> 
 
 
 def judge(rows: list[dict[str, Any]], config: dict[str, Any]) -> Verdict:
-    """The verdict on a run from the rows of its metrics.csv (numbers or texts) and its configuration ({}: not known).
-    Only metrics of training and of held-out episodes count, and only the offline phase. Raises ValueError."""
+    """The verdict on a run, from the rows of its metrics.csv (numbers or texts) and its configuration ({} if unknown).
+    Only the metrics of training and of held-out episodes in the offline phase count. Raises ValueError."""
     c = curves(rows)
     if not len(c["step"]):
         raise ValueError("it has no row of offline training")
@@ -179,7 +171,7 @@ def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
     needed = math.ceil(MIN_TARGET_LIVES / rate) if rate > 0 and not np.isnan(c["td"]).all() else 0
     if len(c["step"]) >= MIN_ROWS and last >= needed:
         return None
-    evidence = f"{len(c['step'])} complete rows up to {last:,} updates; it takes {MIN_ROWS} rows"
+    evidence = f"{len(c['step'])} complete rows up to {last:,} updates; a verdict takes {MIN_ROWS} rows"
     evidence += f" and {needed:,} updates, in which the target network is renewed" if needed else ""
     length = "--offline_iterations" if "offline_iterations" in config else "--max_timesteps"
     return Verdict("too short to judge", evidence, last, f"a larger {length}, or a smaller --eval_freq")
@@ -206,14 +198,14 @@ def judge_critics(c: Curves, config: dict[str, Any]) -> Verdict:
 
 
 def reached(q: np.ndarray, data_return: float) -> int:
-    """The first row whose data Q, which starts near 0, has come to the data's mean return, else the last row. Before,
-    rewards have not spread over an episode's steps, and a policy that follows such values is not trained."""
-    there = ~(q < data_return)  # also where that is not known
+    """The first row whose data Q, which starts near 0, has reached the data's mean return, else the last row. Before
+    it, rewards have not spread over the steps of an episode, and a policy that follows such values is not trained."""
+    there = ~(q < data_return)  # also if the return is not known
     return int(there.argmax()) if there.any() else len(q) - 1
 
 
 def fitting(c: Curves, config: dict[str, Any], held_out: bool) -> Verdict:
-    """Under-fitting or healthy, of a run that does not over-fit."""
+    """The verdict under-fitting or healthy, on a run that does not over-fit."""
     step, q, td, gap, data_return = int(c["step"][-1]), c["q"][-1], c["td"], c["gap"], c["data_return"][-1]
     learning = [name for name, x in (("TD error", td), ("gap", gap)) if np.isfinite(x).all() and falls(x)]
     evidence = f"TD error {td[-1]:.3g}" + f" (held out {c['holdout_td'][-1]:.3g})" * held_out
@@ -237,7 +229,8 @@ def fitting(c: Curves, config: dict[str, Any], held_out: bool) -> Verdict:
 
 
 def judge_clone(c: Curves, config: dict[str, Any], last: int) -> Verdict:
-    """Behaviour cloning, by the log-likelihood of the data's actions; of discrete ones that is minus the gap."""
+    """The verdict on behaviour cloning, from the log-likelihood of the data's actions; if they are discrete, that is
+    minus the gap."""
     c = c | {"holdout_nll": -c["holdout_log_prob"]}
     train, holdout = ("gap", "holdout_gap") if np.isnan(c["nll"]).all() else ("nll", "holdout_nll")
     c = complete(c, [train], holdout)
@@ -263,7 +256,7 @@ def resized(config: dict[str, Any], factor: float) -> str:
 
 
 def alpha_of(rows: list[dict[str, Any]], config: dict[str, Any]) -> float:
-    """cql_alpha, from the metrics where the configuration is not known; NaN for a clone, and where it is tuned."""
+    """cql_alpha, taken from the metrics if the configuration is not known; NaN for a clone, and if it is tuned."""
     c = curves(rows)
     if str(config.get("cql_lagrange")) == "True" or np.isnan(c["td"]).all():
         return math.nan
@@ -273,10 +266,10 @@ def alpha_of(rows: list[dict[str, Any]], config: dict[str, Any]) -> float:
 
 
 def choose_alpha(runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> Choice:
-    """Which cql_alpha of runs (rows, configuration) that differ in it, and in seeds: the one whose TD error and gap are
-    both nearest to the smallest of all, after the same number of updates. Gaps are compared as what they are, minus
-    log-likelihoods of the data's actions under the soft-max policy, so that the offset of an estimate does not matter.
-    Raises ValueError."""
+    """The best cql_alpha of runs (rows, configuration) that differ in it and in seeds: the one whose TD error and gap
+    are both nearest to the smallest of all after the same number of updates. A gap is minus a log-likelihood of the
+    data's actions under the soft-max policy; so gaps are compared by their differences, and a constant offset of their
+    estimate does not matter. Raises ValueError."""
     found, common = {}, None
     for rows, config in runs:
         c = complete(curves(rows), ["td", "gap"], "td")
@@ -284,7 +277,7 @@ def choose_alpha(runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> Cho
             found.setdefault(alpha_of(rows, config), []).append(c)
             common = set(c["step"]) & (set(c["step"]) if common is None else common)
     if len(found) < 2 or not common:
-        raise ValueError("it takes two cql_alpha with rows of TD error and gap after the same numbers of updates")
+        raise ValueError("two cql_alpha are needed with rows of TD error and gap after the same numbers of updates")
     compared = sorted(common)[-WINDOW:]
     means = {}
     for alpha, group in sorted(found.items()):
@@ -296,9 +289,9 @@ def choose_alpha(runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> Cho
         (alpha, n, math.exp(td), float(gap), math.exp(max(td - lowest[1], gap - lowest[2])))
         for alpha, (n, td, gap) in means.items()
     ]
-    best = min(table, key=lambda row: (row[-1], -row[0]))  # of equals the larger alpha
+    best = min(table, key=lambda row: (row[-1], -row[0]))  # the larger alpha of two equal ones
     if best[-1] > FIT:
-        advice = "no alpha makes both small: a larger network, or alphas between these"
+        advice = "no alpha makes both small: try a larger network, or alphas between these"
         return Choice(None, int(compared[-1]), table, advice)
     alphas, advice = [row[0] for row in table], "both are small there"
     if best[0] in (alphas[0], alphas[-1]):
@@ -316,17 +309,17 @@ class Run(NamedTuple):
         return self.path.parent.name if self.path.name == "metrics.csv" else self.path.stem
 
     def policy(self, step: int) -> str:
-        """Where the policy of an evaluation is, in words."""
+        """The place of the policy of an evaluation, in words."""
         kept, last = self.path.with_name(f"policy-{step}.pt"), self.path.with_name("policy.pt")
         if kept.exists():
             return str(kept)
         if last.exists() and step == max(number(row["step"]) for row in self.rows):
             return str(last)
-        return f"that of step {step:,}" + ", which was not kept: --keep_policies True next time" * bool(self.config)
+        return f"that of step {step:,}" + ", which was not kept; next time use --keep_policies True" * bool(self.config)
 
 
 def read(path: Path) -> Run:
-    """Raises ValueError, and OSError."""
+    """The run of a folder or a metrics.csv. Raises ValueError and OSError."""
     path = path / "metrics.csv" if path.is_dir() else path
     if not path.exists():
         raise ValueError(
@@ -339,14 +332,14 @@ def read(path: Path) -> Run:
         if path.with_name("config.yaml").exists() and path.name == "metrics.csv":
             config = yaml.safe_load(path.with_name("config.yaml").read_text())
     except (csv.Error, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"it is no CSV of text, or its config.yaml is no YAML ({error})") from error
+        raise ValueError(f"it is not a CSV file of text, or its config.yaml is not a YAML file ({error})") from error
     if not rows or "step" not in rows[0]:
-        raise ValueError("it is no metrics.csv: there is no row, or no column step")
+        raise ValueError("it is not a metrics.csv: it has no row, or no column step")
     return Run(path, rows, config if isinstance(config, dict) else {})
 
 
 def sweeps(runs: list[Run]) -> list[list[Run]]:
-    """The runs that differ in cql_alpha, seeds and length alone, if they differ in cql_alpha."""
+    """Groups of runs that differ only in cql_alpha, seed and length, and do differ in cql_alpha."""
     groups = {}
     for run in runs:
         if math.isfinite(alpha_of(run.rows, run.config)):
@@ -361,7 +354,7 @@ def report(runs: list[Run], verdicts: list[Verdict]) -> None:
         name = run.path.parent if run.path.name == "metrics.csv" else run.path
         print(f"{name}: {verdict.name}\n  evidence: {verdict.evidence}")
         if any(math.isfinite(number(row.get("env_steps_per_second"))) for row in run.rows):
-            print("  of the offline phase alone: online, returns tell more")
+            print("  only the offline phase was judged: online, returns tell more")
         print(f"  policy:   {run.policy(verdict.step)}\n  next:     {verdict.advice}")
     for group in sweeps(runs):
         try:
@@ -378,7 +371,8 @@ def report(runs: list[Run], verdicts: list[Verdict]) -> None:
 
 
 def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
-    """A column a run: data Q, TD error and gap (of a clone its loss), training and held out. Raises OSError."""
+    """Draws one column per run: data Q, TD error and gap (for a clone its loss), in training and held out. Raises
+    OSError."""
     try:
         import matplotlib
     except ImportError:
@@ -423,10 +417,9 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="diagnose.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: fail(2, message)
+    parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a metrics.csv")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the curves of the runs, a column a run")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the curves of the runs, one column per run")
     args = parser.parse_args(argv)
     if args.output and args.output.suffix != ".png":
         parser.error(f"--output {args.output} does not end in .png")
@@ -446,8 +439,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    try:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is not an error
+    with one_line_errors():
         main()
-    except KeyboardInterrupt:
-        fail(130, "interrupted")

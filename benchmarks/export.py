@@ -1,14 +1,17 @@
-"""Export the deterministic policy of a run, its policy.pt or checkpoint.pt, to ONNX.
+"""Export the deterministic policy of a run, from its policy.pt or checkpoint.pt, to ONNX.
 
     python benchmarks/export.py runs/<run>/policy.pt
 
-writes runs/<run>/policy.onnx, one file that needs neither torch nor this repository. Its input `observation`, float32
-[batch, O], takes raw observations (Dict observations flattened in the sorted order of their keys). Its output `action`
-is in the environment's units: float32 [batch, A] within its bounds, int64 [batch] for Discrete actions, [batch, A] for
-MultiDiscrete ones. The normalisation of observations and the scaling of actions are inside. The file is kept only if
-onnxruntime computes from it what torch does.
+This writes runs/<run>/policy.onnx, one file that needs neither torch nor this repository. Its input `observation`,
+float32 [batch, O], takes raw observations (Dict observations are flattened in the sorted order of their keys). Its
+output `action` is in the environment's units: float32 [batch, A] within its bounds, int64 [batch] for Discrete actions,
+[batch, A] for MultiDiscrete ones. Observations are normalised and actions scaled inside the file. The file is kept only
+if onnxruntime computes the same actions from it as torch.
 
-Needs requirements-extra.txt. Exit status: 0 written, 1 cannot be done, 2 a bad command line; an error is one line on
+A policy of your own copy of a script, with another network, needs --script path/to/copy.py. Its load_policy must return
+a method of a torch module that has the buffers and the method `actions` of the original network.
+
+Needs requirements-extra.txt. Exit status: 0 written, 1 cannot be done, 2 a bad command line. An error is one line on
 stderr and leaves an older file as it was.
 """
 
@@ -17,23 +20,16 @@ import contextlib
 import importlib
 import logging
 import os
-import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import DataError, Parser, fail, one_line_errors, open_policy
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.policies import DataErrors, load_policy
-
-TOLERANCE = 1e-5  # largest difference to torch, as a share of the action range
-
-
-def fail(status, message):
-    print(f"export.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(status)
+TOLERANCE = 1e-5  # largest accepted difference from torch, as a share of the action range
 
 
 class Policy(nn.Module):
@@ -47,13 +43,23 @@ class Policy(nn.Module):
         return self.actor.actions(observations)
 
 
+def find_network(policy: Callable) -> nn.Module:
+    """The torch module that a policy of load_policy is a method of. Raises DataError."""
+    network = getattr(policy, "__self__", None)
+    needed = ("actions", "observation_mean", "observation_std", "action_low", "action_high")
+    if missing := [name for name in needed if not hasattr(network, name)]:
+        kind = f"of {type(network).__name__}, which lacks {', '.join(missing)}" if network else "of no object"
+        raise DataError(f"load_policy must return a method of the network, but it returned one {kind}")
+    return network
+
+
 def to_onnx(actor: nn.Module) -> bytes:
-    """The content of an ONNX file with the weights in it, for any number of observations in a batch."""
+    """The content of an ONNX file that holds the weights and takes a batch of any size."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else it says that torchvision is not installed
-    with warnings.catch_warnings(action="ignore"):  # torch 2.13 warns of its own code
+    with warnings.catch_warnings(action="ignore"):  # torch 2.13 warns about its own code
         program = torch.onnx.export(
             Policy(actor).eval(),
-            (torch.zeros(2, actor.sizes[0]),),  # two, since a batch of one would be taken for a constant
+            (torch.zeros(2, len(actor.observation_mean)),),  # two, since a batch of one would be taken for a constant
             input_names=["observation"],
             output_names=["action"],
             dynamic_shapes=({0: "batch"},),
@@ -67,7 +73,8 @@ def to_onnx(actor: nn.Module) -> bytes:
 
 
 def largest_difference(model: bytes, actor: nn.Module) -> float:
-    """Between onnxruntime and torch, as a share of the action range, over random observations; NaN if there is any."""
+    """The largest difference between onnxruntime and torch over random observations, as a share of the action range;
+    NaN if any action is NaN."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -75,8 +82,8 @@ def largest_difference(model: bytes, actor: nn.Module) -> float:
         getattr(actor, name).numpy() for name in ("observation_mean", "observation_std", "action_low", "action_high")
     )
     rng, differences = np.random.default_rng(0), []
-    # At 1e8 standard deviations actions lie at the bounds. Far less leaves some between, whose digits are few: they
-    # come from large sums, which the two round differently.
+    # At 1e8 standard deviations actions lie at the bounds. At far fewer some lie between them and have few exact
+    # digits: they come from large sums, which the two round differently.
     for batch_size, scale in ((1, 1), (1000, 1), (1000, 1e8)):
         observations = mean + std * scale * rng.standard_normal((batch_size, mean.size))
         observations = observations.astype(np.float32)
@@ -86,8 +93,8 @@ def largest_difference(model: bytes, actor: nn.Module) -> float:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Raises DataErrors and OSError."""
-    actor = load_policy(args.policy).__self__  # act is its method
+    """Raises DataError of any script, and OSError."""
+    actor = find_network(open_policy(args.policy, args.script)[1])
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(name)
@@ -105,32 +112,30 @@ def export(args: argparse.Namespace) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    shape = actor.act(np.zeros((1, actor.sizes[0]))).shape[1:]
-    sizes = f"observation [batch, {actor.sizes[0]}] -> action {['batch', *shape]}".replace("'", "")
+    n = len(actor.observation_mean)
+    shape = ["batch", *actor.act(np.zeros((1, n))).shape[1:]]
+    sizes = f"observation [batch, {n}] -> action {shape}".replace("'", "")
     print(f"{args.output}: {sizes}, differs from torch by at most {difference:.1e} of the action range")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: fail(2, message)
+    parser = Parser(__doc__)
     parser.add_argument("policy", type=Path, metavar="POLICY", help="policy.pt or checkpoint.pt of a run")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside POLICY, with the ending .onnx")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: POLICY with .onnx)")
+    parser.add_script()
     args = parser.parse_args(argv)
     if not args.policy.name or args.output and not args.output.name:
-        parser.error("POLICY and --output are names of files")
+        parser.error("POLICY and --output must be names of files")
     args.output = args.output or args.policy.with_suffix(".onnx")
     if args.output.resolve() == args.policy.resolve():
         parser.error(f"--output {args.output} is the policy itself")
     if args.output.exists() and not args.output.is_file():  # a device would become a file
-        parser.error(f"--output {args.output} is no regular file")
+        parser.error(f"--output {args.output} is not a regular file")
     try:
-        export(args)
-    except DataErrors as error:
-        fail(error.status, error)
+        with one_line_errors("interrupted: nothing was written"):
+            export(args)
     except OSError as error:
         fail(1, f"--output {args.output} cannot be written: {error.strerror}")
-    except KeyboardInterrupt:
-        fail(130, "interrupted: nothing was written")
 
 
 if __name__ == "__main__":

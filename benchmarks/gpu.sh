@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# All that is measured on an NVIDIA GPU, in less than ten minutes; a step that fails or takes too long stops no other one.
+# Measures all that is measured on an NVIDIA GPU, in less than ten minutes. A step that fails or takes too long does not
+# stop the others.
 # From the root of the repository:
 #   bash benchmarks/gpu.sh ../CORL
-# The argument (default: $CORL) is a checkout of https://github.com/corl-team/CORL, the peer of speed.py; it may be absent.
+# The argument (default: $CORL) is a checkout of https://github.com/corl-team/CORL, the peer of speed.py. It is optional.
 # Writes to benchmarks/results/gpu: steps.csv (exit status and seconds of each step, 124: timed out), tests.txt, speed.csv,
 # LunarLanderContinuous runs, alone (alone-seed0.csv) and four at once (four-seed<n>.csv), with memory.csv, the GPU's MB
 # and share of time in use at each second of these runs. What the steps print goes to runs/gpu.
-# DEVICE=cpu tries the steps themselves, with short settings; then everything goes to runs/gpu.
+# DEVICE=cpu tries the steps with short settings; then everything goes to runs/gpu.
 set -uo pipefail
 peer=${1:-${CORL:-}}
 export DEVICE=${DEVICE:-cuda} logs=$PWD/runs/gpu WANDB_MODE=disabled
@@ -17,7 +18,7 @@ elif python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
     out=benchmarks/results/gpu factor=1 job="--windows 5 --seconds 1" selected=
     export n_steps=100000 short=
 else
-    echo "gpu.sh: torch finds no NVIDIA GPU here, so that nothing is measured"
+    echo "gpu.sh: torch finds no NVIDIA GPU here, so nothing is measured"
     exit 0
 fi
 rm -rf "$out" "$logs"
@@ -46,7 +47,7 @@ step collect 60 bash -c collect
 step tests 170 python -m pytest -q tests/test_gpu.py -k "$selected"
 grep -E "passed|failed|^FAILED|^ERROR" "$logs/tests.log" >"$out/tests.txt"
 speed="python benchmarks/speed.py --device $DEVICE --output $out/speed.csv $job"
-[[ -n $peer ]] || echo "gpu.sh: no checkout of CORL, so that speed.py has no peer"
+[[ -n $peer ]] || echo "gpu.sh: no checkout of CORL is given, so speed.py has no peer"
 step speed 150 $speed ${peer:+--peer "$peer"} --variants compile=False - precision=tf32 \
     precision=bfloat16,cql_backprop_actions=2
 step speed-discrete 70 $speed --script discrete/cql_dqn --observation 8 --action 4 --layers 2 --variants compile=False - \

@@ -1,26 +1,26 @@
-r"""Make a local Minari dataset, the one format that the training scripts read, from
+r"""Make a local Minari dataset, the one format that the training scripts read. The sources are
 
-D4RL's files by name, downloaded where they are not in $D4RL_DATASET_DIR (default ~/.d4rl/datasets):
+D4RL's files by name, downloaded if they are not in $D4RL_DATASET_DIR (default ~/.d4rl/datasets):
 
     python benchmarks/import_data.py hopper-medium-v2 walker2d-medium-v2
     python benchmarks/import_data.py --all locomotion
 
-an HDF5 file of D4RL's layout (observations, actions, rewards, terminals; timeouts or next_observations where known):
+an HDF5 file of D4RL's layout (observations, actions, rewards, terminals; timeouts or next_observations if known):
 
     python benchmarks/import_data.py robot.hdf5 --id mine/robot-v0 --eval_env Hopper-v5
 
-a table of logged data, CSV or Parquet, a row a step:
+a table of logged data, CSV or Parquet, with one row per step:
 
     python benchmarks/import_data.py shop.csv --id mine/shop-v0 --episode customer --step time \
         --observations 'x_*' country --actions discount --reward profit --terminal left
 
-or local datasets with equal spaces, joined; of each all rows, or the first --rows:
+or local datasets with equal spaces, to be joined; all rows of each, or the first --rows:
 
     python benchmarks/import_data.py --combine hopper-medium-v2 hopper-expert-v2 --rows 900000 100000 --id mine/mix-v0
 
-It goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets). Numbers are stored as float32, and rows whose next
-observation is not known are dropped and counted; --combine leaves numbers as they are. Exit status: 0 stored, 1 the
-data cannot be used, 2 a bad command line; an error is one line on stderr and stores nothing.
+The dataset goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets). Numbers are stored as float32. Rows whose next
+observation is not known are dropped and counted. --combine leaves numbers as they are. Exit status: 0 stored, 1 the
+data cannot be used, 2 a bad command line. An error is one line on stderr and stores nothing.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import contextlib
 import copy
 import difflib
 import fnmatch
-import functools
 import math
 import os
 import shlex
@@ -45,93 +44,33 @@ import gymnasium as gym
 import h5py
 import minari
 import numpy as np
+from common import DataError, Parser, d4rl, fail, make_env, reference_scores
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
 from minari.dataset.minari_storage import MinariStorage
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import collect
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-READ_SECONDS = 10  # that a server may be silent
+READ_SECONDS = 10  # a server may be silent for so long
 LARGEST = 1e15  # beyond it squares overflow float32
 MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
-MAX_ACTIONS = 100_000  # values of a discrete action, as many as the scripts take
+MAX_ACTIONS = 100_000  # values of a discrete action; the scripts take no more
 MAX_CATEGORIES = 1000  # of a text column
-TOLERANCE = 1e-3  # of the range, by which an action may be outside: rounding
-NO_ENVIRONMENT = "No environment: runs train without evaluation, unless --eval_env names one."
+TOLERANCE = 1e-3  # share of the range by which an action may be outside its bounds: rounding
+NO_ENVIRONMENT = "No environment: runs train without evaluation unless --eval_env names one."
 COLUMN_NAMES = ("observation_names", "action_names", "action_categories")  # of a table, in the metadata
-OWN_METADATA = {  # of a dataset made of others, whether those agree or not
+OWN_METADATA = {  # not taken over from the datasets that are joined, even if they agree
     "action_space", "author", "author_email", "combined_datasets", "data_format", "dataset_id", "dataset_size",
     "description", "env_spec", "eval_env_spec", "jpeg_encoding", "minari_version", "observation_space",
     "total_episodes", "total_steps",
 }  # fmt: skip
-DOMAINS = {
-    "locomotion": ("halfcheetah", "hopper", "walker2d", "ant"),
-    "adroit": ("pen", "hammer", "door", "relocate"),
-} | {name: (name,) for name in ("antmaze", "maze2d", "kitchen", "bullet", "flow", "carla", "minigrid")}
-REFERENCE_SCORES = {  # D4RL's task -> returns that score 0 and 100
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
-    "ant": (-325.6, 3879.7),
-    "pen": (96.262799, 3076.8331017826877),
-    "hammer": (-274.856578, 12794.134825156867),
-    "door": (-56.512833, 2880.5693087298737),
-    "relocate": (-6.425911, 4233.877797728884),
-    "kitchen": (0.0, 4.0),
-    "antmaze": (0.0, 1.0),
-    "maze2d-open": (0.01, 20.66),
-    "maze2d-umaze": (23.85, 161.86),
-    "maze2d-medium": (13.13, 277.39),
-    "maze2d-large": (6.7, 273.99),
-    "maze2d-open-dense": (11.17817, 27.166538620695782),
-    "maze2d-umaze-dense": (68.537689, 193.66285642381482),
-    "maze2d-medium-dense": (44.264742, 297.4552547777125),
-    "maze2d-large-dense": (30.569041, 303.4857382709002),
-    "bullet-halfcheetah": (-1275.766996, 2381.6725),
-    "bullet-hopper": (20.058972, 1441.8059623430963),
-    "bullet-walker2d": (16.523877, 1623.6476303317536),
-    "bullet-ant": (373.705955, 2650.495),
-    "bullet-maze2d-open": (8.75, 64.15),
-    "bullet-maze2d-umaze": (32.46, 153.99),
-    "bullet-maze2d-medium": (14.87, 238.05),
-    "bullet-maze2d-large": (1.82, 285.92),
-    "flow-ring": (-165.22, 24.42),
-    "flow-merge": (118.67993, 330.03179),
-    "carla-lane": (-0.8503839912088142, 1023.5784385429523),
-    "carla-town": (-114.81579500772153, 2440.1772022247314),
-    "carla-town-full": None,
-    "minigrid-fourrooms": (0.01442, 2.89685),
-}
-# The Gymnasium environment of the same observations. D4RL's mazes have other coordinates than Gymnasium-Robotics', and
-# its kitchen other observations.
-D4RL_ENVIRONMENTS = {
-    "halfcheetah": "HalfCheetah-v5",
-    "hopper": "Hopper-v5",
-    "walker2d": "Walker2d-v4",  # v5 changed the friction of a foot
-    "ant": "Ant-v4",  # v5 observes contact forces
-    "pen": "AdroitHandPen-v1",
-    "hammer": "AdroitHandHammer-v1",
-    "door": "AdroitHandDoor-v1",
-    "relocate": "AdroitHandRelocate-v1",
-}
-# D4RL's longest episodes, by the start of a name; 1000 steps elsewhere.
-D4RL_STEPS = {
-    "pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280, "antmaze-umaze": 700, "maze2d-open": 150,
-    "maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "minigrid": 50, "flow-ring": 500,
-    "flow-merge": 750, "carla-lane": 250,
-}  # fmt: skip
-
-
-class DataError(ValueError):
-    """Data that cannot be imported, told in one line."""
 
 
 @dataclass
 class Recording:
-    """Steps in the order of their episodes, which follow each other; what is not known is None."""
+    """Steps in order, episode after episode. A column that is not known is None."""
 
     observations: np.ndarray  # [n, ...]
     actions: np.ndarray  # [n] or [n, A]
@@ -141,7 +80,7 @@ class Recording:
     next_observations: np.ndarray = None  # [n, ...]
     action_low: np.ndarray = None  # [A]
     action_high: np.ndarray = None  # [A]
-    rows: np.ndarray = None  # [n], which row of a table each is
+    rows: np.ndarray = None  # [n], the row of the table that each step comes from
     names: dict = field(default_factory=dict)  # of columns and categories, for the metadata
     notes: list = field(default_factory=list)  # sentences for the user and the metadata
 
@@ -153,80 +92,26 @@ class Recording:
 # ---------------------------------------------------------------------------------------------------- D4RL's names
 
 
-def d4rl_files():
-    """Name of each D4RL dataset -> its file below D4RL_URL, without .hdf5."""
-    files = {}
-    for task in DOMAINS["locomotion"]:
-        for kind in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):
-            file = f"{task}_{kind}".replace("-", "_")
-            files |= {f"{task}-{kind}-v{i}": f"gym_mujoco_v{i}/{file}-v{i}" for i in (1, 2)}
-            if kind != "full-replay":
-                old_file = file.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
-                files[f"{task}-{kind}-v0"] = f"gym_mujoco/{old_file}"
-                files[f"bullet-{task}-{kind}-v0"] = f"bullet/bullet-{file}"
-    adroit = {"human": "-v0_demos_clipped", "cloned": "-demos-v0-bc-combined", "expert": "-v0_expert_clipped"}
-    for task in DOMAINS["adroit"]:
-        for kind, end in adroit.items():
-            files[f"{task}-{kind}-v0"] = f"hand_dapg/{task}{end}"
-            files[f"{task}-{kind}-v1"] = f"hand_dapg_v1/{task}-{kind}-v1"
-    for maze, starts, goals in (
-        ("umaze", False, False), ("umaze-diverse", True, True), ("medium-play", True, False),
-        ("medium-diverse", True, True), ("large-play", True, False), ("large-diverse", True, True),
-    ):  # fmt: skip
-        size = {"umaze": "u", "medium": "big", "large": "hardest"}[maze.split("-")[0]]
-        file = f"Ant_maze_{size}-maze_noisy_multistart_{starts}_multigoal_{goals}_sparse"
-        files |= {f"antmaze-{maze}-v0": f"ant_maze_new/{file}", f"antmaze-{maze}-v2": f"ant_maze_v2/{file}_fixed"}
-    for maze, version in (("open", ""), ("umaze", "-v1"), ("medium", "-v1"), ("large", "-v1")):
-        files[f"bullet-maze2d-{maze}-v0"] = f"bullet/bullet-maze2d-{maze}-sparse"
-        for name in (maze, f"eval-{maze}")[: 2 if version else 1]:
-            files[f"maze2d-{name}{version or '-v0'}"] = f"maze2d/maze2d-{name}-sparse{version}"
-            files[f"maze2d-{name}-dense{version or '-v0'}"] = f"maze2d/maze2d-{name}-dense{version}"
-    return files | {
-        "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0",
-        "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0",
-        "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0",
-        "carla-lane-v0": "carla/carla_lane_follow_flat-v0",
-        "carla-town-v0": "carla/carla_town_subsamp_flat-v0",
-        "carla-town-full-v0": "carla/carla_town_flat-v0",
-        "flow-ring-random-v0": "flow/flow-ring-v0-random",
-        "flow-ring-controller-v0": "flow/flow-ring-v0-idm",
-        "flow-merge-random-v0": "flow/flow-merge-v0-random",
-        "flow-merge-controller-v0": "flow/flow-merge-v0-idm",
-        "minigrid-fourrooms-v0": "minigrid/minigrid4rooms",
-        "minigrid-fourrooms-random-v0": "minigrid/minigrid4rooms_random",
-    }
-
-
 def d4rl_domain(domain):
     """The newest version of each D4RL dataset of a domain."""
-    names = sorted(name for name in d4rl_files() if name.split("-")[0] in DOMAINS[domain])
+    names = sorted(name for name, dataset in d4rl().items() if dataset.domain == domain)
     return list({name.rsplit("-v", 1)[0]: name for name in names}.values())
 
 
-def d4rl_task(name):
-    """Its longest name in REFERENCE_SCORES; None where D4RL has no scores."""
-    return max((task for task in REFERENCE_SCORES if name.startswith(f"{task}-")), key=len, default=None)
-
-
-def d4rl_steps(name):
-    task = name.replace("bullet-", "").replace("eval-", "")
-    return next((steps for start, steps in D4RL_STEPS.items() if task.startswith(start)), 1000)
-
-
 def d4rl_file(name):
-    """The file of a D4RL name in $D4RL_DATASET_DIR, from D4RL's server where it is missing."""
-    url = f"{D4RL_URL}/{d4rl_files()[name]}.hdf5"
+    """The file of a D4RL name in $D4RL_DATASET_DIR, downloaded from D4RL's server if it is missing."""
+    url = f"{D4RL_URL}/{d4rl()[name].file}.hdf5"
     folder = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
     path = Path(folder, url.rsplit("/", 1)[-1])
     if os.path.exists(path):
         return path
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    print(f"{path} is not there: downloading {url}")
+    print(f"{path} does not exist: downloading {url}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         download(url, partial)
         os.replace(partial, path)
-    except Exception as error:  # of the network, the disk, h5py
+    except Exception as error:  # the network's, the disk's, h5py's
         raise DataError(f"{url} cannot be downloaded ({error}); put the file at {path}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -252,7 +137,7 @@ def check_numbers(values, column):
     if values.size and not (values.min() > -LARGEST and values.max() < LARGEST):
         row, *place = np.argwhere(~(np.abs(values) < LARGEST))[0].tolist()
         column += "".join(f"[{i}]" for i in place)
-        raise DataError(f"{column} is {values[row, *place]:g} in row {row} (from 0): mend or remove such rows")
+        raise DataError(f"{column} is {values[row, *place]:g} in row {row} (from 0): correct or remove such rows")
 
 
 def check_flags(values, column):
@@ -262,7 +147,7 @@ def check_flags(values, column):
 
 
 def check_layout(columns, present):
-    """Raises DataError for HDF5 datasets that are not D4RL's, before they are read."""
+    """Raises DataError if HDF5 datasets do not have D4RL's layout, before they are read."""
     if missing := {"observations", "actions", "rewards", "terminals"} - columns.keys():
         raise DataError(f"it lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(present)) or 'nothing'}")
     for key, column in columns.items():
@@ -272,17 +157,21 @@ def check_layout(columns, present):
             axes = " or ".join(map(str, n_axes))
             raise DataError(f"{key} has shape {column.shape}: it must have {axes} axes, the first of rows")
         if column.ndim > 2 and math.prod(column.shape[1:]) > MAX_GRID:
-            raise DataError(f"{key} has shape {column.shape}, of images: the scripts take vectors and small grids")
+            raise DataError(f"{key} has shape {column.shape}, as images have: the scripts take vectors and small grids")
         if column.dtype.kind not in "biuf":
-            raise DataError(f"{key} is of type {column.dtype}: store numbers")
-        if column.is_virtual or column.external:  # whose rows are elsewhere, and zeros where they are not
+            raise DataError(f"{key} has type {column.dtype}: store numbers")
+        if (
+            column.is_virtual or column.external
+        ):  # its rows are in other files, and read as zeros where those are missing
             raise DataError(f"{key} is a virtual dataset: store the numbers in this file")
     n_bytes = 4 * sum(column.size for column in columns.values())
     if n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise DataError(f"it declares {n_bytes / 1e9:,.0f} GB, more than this machine's memory")
     lengths = {key: len(column) for key, column in columns.items() if not key.startswith("action_")}
     if len(set(lengths.values())) > 1:
-        raise DataError(f"all must have as many rows: {', '.join(f'{key} {n}' for key, n in lengths.items())}")
+        raise DataError(
+            f"all must have the same number of rows: {', '.join(f'{key} {n}' for key, n in lengths.items())}"
+        )
     sizes = [columns[key].shape for key in ("observations", "next_observations") if key in columns]
     if len(set(sizes)) > 1:
         raise DataError(f"observations and next_observations differ in shape: {sizes[0]} and {sizes[1]}")
@@ -300,7 +189,7 @@ def read_hdf5(path):
     except DataError:
         raise
     except Exception as error:  # h5py raises nearly anything for a damaged file
-        raise DataError(f"it is damaged or no HDF5 file: {error}") from error
+        raise DataError(f"it is damaged or not an HDF5 file: {error}") from error
     for key, column in columns.items():
         if key in ("terminals", "timeouts"):
             check_flags(column, key)
@@ -311,7 +200,7 @@ def read_hdf5(path):
 
 
 def pick(patterns, columns, role, taken=()):
-    """The columns that names and glob patterns mean, in their order; a pattern passes over those taken."""
+    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken."""
     picked = []
     for pattern in patterns:
         found = [pattern] if pattern in columns else [x for x in fnmatch.filter(columns, pattern) if x not in taken]
@@ -349,8 +238,8 @@ def read_table(path, args):
         table = read(list(dict.fromkeys([*roles.values(), *actions, *observations])))
     except DataError:
         raise
-    except Exception as error:  # pandas and pyarrow have many
-        raise DataError(f"it is damaged or no table: {error}") from error
+    except Exception as error:  # pandas and pyarrow raise many kinds
+        raise DataError(f"it is damaged or not a table: {error}") from error
     told = {name for role, name in roles.items() if role not in ("episode", "step")} | {*actions}
     if known := [name for name in observations if name in told]:
         raise DataError(f"column {known[0]} cannot be an observation: it is an action, the reward or a flag")
@@ -361,14 +250,14 @@ def read_table(path, args):
 
 
 def order_table(table, roles, action_names, observation_names):
-    """A Recording of the rows, by episode in the order of their first rows, and by step."""
+    """A Recording of the rows, sorted by episode, in the order of their first rows, and by step."""
     import pandas
 
     observations, labels = encode_observations(table[observation_names])
     actions, categories = encode_actions(table[action_names])
     rewards, texts = read_column(table[roles["reward"]])
     if texts:
-        raise DataError(f"column {roles['reward']} is text or truth values: rewards are numbers")
+        raise DataError(f"column {roles['reward']} holds text or truth values: rewards are numbers")
     flags = {role: read_flags(table[roles[role]]) for role in ("terminal", "timeout") if role in roles}
     episodes = pandas.factorize(table[roles["episode"]])[0]
     steps, span = read_steps(table[roles["step"]]) if "step" in roles else (np.arange(len(table)), "the file's order")
@@ -382,9 +271,9 @@ def order_table(table, roles, action_names, observation_names):
     recording.names = {"observation_names": labels, "action_names": action_names, "action_categories": categories}
     recording.note(f"{len(table):,} rows, {(~goes_on).sum():,} episodes by {roles['episode']}; steps: {span}.")
     if ties := (goes_on[:-1] & (steps[1:] == steps[:-1])).sum():
-        recording.note(f"{ties:,} rows have the same step as the row before: they keep the file's order.")
+        recording.note(f"{ties:,} rows have the same step as the row before; they keep the file's order.")
     if early := (terminals & goes_on).sum():
-        recording.note(f"{early:,} terminal rows are not their episode's last: it is split there.")
+        recording.note(f"{early:,} terminal rows are not the last of their episode: the episode is split there.")
     recording.note(f"Observations ({len(labels)}): {', '.join(labels)}.")
     for name, texts in categories.items():
         recording.note(f"Actions of {name}: {', '.join(f'{i} is {text}' for i, text in enumerate(texts))}.")
@@ -392,7 +281,7 @@ def order_table(table, roles, action_names, observation_names):
 
 
 def encode_observations(table):
-    """[n, O] with text and truth values one-hot, and a label for each number."""
+    """Observations [n, O], with text and truth values one-hot, and a label for each number."""
     columns, labels = [], []
     for name in table:
         values, texts = read_column(table[name])
@@ -402,17 +291,17 @@ def encode_observations(table):
 
 
 def encode_actions(table):
-    """[n, A], integers where all columns are integers or categories, and the categories of each column of text."""
+    """Actions [n, A], integers if all columns are integers or categories, and the categories of each text column."""
     columns = {name: read_column(table[name]) for name in table}
     categories = {name: texts for name, (_, texts) in columns.items() if texts is not None}
     actions = np.stack([values for values, _ in columns.values()], axis=1)
     if categories and actions.dtype.kind == "f":
-        raise DataError(f"actions {', '.join(columns)} mix text and real numbers: a script takes one kind")
+        raise DataError(f"actions {', '.join(columns)} mix text and real numbers: scripts take one kind")
     return actions if actions.dtype.kind == "i" else np.float32(actions), categories
 
 
 def read_column(column):
-    """Numbers and None; or, of text and truth values, the number of each one's category, and the categories."""
+    """The numbers, and None; for text and truth values the index of each category, and the categories."""
     import pandas
 
     name, kind = f"column {column.name}", pandas.api.types.infer_dtype(column)
@@ -424,13 +313,13 @@ def read_column(column):
         return values, None
     if kind not in ("string", "boolean", "categorical", "empty"):
         raise DataError(
-            f"{name} is {kind}: store numbers (of times: such as the hours since the episode began) or text"
+            f"{name} holds {kind}: store text or numbers (for times, such as the hours since the episode began)"
         )
     texts = column.astype(str)
     stray = pandas.to_numeric(texts, errors="coerce").isna().to_numpy()
     if stray.any() and not stray.all():
         row = stray.argmax()
-        raise DataError(f"{name} has text among numbers, {texts.iloc[row]!r} in row {row} (from 0): mend such rows")
+        raise DataError(f"{name} has text among numbers, {texts.iloc[row]!r} in row {row} (from 0): correct such rows")
     codes, categories = pandas.factorize(texts, sort=True)
     if stray.any() and pandas.to_datetime(categories, format="ISO8601", errors="coerce", utc=True).notna().all():
         raise DataError(f"{name} holds times: store numbers, such as the hours since the episode began")
@@ -450,12 +339,12 @@ def read_flags(column):
 
 
 def read_steps(column):
-    """The rank of each row by a column of numbers, times, or text that is a time; and from where to where it goes."""
+    """The rank of each row by a column of numbers, times, or texts that are times; and the column's range in words."""
     import pandas
 
     if pandas.api.types.is_object_dtype(column) or pandas.api.types.is_string_dtype(column):
         try:
-            with warnings.catch_warnings(action="error"):  # of a format that pandas would guess row by row
+            with warnings.catch_warnings(action="error"):  # about a format that pandas would guess row by row
                 try:
                     column = pandas.to_datetime(column, format="ISO8601", utc=True)
                 except ValueError:
@@ -469,25 +358,26 @@ def read_steps(column):
 
 
 def find_episodes(recording, limit):
-    """Which rows end an episode [n], and which have a known next observation [n]; notes what changes."""
+    """Flags of the rows that end an episode, and of those whose next observation is known, [n] each; notes what
+    changes."""
     terminals, following, n = recording.terminals, recording.next_observations, len(recording.rewards)
     if following is not None:
         differs = (following[:-1] != recording.observations[1:]).any(axis=tuple(range(1, following.ndim)))
         flagged = terminals if recording.timeouts is None else terminals | recording.timeouts
         if splits := (differs & ~flagged[:-1]).sum() * (recording.timeouts is not None):
-            recording.note(f"{splits:,} episodes were split, where the next observation is not the next row's.")
+            recording.note(f"{splits:,} episodes were split where the next observation is not that of the next row.")
         return flagged | np.append(differs, True), np.ones(n, bool)
     if recording.timeouts is None:
-        recording.note(f"No timeouts and no next_observations: episodes are taken to end after {limit:,} steps.")
+        recording.note(f"No timeouts and no next_observations: episodes are assumed to end after {limit:,} steps.")
         rows = np.arange(n)
         starts = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
         recording.timeouts = (rows - starts) % limit == limit - 1
     unknown = recording.timeouts & ~terminals
     unknown[-1] = not terminals[-1]
     if unknown.any():
-        recording.note(f"{unknown.sum():,} rows were dropped: time-outs, and ends, without a next observation.")
+        recording.note(f"{unknown.sum():,} rows were dropped: time-outs and last rows without a next observation.")
     if terminals.any():
-        recording.note(f"{terminals.sum():,} terminal rows without a next observation: their own is repeated.")
+        recording.note(f"{terminals.sum():,} terminal rows have no next observation: their own is repeated.")
     return terminals | unknown, ~unknown
 
 
@@ -514,7 +404,7 @@ def make_buffers(recording, ends, known):
 
 
 def n_numbers(space):
-    """Of an observation as the scripts flatten it."""
+    """How many numbers an observation has when a script flattens it."""
     if isinstance(space, gym.spaces.Dict):
         return sum(map(n_numbers, space.values()))
     if isinstance(space, (gym.spaces.Discrete, gym.spaces.Text)):
@@ -523,28 +413,24 @@ def n_numbers(space):
 
 
 def evaluation(env_id, limit, recording):
-    """The environment's specification, with this limit of steps where there is one, and its action space."""
-    gym.logger.min_level = gym.logger.ERROR  # else it warns of later versions
+    """The environment's specification, with this step limit if there is one, and its action space."""
+    cure = "name another --eval_env, or none"
     try:
-        collect.register(env_id)
-        with warnings.catch_warnings(action="ignore"):
-            env = gym.make(env_id, disable_env_checker=True)
+        env = make_env(env_id, "--eval_env")
         spec = copy.deepcopy(gym.spec(env_id))
         spec.max_episode_steps = limit or spec.max_episode_steps
-        spec.to_json()  # Minari stores it, and fails where the entry point is no string
-    except Exception as error:  # Gymnasium's own errors, a missing package, a simulator of another version
-        raise DataError(f"{env_id} cannot be used ({error!r}): name another --eval_env, or none") from error
+        spec.to_json()  # Minari stores it, and fails where the entry point is not a text
+    except (DataError, TypeError, ValueError) as error:
+        raise DataError(f"{error}; {cure}") from error
     env.close()
     sizes = math.prod(recording.observations.shape[1:]), n_numbers(env.observation_space)
     if sizes[0] != sizes[1]:
-        raise DataError(
-            f"observations have {sizes[0]} numbers, {env_id}'s {sizes[1]}: name another --eval_env, or none"
-        )
+        raise DataError(f"observations have {sizes[0]} numbers, those of {env_id} have {sizes[1]}: {cure}")
     return spec, env.action_space
 
 
 def bounds_of(space):
-    """Lowest and highest action, [A] each; None where the space has none."""
+    """Lowest and highest action, [A] each; None if the space has no bounds."""
     if isinstance(space, gym.spaces.Box) and space.is_bounded():
         return space.low.ravel(), space.high.ravel()
     if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
@@ -554,22 +440,22 @@ def bounds_of(space):
 
 
 def choose_bounds(actions, given, space, discrete):
-    """Lowest and highest action, [A] each, and where they come from."""
+    """Lowest and highest action, [A] each, and where they come from, in words."""
     low, high = actions.min(axis=0), actions.max(axis=0)
     if given is not None:
         bounds, source = given, "as given"
     elif (bounds := bounds_of(space)) is not None:
         source = "the environment's"
     elif not discrete and max(high.max(), -low.min()) <= 1 + 2 * TOLERANCE:
-        bounds, source = (-1, 1), "the data fit there; --action_low and --action_high name others"
+        bounds, source = (-1, 1), "the data fit these bounds; --action_low and --action_high name others"
     else:
         bounds, source = (low, high), "the data's range; --action_low and --action_high name others"
         if discrete:
-            source += ", --action_kind continuous takes them as real numbers"
+            source += "; --action_kind continuous takes them as real numbers"
     bounds = [np.ravel(bound).astype(np.float64) for bound in bounds]
     if wrong := [bound.size for bound in bounds if bound.size not in (1, len(low))]:
         raise DataError(
-            f"actions have {len(low)} columns, and {wrong[0]} bounds: action_low and action_high need as many"
+            f"actions have {len(low)} columns but {wrong[0]} bounds: action_low and action_high need one per column"
         )
     bounds = [np.broadcast_to(bound, low.shape) for bound in bounds]
     if discrete and (np.rint(bounds) != bounds).any():
@@ -580,7 +466,7 @@ def choose_bounds(actions, given, space, discrete):
 
 
 def fit_actions(recording, args, space):
-    """The space of the actions, which come into its form: whole numbers are Discrete or MultiDiscrete, others a Box."""
+    """The space of the actions: Discrete or MultiDiscrete for whole numbers, else a Box. Converts the actions to it."""
     actions = recording.actions.reshape(len(recording.actions), -1)  # [n, A]
     columns = recording.names.get("action_names") or [f"actions[{i}]" for i in range(actions.shape[1])]
 
@@ -607,9 +493,9 @@ def fit_actions(recording, args, space):
     margin = 0 if discrete else TOLERANCE * (high - low)
     if (actions.min(axis=0) < low - margin).any() or (actions.max(axis=0) > high + margin).any():
         outside = (actions < low - margin) | (actions > high + margin)
-        refuse(outside, f"outside {span} ({source}); --action_low and --action_high set the bounds")
+        refuse(outside, f"it is outside {span} ({source}); --action_low and --action_high set the bounds")
     if discrete and np.prod(high - low + 1) > MAX_ACTIONS:
-        raise DataError(f"actions {span} are more than {MAX_ACTIONS:,} in all: --action_kind continuous?")
+        raise DataError(f"actions {span} are more than {MAX_ACTIONS:,} in all: give --action_kind continuous")
     kind = "whole numbers" if discrete else "real numbers"
     recording.note(f"Actions: {len(low)} column{'s' * (len(low) > 1)} of {kind}, {span} ({source}).")
     if not discrete:
@@ -624,11 +510,10 @@ def fit_actions(recording, args, space):
 
 
 def import_dataset(source, dataset_id, args):
-    root, path, task = collect.free_place(dataset_id, args.force), Path(source), None
+    root, path, task = collect.free_place(dataset_id, args.force), Path(source), d4rl().get(source)
     env_id, limit = args.eval_env, args.max_episode_steps
-    if source in d4rl_files():
-        path, task = d4rl_file(source), d4rl_task(source)
-        env_id, limit = env_id or D4RL_ENVIRONMENTS.get(task), limit or d4rl_steps(source)
+    if task:
+        path, env_id, limit = d4rl_file(source), env_id or task.environment or None, limit or task.max_episode_steps
     if not path.is_file():
         raise DataError("there is no such file")
     recording = read_table(path, args) if is_table(path) else read_hdf5(path)
@@ -641,7 +526,7 @@ def import_dataset(source, dataset_id, args):
         raise DataError("no transition has a known next observation")
     scores = args.ref_min_score, args.ref_max_score
     if None in scores:
-        scores = REFERENCE_SCORES.get(task) or (spec and collect.REFERENCE_SCORES.get(spec.id.rsplit("-v", 1)[0]))
+        scores = task and task.scores or spec and reference_scores(spec.id)
     if spec is None:
         recording.note(NO_ENVIRONMENT)
     collect.store(
@@ -658,7 +543,7 @@ def import_dataset(source, dataset_id, args):
 
 
 def environment_text(spec):
-    """What a run makes of a specification: equal texts are equal environments."""
+    """A specification in words; equal texts are equal environments."""
     if spec is None:
         return "none"
     arguments = [f"{key}={value!r}" for key, value in sorted(spec.kwargs.items()) if key != "render_mode"]
@@ -677,7 +562,7 @@ def tell_stored(root, dataset_id, n_rows, n_episodes, spec, scores):
 
 @contextlib.contextmanager
 def reading(name):
-    """Around calls of Minari, h5py and pyarrow alone: damaged files make them raise any of these."""
+    """Stands around calls of Minari, h5py and pyarrow alone, which raise any of these for damaged files."""
     try:
         yield
     except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -685,13 +570,13 @@ def reading(name):
 
 
 def find_dataset(name):
-    """The id of a local dataset; a name of D4RL stands for d4rl/<name>."""
+    """The id of a local dataset; a D4RL name stands for d4rl/<name>."""
     root = collect.get_dataset_path()
     if "/" not in name and not (root / name).exists():
         name = f"d4rl/{name}"
     if not (root / name / "data").is_dir():
-        cure, task = "`minari list local` lists what is", name.removeprefix("d4rl/")
-        if task in d4rl_files():
+        cure, task = "`minari list local` lists the datasets there", name.removeprefix("d4rl/")
+        if task in d4rl():
             cure = f"import it by: python benchmarks/import_data.py {task}"
         raise DataError(f"{name} is not in {root}: {cure}")
     return name
@@ -707,13 +592,13 @@ def open_dataset(name):
 
 
 def meaning(dataset):
-    """What makes numbers of two datasets mean the same."""
+    """All that must agree for the numbers of two datasets to mean the same."""
     spaces = {"observations": dataset.observation_space, "actions": dataset.action_space}
     return spaces | {key: dataset.storage.metadata.get(key) or {} for key in COLUMN_NAMES}
 
 
 def difference(first, second, place=""):
-    """The first place where two meanings differ, in words."""
+    """The first difference of two meanings, in words."""
     parts = [dict(enumerate(x)) if isinstance(x, list) else x for x in (first, second)]
     if not all(isinstance(part, Mapping) for part in parts):
         return f"{place}: {first} and {second}"
@@ -722,7 +607,7 @@ def difference(first, second, place=""):
 
 
 def agreement(datasets):
-    """Their environment, None where it is not one; what else their metadata share; and what they do not, in words."""
+    """Their common environment, or None; the other metadata that they share; and the differences in words."""
     metadata, specs = [x.storage.metadata for x in datasets], [x._eval_env_spec or x.env_spec for x in datasets]
     keys = dict.fromkeys(key for x in metadata for key in x if key not in OWN_METADATA)
     values = {"environment": [environment_text(spec) for spec in specs]}
@@ -742,7 +627,7 @@ def agreement(datasets):
 
 
 class Part(NamedTuple):
-    """The first episodes of a dataset; the last of them has so many rows more than are taken."""
+    """The first episodes of a dataset, of which the last one loses `surplus` rows."""
 
     name: str
     dataset: minari.MinariDataset
@@ -753,7 +638,7 @@ class Part(NamedTuple):
 
 
 def first_rows(name, dataset, rows):
-    """The Part of so many rows; of all, where it is None."""
+    """The Part with this number of rows, or with all if it is None."""
     with reading(name):
         lengths = [int(x["total_steps"]) for x in dataset.storage.get_episode_metadata(dataset.episode_indices)]
     total = sum(lengths)
@@ -765,12 +650,12 @@ def first_rows(name, dataset, rows):
     surplus, length = int(ends[n - 1]) - rows, lengths[n - 1]
     text = f"{name}: {rows:,} of {total:,} rows, {n:,} of {len(lengths):,} episodes"
     if surplus:
-        text += f"; the last is cut after {length - surplus:,} of its {length:,} rows: a time-out"
+        text += f"; the last one is cut after {length - surplus:,} of its {length:,} rows, which counts as a time-out"
     return Part(name, dataset, rows, n, surplus, f"{text}.")
 
 
 def without_last(n, columns):
-    """Columns of an episode, or of a part of a Dict or Tuple, without their last n rows."""
+    """The columns of an episode, or of a part of a Dict or Tuple, without their last n rows."""
     if isinstance(columns, dict):
         return {key: without_last(n, column) for key, column in columns.items()}
     if isinstance(columns, tuple):
@@ -779,14 +664,14 @@ def without_last(n, columns):
 
 
 def read_episodes(part):
-    """Its episodes and the metadata of each."""
+    """Yields the episodes of a part and the metadata of each."""
     with reading(part.name):
         numbers = range(part.n_episodes)
         yield from zip(part.dataset.iterate_episodes(numbers), part.dataset.storage.get_episode_metadata(numbers))
 
 
 def join(parts):
-    """All their episodes, one at a time."""
+    """Yields the episodes of all parts, one at a time."""
     with tqdm(total=sum(part.n_rows for part in parts), unit="row", unit_scale=True, disable=None) as bar:
         for part in parts:
             for episode, metadata in read_episodes(part):
@@ -812,7 +697,7 @@ def combine(dataset_id, args):
     spec, shared, unlike = agreement(datasets)
     notes = [part.text for part in parts]
     if unlike:
-        notes.append(f"Left out, as they differ: {', '.join(unlike)}.")
+        notes.append(f"Left out because they differ: {', '.join(unlike)}.")
     if spec is None:
         notes.append(NO_ENVIRONMENT)
     print("\n".join(notes))
@@ -834,8 +719,6 @@ def combine(dataset_id, args):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-fail = functools.partial(collect.fail, program="import_data.py")
-
 
 def is_table(source):
     return bool({".csv", ".parquet", ".pq"} & set(Path(source).suffixes))
@@ -846,47 +729,39 @@ def is_file(source):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="import_data.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: fail(2, message)
+    parser = Parser("", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    domains = list(dict.fromkeys(dataset.domain for dataset in d4rl().values()))
     add = parser.add_argument
     add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv or .parquet file")
-    add("--all", choices=DOMAINS, help="the newest version of each of D4RL's datasets of a domain, but for those here")
-    add("--combine", nargs="+", metavar="DATASET_ID", help="local datasets, two or more, to join in this order")
-    add("--rows", type=int, nargs="+", metavar="N", help="how many to take of each, from its start; default: all")
-    add("--id", metavar="DATASET_ID", help="the new Minari id: namespace/name-v0 (of D4RL names: d4rl/<name>)")
+    add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those that are here")
+    add("--combine", nargs="+", metavar="DATASET_ID", help="two or more local datasets, to be joined in this order")
+    add("--rows", type=int, nargs="+", metavar="N", help="rows to take from the start of each one (default: all)")
+    add("--id", metavar="DATASET_ID", help="the new Minari id, namespace/name-v0 (D4RL names become d4rl/<name>)")
     add("--force", action="store_true", help="replace an existing dataset")
-    add("--eval_env", metavar="GYM_ID", help="Gymnasium environment to evaluate in; none: no D4RL task's either")
-    add(
-        "--max_episode_steps", type=int, help="of an evaluation; and where a file tells no ends of episodes (then 1000)"
-    )
-    add("--ref_min_score", type=float, help="return of score 0; D4RL's tasks have a default")
-    add("--ref_max_score", type=float, help="return of score 100; give both or neither")
-    add("--action_kind", choices=("continuous", "discrete"), help="default: the environment's, else whole are discrete")
-    add("--action_low", type=float, nargs="+", help="lowest action, of all columns or each")
-    add("--action_high", type=float, nargs="+", help="highest action, of all columns or each")
-    table = parser.add_argument_group(
-        "tables", "a row a step; rows of an episode need not follow each other"
-    ).add_argument
-    table("--episode", metavar="COLUMN", help="what rows of an episode share")
-    table("--step", metavar="COLUMN", help="numbers or times, by which its rows are sorted; default: as in the file")
+    add("--eval_env", metavar="GYM_ID", help="Gymnasium environment to evaluate in, or none")
+    add("--max_episode_steps", type=int, help="step limit of evaluations, and of episodes if a file tells no ends")
+    add("--ref_min_score", type=float, help="return that scores 0 (D4RL's tasks have a default)")
+    add("--ref_max_score", type=float, help="return that scores 100; give both or neither")
+    add("--action_kind", choices=("continuous", "discrete"), help="default: as in the environment, else by type")
+    add("--action_low", type=float, nargs="+", help="lowest action: one number, or one per column")
+    add("--action_high", type=float, nargs="+", help="highest action: one number, or one per column")
+    group = parser.add_argument_group("tables", "one row per step; the rows of an episode need not follow each other")
+    table = group.add_argument
+    table("--episode", metavar="COLUMN", help="value that the rows of an episode share")
+    table("--step", metavar="COLUMN", help="numbers or times to sort the rows by (default: the order of the file)")
     table("--observations", nargs="+", metavar="COLUMN", help="names or patterns such as 'x_*'; text becomes one-hot")
     table("--actions", nargs="+", metavar="COLUMN", help="names or patterns; text and whole numbers are discrete")
     table("--reward", metavar="COLUMN", help="numbers")
-    table("--terminal", metavar="COLUMN", help="1 where the task ends after the row")
-    table("--timeout", metavar="COLUMN", help="1 where the recording ends after the row, but not the task")
+    table("--terminal", metavar="COLUMN", help="1 if the task ends after the row")
+    table("--timeout", metavar="COLUMN", help="1 if the recording ends after the row, but not the task")
     args = parser.parse_args(argv)
     args.command = shlex.join(["import_data.py", *(sys.argv[1:] if argv is None else argv)])
-    check_arguments(args, parser.error)
+    check_arguments(args, parser)
     return args
 
 
-def check_arguments(args, error):
-    files = [source for source in args.sources if source not in d4rl_files() and is_file(source)]
+def check_arguments(args, parser):
+    files = [source for source in args.sources if source not in d4rl() and is_file(source)]
     needed = ("episode", "observations", "actions", "reward", "terminal")
     given = [name for name in (*needed, "step", "timeout") if getattr(args, name) is not None]
     missing = [f"--{name}" for name in needed if name not in given]
@@ -895,31 +770,27 @@ def check_arguments(args, error):
     others = [f"--{name}" for name, value in vars(args).items() if value is not None and name not in joining]
     counted = args.rows is None or len(args.rows) == len(args.combine or ()) and min(args.rows) >= 1
     low, high = args.ref_min_score, args.ref_max_score
-    unknown = [source for source in args.sources if source not in d4rl_files() and source not in files]
-    near = ", ".join(difflib.get_close_matches(unknown[0], d4rl_files(), cutoff=0)) if unknown else ""
-    rules = {
+    unknown = [source for source in args.sources if source not in d4rl() and source not in files]
+    near = ", ".join(difflib.get_close_matches(unknown[0], d4rl(), cutoff=0)) if unknown else ""
+    parser.require({
         f"{unknown[0] if unknown else None} is neither a file nor a D4RL name; the nearest are {near}": not unknown,
-        "name D4RL datasets or a file, or --all and a domain, or --combine and datasets": len(inputs) == 1,
+        "name D4RL datasets or a file, or give --all with a domain, or --combine with datasets": len(inputs) == 1,
         "--combine takes two datasets or more": args.combine is None or len(args.combine) > 1,
-        f"{', '.join(others)}: for imports, not for --combine": not args.combine or not others,
+        f"{', '.join(others)}: these do not go with --combine": not args.combine or not others,
         "--rows takes a number of at least 1 for each dataset of --combine": counted,
-        "a file is imported alone": not files or len(args.sources) == 1,
-        "a file and --combine need --id; D4RL's become d4rl/<name>": bool(files or args.combine)
-        == (args.id is not None),
-        f"{', '.join(f'--{name}' for name in given)}: for .csv and .parquet": not given or files and is_table(files[0]),
+        "name a file alone": not files or len(args.sources) == 1,
+        "a file and --combine need --id; D4RL names take none": bool(files or args.combine) == (args.id is not None),
+        f"{', '.join(f'--{name}' for name in given)}: for tables alone": not given or files and is_table(files[0]),
         f"a table needs {', '.join(missing)}": not missing or not files or not is_table(files[0]),
         "--max_episode_steps must be at least 1": args.max_episode_steps is None or args.max_episode_steps >= 1,
         "--action_low and --action_high go together": (args.action_low is None) == (args.action_high is None),
         "--ref_min_score and --ref_max_score go together: give both or neither": (low is None) == (high is None),
         "--ref_min_score must be below --ref_max_score": None in (low, high) or -math.inf < low < high < math.inf,
-    }
-    for rule, kept in rules.items():
-        if not kept:
-            error(rule)
+    })  # fmt: skip
     try:
         parse_dataset_id(args.id or "d4rl/any-v0")
     except (ValueError, TypeError):  # TypeError: without a version, minari 0.5.4
-        error(f"--id {args.id} is no Minari id: it looks like namespace/name-v0, of two letters or more each")
+        parser.error(f"--id {args.id} is not a Minari id, which looks like namespace/name-v0, two letters or more each")
 
 
 def main(argv=None):

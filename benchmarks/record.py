@@ -1,41 +1,33 @@
-"""Play a stored policy, the policy.pt or checkpoint.pt of a run of any script: print what its episodes return, and
-record them as videos.
+"""Play the policy of a run, print the return of each episode, and record the episodes as videos.
 
     python benchmarks/record.py runs/<run>/policy.pt --env LunarLanderContinuous-v3 --episodes 10 --no_video
     python benchmarks/record.py runs/<run>/policy.pt --env LunarLanderContinuous-v3 --episodes 3 --output videos
 
-The first plays the episodes of an evaluation with --eval_seed 0, so that its return is too; the second writes
-videos/LunarLanderContinuous-v3-seed-<seed>.mp4 for the seeds 0, 1 and 2. For one episode --output may name the file.
-Where --env names a dataset, its environment is played, and its reference scores, if it has any, give a score.
+The first command plays the episodes of a training run's evaluation with --eval_seed 0, and so gets the same return. The
+second writes videos/LunarLanderContinuous-v3-seed-<seed>.mp4 for the seeds 0, 1 and 2; for one episode --output may
+name the file. If --env names a dataset, the environment of the dataset is played, and its reference scores, if it has
+any, give a score.
 
-Videos need requirements-extra.txt, no screen, and for MuJoCo a renderer: EGL (Debian: libegl1 libgl1) unless MUJOCO_GL
-names another. The frames of an episode stay in memory until its end, 0.7 GB for 1,000 of 480 x 480 pixels. Exit status:
-0 played, 1 cannot be done, 2 a bad command line; an error is one line on stderr and leaves no part of a video.
+POLICY is a policy.pt or checkpoint.pt of any script; one of your own copy of a script, with another network, needs
+--script path/to/copy.py. Videos need requirements-extra.txt, no screen, and for MuJoCo a renderer: EGL (on Debian the
+packages libegl1 and libgl1) unless MUJOCO_GL names another. The frames of an episode stay in memory until it ends:
+0.7 GB for 1,000 frames of 480 x 480 pixels. Exit status: 0 played, 1 cannot be done, 2 a bad command line. An error is
+one line on stderr and leaves no part of a video.
 """
 
-import argparse
 import contextlib
-import inspect
 import os
+import re
 import sys
 import tempfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+from common import DataError, Parser, fail, know_robotics, make_env, one_line_errors, open_policy, prefix
 from gymnasium.wrappers import RecordVideo
 from minari.storage import get_dataset_path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algorithms.offline.cql import DataError
-from benchmarks.policies import DataErrors, load_policy
-
-
-def fail(status, message):
-    print(f"record.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(status)
 
 
 def without_renderer(message):
@@ -45,132 +37,139 @@ def without_renderer(message):
     return DataError(f"{message} (MUJOCO_GL is {name!r}; egl needs no screen, but Debian's libegl1 and libgl1)")
 
 
-def make_task(args, policy):
-    """What evaluates, in the script of the policy. Raises DataError."""
-    script, network = inspect.getmodule(policy), policy.__self__
-    paths = [get_dataset_path(prefix + args.env) for prefix in ("", "d4rl/")]
-    is_dataset = args.env not in gym.registry and ("/" in args.env or any(path.exists() for path in paths))
-    data = script.load_dataset(args.env) if is_dataset else {}
-    # One transition of the policy's sizes stands for the data, so that these are compared with the environment's.
-    observation, action = np.zeros((1, network.sizes[0])), np.zeros((1, network.action_low.numel()))
-    data |= dict.fromkeys(script.COLUMNS, np.zeros(1)) | {"actions": action}
-    data |= {"observations": observation, "next_observations": observation}
-    options = {"n_episodes": args.episodes, "eval_seed": args.seed, "device": "cpu"}
-    options |= {"env": str(args.policy), "eval_env": None if is_dataset else args.env}
-    try:
-        task = script.Task(script.TrainConfig(**options), data)
-    except DataErrors as error:
-        message = str(error).replace("; --eval_env takes another, or none", "")
-        if isinstance(error.__cause__, (AttributeError, RuntimeError)):  # mujoco's, when it is imported
-            raise without_renderer(f"--env {args.env}: {message}") from error
-        fail(error.status, f"--env {args.env}: {message}")
-    if not task.envs:
-        raise DataError(f"--env {args.env} has no environment that Gymnasium knows: give the id of one")
-    return task
+def find_environment(name, script):
+    """The id and arguments of the environment that --env means, and the reference scores of a dataset, else None.
+    Raises DataError."""
+    paths = [get_dataset_path(prefix + name) for prefix in ("", "d4rl/")]
+    if name in gym.registry or "/" not in name and not any(path.exists() for path in paths):
+        return {"id": name}, None
+    data = script.load_dataset(name)
+    environment = data.get("environment", {"id": "none"})
+    know_robotics(environment["id"])
+    if environment["id"] not in gym.registry:  # a name in data could import any module
+        raise DataError(f"--env {name} has no environment that Gymnasium knows: give the id of one")
+    return environment, data.get("reference_scores")
 
 
-def with_pictures(task):
-    """Makes the task's environment anew, alone and so that it renders to arrays [H, W, 3]. Raises DataError."""
-    name, modes = f"--env {task.envs.spec.id}", task.envs.envs[0].metadata.get("render_modes", [])
-    task.envs.close()
-    if "rgb_array" not in modes:
-        raise DataError(f"{name} renders no rgb_array, only {modes}")
-    arguments = task.arguments | {"render_mode": "rgb_array"}
+def make(environment, **more):
+    """The environment, without the wrappers of a recording. Raises DataError."""
+    arguments = {name: value for name, value in environment.items() if name not in ("id", "wrappers")}
     try:
-        task.envs = inspect.getmodule(task).make_environments(task.config, 1, **arguments)
-        follow(task.envs.envs[0])
-        task.envs.reset(seed=0)
-        frame = task.envs.envs[0].render()
-    except Exception as error:  # of any renderer
-        raise without_renderer(f"{name} cannot be rendered: {str(error) or repr(error)}") from error
-    if np.shape(frame)[2:] != (3,):
-        raise DataError(f"{name} renders {type(frame).__name__} of shape {np.shape(frame)}, not [H, W, 3]")
+        return make_env(environment["id"], **arguments | more)
+    except DataError as error:
+        if isinstance(error.__cause__, (AttributeError, RuntimeError)):  # MuJoCo's, when it is imported
+            raise without_renderer(error) from error
+        raise
 
 
 def follow(env):
     """Choose the camera that goes with the robot where its model has one; Gymnasium 1.4 takes one that stays behind."""
     if not {"camera_id", "camera_name"} & env.spec.kwargs.keys():
-        with contextlib.suppress(AttributeError, KeyError):  # not of MuJoCo, no such camera
+        with contextlib.suppress(AttributeError, KeyError):  # not MuJoCo, no such camera
             renderer = getattr(env.unwrapped, "ant_env", env.unwrapped).mujoco_renderer  # an AntMaze has an Ant
             renderer.camera_id = renderer.model.camera("track").id
+    return env
+
+
+def check_pictures(environment, modes):
+    """Raises DataError where the environment does not render to arrays [H, W, 3]."""
+    name = f"--env {environment['id']}"
+    if "rgb_array" not in modes:
+        raise DataError(f"{name} does not render rgb_array, only {modes}")
+    try:
+        env = follow(make(environment, render_mode="rgb_array"))
+        env.reset(seed=0)
+        frame = env.render()
+        env.close()
+    except Exception as error:  # any renderer's
+        raise without_renderer(f"{name} cannot be rendered: {str(error) or repr(error)}") from error
+    if np.shape(frame)[2:] != (3,):
+        raise DataError(f"{name} renders {type(frame).__name__} of shape {np.shape(frame)}, not [H, W, 3]")
 
 
 def is_whole(video, n_frames):
     import imageio_ffmpeg
 
-    with contextlib.suppress(RuntimeError):  # where it is no video
+    with contextlib.suppress(RuntimeError):  # where it is not a video
         return imageio_ffmpeg.count_frames_and_secs(video)[0] >= n_frames  # moviepy may repeat the last
     return False
 
 
-def play(args, task, policy):
-    """The episodes of `task`, as rollout returns them. Raises DataError."""
-    try:
-        return task.rollout(policy)
-    except inspect.getmodule(task).SimulatorError as error:
-        raise DataError(f"--env {args.env}: in the episodes from seed {task.config.eval_seed} on {error}") from error
-
-
-def record(args, task, policy):
-    """A video an episode; yields their paths and results."""
-    with_pictures(task)
+def film(args, environment, play):
+    """Plays one episode per seed and writes its video; yields paths and results. Raises DataError and OSError."""
     try:
         import imageio_ffmpeg  # noqa: F401
         import moviepy.video.io.ImageSequenceClip  # noqa: F401, else RecordVideo misses it after the first episode
     except ImportError as error:
         fail(1, f"the package {error.name.partition('.')[0]} is missing: pip install -r requirements-extra.txt")
-    folder = args.output.parent if args.one_file else args.output
+    folder, name = args.output.parent if args.one_file else args.output, re.split("[/:]", environment["id"])[-1]
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".record-", dir=folder) as staging:
-        env = RecordVideo(task.envs.envs[0], staging, episode_trigger=lambda _: True)
-        task.envs.envs[0] = env
-        for seed in range(args.seed, args.seed + args.episodes):
-            task.config = replace(task.config, n_episodes=1, eval_seed=seed)
-            result = play(args, task, policy)
-            env.stop_recording()  # writes the file, as far as it gets: moviepy ignores that ffmpeg failed
-            (video,) = Path(staging).iterdir()
-            if not is_whole(video, result["length"][0] + 1):
-                raise OSError("the video is incomplete: is the disk full?")
-            path = args.output if args.one_file else folder / f"{env.spec.id.replace('/', '-')}-seed-{seed}.mp4"
-            os.replace(video, path)
-            yield f", {path}", result
-        env.close()
+    try:
+        with tempfile.TemporaryDirectory(prefix=".record-", dir=folder) as staging:
+
+            def filmed():
+                return RecordVideo(follow(make(environment, render_mode="rgb_array")), staging, lambda _: True)
+
+            gym.register(f"filmed/{name}", entry_point=filmed, disable_env_checker=True)
+            for seed in range(args.seed, args.seed + args.episodes):
+                result = play({"id": f"filmed/{name}", "wrappers": environment.get("wrappers", ())}, 1, seed)
+                (video,) = Path(staging).iterdir()  # written when the environment was closed
+                if not is_whole(video, result["length"][0] + 1):  # moviepy ignores that ffmpeg failed
+                    raise OSError("the video is incomplete: is the disk full?")
+                path = args.output if args.one_file else folder / f"{name}-seed-{seed}.mp4"
+                os.replace(video, path)
+                yield f", {path}", result
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds videos
+                path.rmdir()
 
 
 def run(args):
-    policy = load_policy(args.policy)
-    task, returns = make_task(args, policy), []
-    for path, result in [("", play(args, task, policy))] if args.no_video else record(args, task, policy):
+    script, policy = open_policy(args.policy, args.script)
+    environment, reference = find_environment(args.env, script)
+
+    def play(environment, n_episodes, seed):
+        arguments = dict(environment)
+        with prefix(f"{args.policy} could not be played in --env {args.env} from seed {seed} on"):
+            return script.evaluate(policy, arguments.pop("id"), n_episodes, seed, **arguments)
+
+    env, returns = make(environment), []
+    env.close()
+    if args.no_video:
+        results = [("", play(environment, args.episodes, args.seed))]
+    else:
+        check_pictures(environment, env.metadata.get("render_modes", []))
+        results = film(args, environment, play)
+    for path, result in results:
         for total, length in zip(result["return"], result["length"]):
-            print(f"seed {args.seed + len(returns)}: return {total:.1f}, {length:.0f} steps{path}")
+            print(f"seed {args.seed + len(returns)}: return {total:.1f}, {length} steps{path}")
             returns.append(total)
-    row = task.score(np.array(returns))
-    score = row["d4rl_normalized_score"]
-    scored = "" if score is None else f", score {score:.1f}"
-    print(f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f} over {len(returns)} episodes{scored}")
+    scored = ""
+    if reference is not None and reference[0] < reference[1]:
+        scored = f", score {100 * (np.mean(returns) - reference[0]) / (reference[1] - reference[0]):.1f}"
+    print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes{scored}")
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="record.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: fail(2, message)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("policy", type=Path, metavar="POLICY", help="policy.pt or checkpoint.pt of a run")
-    add("--env", required=True, metavar="ID", help="Gymnasium id, or the name of a dataset, which has one")
-    add("--output", type=Path, metavar="PATH", help="folder for the videos; for one episode: or an .mp4")
-    add("--no_video", action="store_true", help="only print what the episodes return")
-    add("--episodes", type=int, default=1, help="how many are played (default %(default)s)")
+    add("--env", required=True, metavar="ID", help="Gymnasium id, or the name of a dataset, for its environment")
+    add("--output", type=Path, metavar="PATH", help="folder for the videos, or a .mp4 file if there is one episode")
+    add("--no_video", action="store_true", help="print the returns only")
+    add("--episodes", type=int, default=1, help="number of episodes (default %(default)s)")
     add("--seed", type=int, default=0, help="episode i starts from seed + i (default %(default)s)")
+    parser.add_script()
     args = parser.parse_args(argv)
     args.one_file = args.output is not None and args.output.suffix == ".mp4"
-    rules = {
+    parser.require({
         "--episodes must be at least 1": args.episodes >= 1,
         "--seed must be at least 0": args.seed >= 0,
         "give either --output, for videos, or --no_video": (args.output is None) == args.no_video,
-        "--output must be a folder where there are several --episodes": args.episodes == 1 or not args.one_file,
-    }
-    for rule, kept in rules.items():
-        if not kept:
-            parser.error(rule)
+        "--output must be a folder if there are several --episodes": args.episodes == 1 or not args.one_file,
+    })  # fmt: skip
     return args
 
 
@@ -182,13 +181,10 @@ def main(argv=None):
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     warnings.simplefilter("ignore")  # an error is one line, without warnings above it or at the exit
     try:
-        run(args)
-    except DataErrors as error:
-        fail(error.status, error)
+        with one_line_errors():
+            run(args)
     except OSError as error:  # moviepy's, when ffmpeg stops, hold all that ffmpeg said
         fail(1, f"--output {args.output} cannot be written: {error.strerror or str(error)[:300]}")
-    except KeyboardInterrupt:
-        fail(130, "interrupted")
 
 
 if __name__ == "__main__":

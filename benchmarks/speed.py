@@ -1,4 +1,4 @@
-"""Updates per second of a script on random data, beside what its arithmetic could reach on this machine, and a peer.
+"""Measure updates per second of a script on random data, beside what this machine could reach, and beside a peer.
 
     python benchmarks/speed.py --layers 3 --variants compile=False precision=bfloat16,compile=True --peer ../CORL
     python benchmarks/speed.py --script discrete/cql_dqn --observation 8 --action 4 --batch 64 --layers 2
@@ -9,20 +9,19 @@
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
     python benchmarks/speed.py --variants OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 --copies 1 2 4
 
-A variant is options of the script and, in capitals, environment variables (`-`: none). Each runs in a process of its
-own; windows alternate between them, and the median counts. `--peer` is a checkout of CORL
-(https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads that
-the scripts set. `--env` times the online steps of finetune/cql too: acting, environment, file and buffer, no updates.
-`--part` times that part of offline/combo instead: updates of its model, or imagined transitions.
-`--copies` says how many of a variant's processes run at once, as runs packed on a GPU or a CPU do; the rate is their
-sum. `--beside` says how many busy processes run meanwhile. Several numbers of either are measured in turn. Rows are
-added to benchmarks/results/speed.csv.
+A variant is a list of options of the script and, in capitals, environment variables (`-`: none). Each variant runs in
+a process of its own. Windows of time alternate between the variants, and the median counts. `--peer` is a checkout of
+CORL (https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads
+that the scripts set. `--env` also times the online steps of finetune/cql: acting, environment, file and buffer, without
+updates. `--part` times one part of offline/combo instead: updates of its model, or imagined transitions. `--copies` is
+the number of a variant's processes that run at once, as packed runs on one GPU or CPU do; the rate is their sum.
+`--beside` is the number of busy processes that run at the same time. If either has several numbers, they are measured
+in turn. Rows are added to benchmarks/results/speed.csv.
 
-utilisation: updates per second times the operations of an update, over the rate that this machine reaches for the
+utilisation: updates per second times the operations of an update, divided by the rate that this machine reaches for the
 products of a critic's hidden layer alone (forward and both gradients), in the same type, in the same run.
 """
 
-import argparse
 import contextlib
 import csv
 import importlib.util
@@ -44,9 +43,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from common import ROOT, Parser
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The scripts' insides are what is timed.
 from algorithms.discrete import cql_dqn
 from algorithms.finetune import cql as finetune_cql
 from algorithms.offline import combo, cql
@@ -81,7 +81,7 @@ def count_operations(function):
 
 
 def make_config(job, variant):
-    """The script's configuration for the job, and the environment variables. Raises ValueError for unknown options."""
+    """The script's configuration for the job, and environment variables. Raises ValueError for an unknown option."""
     script = SCRIPTS[job.script]
     options = dict(option.partition("=")[::2] for option in variant.split(",") if variant != "-")
     variables = {name: options.pop(name) for name in list(options) if name.isupper()}
@@ -96,7 +96,8 @@ def make_config(job, variant):
 
 
 def prepare_script(job, variant):
-    """The script's own agent and loop, with the job's sizes: (runs updates, operations of one, compile seconds)."""
+    """Prepares the script's own agent and loop, with the job's sizes. Returns a function that runs updates and returns
+    their number, the operations of one update, and the seconds of compilation."""
     script, (config, _), data = SCRIPTS[job.script], make_config(job, variant), random_data(job)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
@@ -113,7 +114,8 @@ def prepare_script(job, variant):
 
 
 def prepare_combo(job, config, agent, buffer, run):
-    """The same for updates of the agent, with imagined transitions; or of the model; or for imagined transitions."""
+    """Does the same for updates of the agent with imagined transitions, for updates of the model, or for imagined
+    transitions."""
     imagination = combo.Imagination(config, types.SimpleNamespace(arguments={"id": "none"}), agent, buffer, run)
     steps = itertools.count(0, config.rollout_freq)
 
@@ -131,7 +133,7 @@ def prepare_combo(job, config, agent, buffer, run):
 
 
 def prepare_updates(script, config, agent, sample, run=None):
-    """The same for updates as a run makes them: metrics, if any, are added up in the run, which is not begun."""
+    """Does the same for updates as a run makes them: the run, if any, adds up their metrics, but is not begun."""
     operations = count_operations(lambda: agent.update(sample(config.batch_size)))
     started = time.perf_counter()
     run_until = script.updater(config, agent, sample, run)
@@ -144,14 +146,12 @@ def prepare_updates(script, config, agent, sample, run=None):
 
 
 def prepare_online(job, variant):
-    """Online steps of finetune/cql: (runs one of each environment, operations, compile seconds)."""
+    """Does the same for online steps of finetune/cql: the function makes one step in each environment."""
     config, _ = make_config(job, variant)
     options = {"env": "none", "eval_env": job.env, "offline_iterations": 0, "online_iterations": 10**9}
     options |= {"failure_reward": config.failure_reward or 0.0, "normalize": False, "buffer_size": 10**5}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(None),
-    ):  # the open file stays until the process ends
+    # The open file stays until the process ends.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         config = replace(config, checkpoints_path=folder, **options)
         run = finetune_cql.Run(config, config.online_iterations)
         task, agent, buffer, _, failure_reward = finetune_cql.prepare(config, None, run)
@@ -160,7 +160,7 @@ def prepare_online(job, variant):
 
 
 def prepare_peer(job, path):
-    """CORL's classes on the same job, with d4rl and gym replaced by nothing: they are not part of an update."""
+    """Does the same for CORL's classes, with d4rl and gym replaced by empty modules: an update does not use them."""
     for name in ("d4rl", "gym"):
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = types.ModuleType(name)
@@ -187,7 +187,7 @@ def prepare_peer(job, path):
 
 
 def prepare_limit(job, dtype):
-    """The products of a critic's hidden layer: forward, and the gradients of input and weights."""
+    """Does the same for the products of a critic's hidden layer: forward, and the gradients of input and weights."""
     cql.updater(cql.TrainConfig(compile=False), None, None)  # so that freed memory is kept, as in a run
     critics, actions = (1, 1) if job.script == "discrete/cql_dqn" else (2, 1 + 3 * job.actions)
     rows, width = job.batch * actions, 256
@@ -202,7 +202,7 @@ def prepare_limit(job, dtype):
 
 
 def count_launches(function, device):
-    """Launches (kernels and graphs) an update on a GPU."""
+    """Launches (of kernels and graphs) per update on a GPU; None on a CPU."""
     if "cuda" not in device:
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -211,14 +211,14 @@ def count_launches(function, device):
 
 
 def peak_memory(device):
-    """MB: of the device, or of the process."""
+    """The peak memory of the device, or of the process, in MB."""
     if "cuda" in device:
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def cpu_name():
-    """With what its matrix products are made of, where Linux tells."""
+    """The name of the CPU and, if Linux tells them, its instructions for matrix products."""
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
     names = [line.split(": ")[1] for line in text.splitlines() if line.startswith("model name")]
@@ -227,7 +227,7 @@ def cpu_name():
 
 
 def work(connection, job, kind, variant):
-    """A process: prepares, then runs a window for each number of seconds that it receives."""
+    """Runs in a process of its own: prepares, then runs one window for each number of seconds that it receives."""
     warnings.simplefilter("ignore")
     before = peak_memory(job.device)
     kinds = {"script": prepare_script, "online": prepare_online, "peer": prepare_peer, "limit": prepare_limit}
@@ -249,7 +249,7 @@ def work(connection, job, kind, variant):
 
 @contextlib.contextmanager
 def beside(n):
-    """While n processes are busy."""
+    """Keeps n processes busy for as long as the context lasts."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
         yield processes
@@ -259,22 +259,22 @@ def beside(n):
 
 
 def start(job, kind, variant):
-    """A process that is ready: its connection, and what it found out so far."""
+    """Starts a process and waits until it is ready. Returns its connection and what it measured so far."""
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe()
     variables = make_config(job, variant)[1] if kind in ("script", "online") else {}
     with patch.dict(os.environ, variables):
         context.Process(target=work, args=(theirs, job, kind, variant), daemon=True).start()
-    theirs.close()  # so that a process that fails is no wait without an end
+    theirs.close()  # so that the wait ends if the process fails
     return connection, connection.recv()
 
 
 def compare(job):
-    """A row a variant, and one for the peer, for each number of busy processes and of copies."""
+    """One row per variant, and one for the peer, for each number of busy processes and of copies."""
     specs = [("limit", "float32"), ("limit", "bfloat16")] + [("script", variant) for variant in job.variants]
     specs += [("peer", job.peer)] if job.peer else []
     online = [("online", variant) for variant in job.variants if job.env]
-    # One after the other, since compiling uses all cores.
+    # Started one after the other, since compiling uses all cores.
     workers = [
         [start(job, *spec) for _ in range(max(job.copies) if spec[0] == "script" else 1)] for spec in specs + online
     ]
@@ -317,22 +317,21 @@ def make_row(job, name, n_beside, prepared, rates, base, limit):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--variants", nargs="+", default=["-"], help="options of the script, as name=value,name=value")
-    parser.add_argument("--script", choices=SCRIPTS, default="offline/cql", help="below algorithms/")
-    parser.add_argument("--peer", help="checkout of CORL, for offline/cql")
-    parser.add_argument("--part", choices=("model", "rollouts"), help="of offline/combo; else its agent's updates")
-    parser.add_argument("--env", metavar="GYM_ID", help="environment of finetune/cql's online steps")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--variants", nargs="+", default=["-"], help="options of the script, as name=value,name=value")
+    add("--script", choices=SCRIPTS, default="offline/cql", help="script below algorithms/ (default %(default)s)")
+    add("--peer", help="checkout of CORL, to compare offline/cql with")
+    add("--part", choices=("model", "rollouts"), help="part of offline/combo to time instead of its agent's updates")
+    add("--env", metavar="GYM_ID", help="environment of finetune/cql's online steps")
     for name, default in {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--beside", type=int, nargs="+", default=[0], metavar="N", help="busy processes meanwhile")
-    parser.add_argument(
-        "--copies", type=int, nargs="+", default=[1], metavar="N", help="processes of a variant at once"
-    )
-    parser.add_argument("--windows", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
-    parser.add_argument("--device", default=cql.TrainConfig().device)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/speed.csv")
+        add(f"--{name}", type=int, default=default)
+    add("--beside", type=int, nargs="+", default=[0], metavar="N", help="number of busy processes meanwhile")
+    add("--copies", type=int, nargs="+", default=[1], metavar="N", help="number of processes of a variant at once")
+    add("--windows", type=int, default=7, help="windows per variant (default %(default)s)")
+    add("--seconds", type=float, default=3.0, help="length of a window (default %(default)s)")
+    add("--device", default=cql.TrainConfig().device)
+    add("--output", type=Path, default=ROOT / "benchmarks/results/speed.csv")
     job = parser.parse_args()
     for variant in job.variants:
         try:
@@ -340,17 +339,17 @@ def main():
         except ValueError as error:
             parser.error(f"--variants {variant}: {error}")
     if min(job.beside) < 0:
-        parser.error(f"--beside {min(job.beside)} is no number of processes")
+        parser.error(f"--beside takes numbers of at least 0, not {min(job.beside)}")
     if min(job.copies) < 1:
-        parser.error(f"--copies {min(job.copies)} is no number of processes above 0")
+        parser.error(f"--copies takes numbers of at least 1, not {min(job.copies)}")
     if job.env and job.script != "finetune/cql":
         parser.error(f"--env {job.env} is for --script finetune/cql")
     if job.part and job.script != "offline/combo":
         parser.error(f"--part {job.part} is for --script offline/combo")
     if job.peer and job.script != "offline/cql":
-        parser.error(f"--peer {job.peer} has no {job.script}")
+        parser.error(f"--peer {job.peer} is for --script offline/cql")
     if job.peer and not (Path(job.peer) / "algorithms/offline/cql.py").exists():
-        parser.error(f"--peer {job.peer} is no checkout of CORL: it lacks algorithms/offline/cql.py")
+        parser.error(f"--peer {job.peer} is not a checkout of CORL: it lacks algorithms/offline/cql.py")
 
     rows = compare(job)
     for row in rows:

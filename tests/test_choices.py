@@ -1,4 +1,4 @@
-"""benchmarks/choices.py: correlations and regrets against numbers made by hand, and rows of real runs."""
+"""benchmarks/studies/choices.py: correlations and regrets against numbers made by hand, and rows of real runs."""
 
 import math
 
@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from conftest import once, table
 
-from benchmarks import choices, fqe
+from benchmarks import fqe
+from benchmarks.studies import choices
 
 
 @pytest.fixture
@@ -47,13 +48,12 @@ def test_correlations_and_table(rows, tmp_path, capsys):
     assert "4 policies of 2 runs; the best returns 40.0" in printed
     assert "| in all runs of a seed (1) | 10.0 (worst 10.0) | 30.0 (worst 30.0) | 30.0 (worst 30.0) | 10.0" in printed
     cells = ("0.0 (worst 0.0)", "20.0 (worst 30.0)", "15.0 (worst 30.0)", "15.0 (worst 30.0)", "5.0 (worst 10.0)")
-    assert f"| in a run (2) | {' | '.join(cells)} |" in printed
+    assert f"| in one run (2) | {' | '.join(cells)} |" in printed
 
 
 @once
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # its returns are all the same
 def test_rows_of_runs(run, tmp_path, monkeypatch):
-    pytest.importorskip("benchmarks.diagnose")
     monkeypatch.chdir(tmp_path)
     folders = [str(run(keep_policies=True, run_id=f"alpha-{alpha}", cql_alpha=alpha)) for alpha in (1, 5)]
     fqe.main([*folders, "--env=toy/counter-v0", "--updates=5", "--seeds=1", "--device=cpu", "--output=fqe.csv"])
@@ -73,11 +73,10 @@ def test_rows_of_runs(run, tmp_path, monkeypatch):
         (["missing.csv"], 1, ["missing.csv"]),
         (["empty.csv"], 1, ["empty.csv"]),
         (["other.csv"], 1, ["other.csv", "fqe_off_data"]),
-        (["runs/a", "--fqe=other.csv", "--output=new.csv"], 1, ["runs/a", "No such file"]),
+        (["runs/a", "--fqe=other.csv", "--output=new.csv"], 1, ["runs/a", "no such file"]),
     ],
 )
 def test_user_errors_are_one_line(arguments, code, words, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("benchmarks.diagnose")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "other.csv").write_text("policy,step\nx,1\n")

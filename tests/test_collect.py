@@ -117,7 +117,7 @@ def test_cut_is_a_truncation_also_where_the_environment_would_terminate():
 def recorded(n_envs, seed=0, policy="heuristic", env=LANDER, **options):
     """All numbers of an episode, for each."""
     envs = [gym.make(env) for _ in range(n_envs)]
-    buffers, _ = collect.record(envs, collect.make_policy(policy, envs[0]), 1500, seed, **options)
+    buffers, _ = collect.record(envs, collect.make_policy(policy, envs[0]), 600, seed, **options)
     return [[x.observations.tolist(), x.actions.tolist(), x.rewards.tolist(), x.terminations.tolist()] for x in buffers]
 
 
@@ -128,7 +128,7 @@ def test_the_same_however_many_run_side_by_side():
     for env in (LANDER, "Corridor-v0"):  # all Corridors share one action space
         assert recorded(1, env=env, policy="random") == recorded(16, env=env, policy="random")
     plain, uniform = (recorded(1, env="LunarLander-v3", epsilon=epsilon) for epsilon in (0, 1))
-    assert plain != uniform and min(np.bincount(sum((actions for _, actions, *_ in uniform), []), minlength=4)) > 200
+    assert plain != uniform and min(np.bincount(sum((actions for _, actions, *_ in uniform), []), minlength=4)) > 80
 
 
 def test_noise_and_epsilon():
@@ -249,6 +249,7 @@ def test_policy_of_a_run(env, capsys, monkeypatch):
         ([], {"id": "test/corridor"}, 2, ["--id test/corridor", "namespace/name-v0"]),
         ([], {"id": "../corridor-v0"}, 2, ["--id ../corridor-v0", "namespace/name-v0"]),
         ([], {"env": "LunarLandr-v3"}, 2, ["--env LunarLandr-v3", "LunarLander"]),
+        ([], {"env": "LunarLander-v2"}, 2, ["--env LunarLander-v2"]),  # outdated
         ([], {"env": "no_such_module:Some-v0"}, 2, ["--env no_such_module:Some-v0", "no_such_module"]),
         ([], {"env": "Broken-v0"}, 2, ["--env Broken-v0", "no simulator of this version"]),
         ([], {"env": "Callable-v0"}, 2, ["--env Callable-v0", "Callable"]),
@@ -270,16 +271,10 @@ def test_user_errors_are_one_line_and_store_nothing(options, named, code, words,
 
 
 def test_as_a_program(root):
-    def program(env, *options):
-        command = [sys.executable, collect.__file__, "--env", env, "--policy", "heuristic", "--id", "lander/medium-v0"]
-        return subprocess.run([*command, *options], capture_output=True, text=True)
-
-    done = program(LANDER, "--noise", "0.9", "--steps", "2000")
+    command = [sys.executable, collect.__file__, "--env", LANDER, "--policy", "heuristic", "--id", "lander/medium-v0"]
+    done = subprocess.run([*command, "--noise", "0.9", "--steps", "2000"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("lander/medium-v0: 2000 steps, ") and done.stdout.count("\n") == 1
     assert " ± " in done.stdout and str(root / "lander" / "medium-v0") in done.stdout
     assert not done.stderr  # the progress bar is for a terminal
     assert minari.load_dataset("lander/medium-v0").total_steps == 2000
-    outdated = program("LunarLander-v2", "--force")
-    assert outdated.returncode == 2
-    assert outdated.stderr.count("\n") == 1 and "--env LunarLander-v2" in outdated.stderr, outdated.stderr

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
-from conftest import DATASET, Counter, suited, tiny_config
+from conftest import DATASET, WORLDS, Counter, kinds, refusal, suited, tiny_config
 
 # Runs in the copy's folder. Only the script is there, and nothing may come from this repository.
 PROGRAM = """
@@ -51,6 +52,8 @@ options |= {"env": "mine", "eval_env": "none", "run_id": "arrays"}
 arrays = copied.train(copied.TrainConfig(**options), data=data)
 action = copied.load_policy("runs/arrays/policy.pt")(np.zeros(4))
 assert arrays["eval_return"] is None and action.size == 1 and abs(action) <= 1
+played = copied.evaluate(copied.load_policy("runs/arrays/policy.pt"), ENVIRONMENT, 2, 5)
+assert len(played["return"]) == 2 and [len(x) for x in played["rewards"]] == played["length"]
 copied.load_dataset = lambda name: dict(data) if name == "mine" else None  # the one function to replace
 row = copied.train(copied.TrainConfig(**options | {"run_id": "replaced"}))
 times = [name for name in row if name.endswith(("_per_second", "_time_share"))]
@@ -65,6 +68,7 @@ def test_script_alone_in_a_folder_trains_and_acts(script, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     values = {"OPTIONS": options, "LOW": bounds["action_low"].tolist(), "HIGH": bounds["action_high"].tolist()}
+    values["ENVIRONMENT"] = "CartPole-v1" if "discrete" in script.__name__ else "InvertedPendulum-v5"  # 4 numbers
     program = PROGRAM
     for name, value in values.items():
         program = program.replace(name, repr(value))
@@ -72,6 +76,41 @@ def test_script_alone_in_a_folder_trains_and_acts(script, tmp_path):
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert DATASET in process.stdout and str(Path("runs/run")) in process.stdout
+
+
+@kinds
+def test_evaluate_plays_episodes_from_seeds_side_by_side(script):
+    space, seeds = WORLDS[script.__name__].action_space, range(7, 47)
+    seen, low = [], script.action_bounds(space, "")["action_low"]
+
+    def policy(observations):
+        seen.append(observations)
+        return np.tile(low, (len(observations), 1)).astype(space.dtype)
+
+    result = script.evaluate(policy, "Counter-v0", 40, 7)
+    lengths = [Counter.length(seed) for seed in seeds]
+    assert len(seen[0]) == 20 and result["length"] == lengths  # two waves
+    assert [x.tolist() for x in result["first_observations"]] == [[seed, 0, 0] for seed in seeds]
+    for seed, rewards, length in zip(seeds, result["rewards"], lengths):
+        assert rewards.tolist() == [seed + t for t in range(1, length + 1)]
+    assert result["return"] == [sum(rewards) for rewards in result["rewards"]]
+    assert result["success"] == [float(seed % 3 == 0) for seed in seeds]
+    environment = {"max_episode_steps": 2, "wrappers": [("TimeAwareObservation", {})]}
+    result = script.evaluate(policy, "Counter-v0", 1, 7, **environment)
+    assert result["length"] == [2] and seen[-1].tolist() == [[7, 1, low.sum(), 1]]
+
+
+@kinds
+def test_evaluate_refuses_what_does_not_fit(script):
+    world = WORLDS[script.__name__]
+    foreign = gym.make(world.foreign).action_space
+    for env, code, shape, words in (
+        ("Counter-v0", 1, (3,), "do not fit"), (world.foreign, 1, foreign.shape, "has actions"),
+        ("No-v0", 2, (2,), "No-v0"),
+    ):  # fmt: skip
+        policy = lambda observations, shape=shape: np.zeros((len(observations), *shape), foreign.dtype)  # noqa: E731
+        status, line = refusal(script.evaluate, policy, env, 1, 0)
+        assert status == code and words in line
 
 
 def test_dropout_in_a_copy_trains_in_train_mode_and_acts_in_eval_mode(script, tmp_path, monkeypatch):

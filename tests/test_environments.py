@@ -54,7 +54,7 @@ def test_rows_of_a_recording_are_played_again_by_the_environment_that_is_made(ki
     actions = iter(data["actions"])
     seen = []
     policy = lambda observations: (seen.append(observations[0]), next(actions)[None])[1]  # noqa: E731
-    result = task.rollout(policy)
+    result = script.rollout(policy, task.envs, 1, config.eval_seed)
     n = int(result["length"][0])
     assert n == 20 and np.array(seen) == pytest.approx(data["observations"][:n], abs=1e-5)
     assert result["return"][0] == pytest.approx(data["rewards"][:n].sum(), abs=1e-3)

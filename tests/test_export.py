@@ -5,6 +5,7 @@ import sys
 import types
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import contents
 
 from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
-from benchmarks import export, policies
+from benchmarks import export
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LOW, HIGH = np.array([-2, 0, -0.7], np.float32), np.array([1, 0.5, 0.1], np.float32)  # the last overshoots unclamped
@@ -68,7 +69,7 @@ def refusal(capsys, *arguments):
         export.main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.count("\n") == 1 and printed.err.startswith("export.py: error: "), printed.err
+    assert printed.err.count("\n") == 1 and "error: " in printed.err, printed.err
     return stop.value.code, printed.err
 
 
@@ -95,8 +96,7 @@ def test_one_valid_file_that_acts_as_the_policy(exported):
         assert batch_size < 3 or np.all(np.ptp(actions, axis=0) > 0.5 * (HIGH - LOW))
 
 
-@pytest.mark.parametrize("sizes", [[4], [4, 3]])
-@pytest.mark.parametrize(("head", "n_outputs"), [("dqn", 1), ("c51", 5), ("qr", 5)])
+@pytest.mark.parametrize(("sizes", "head", "n_outputs"), [([4], "dqn", 1), ([4, 3], "c51", 5), ([4], "qr", 5)])
 def test_discrete_actions(sizes, head, n_outputs, packages):
     torch.manual_seed(0)
     actor = cql_dqn.QNetwork(3, sizes, 16, 2, head, n_outputs, normalize_features=head == "qr")
@@ -127,7 +127,7 @@ def test_policies_of_all_scripts_act_in_eval_mode(tmp_path):
         (cql_dqn, cql_dqn.QNetwork(3, [2], 8, 1, "dqn", 1)),
     ):
         script.save(tmp_path / "policy.pt", {"sizes": list(network.sizes), "weights": network.train().state_dict()})
-        loaded = policies.load_policy(tmp_path / "policy.pt").__self__
+        loaded = common.open_policy(tmp_path / "policy.pt")[1].__self__
         assert type(loaded) is type(network) and not loaded.training
 
 
@@ -161,7 +161,7 @@ def test_missing_package(name, policy, without_packages, capsys, monkeypatch):
         (["."], 2, ["POLICY"]),
         (["foreign.pt"], 1, ["foreign.pt", "policy"]),
         (["policy.pt", "--output", "./policy.pt"], 2, ["--output", "the policy itself"]),
-        (["policy.pt", "--output", "folder"], 2, ["--output folder", "no regular file"]),
+        (["policy.pt", "--output", "folder"], 2, ["--output folder", "not a regular file"]),
         (["policy.pt", "--output", "text/policy.onnx"], 1, ["--output text/policy.onnx", "cannot be written"]),
     ],
 )

@@ -462,15 +462,15 @@ def test_online_metrics_and_regrets_by_hand(kind, n, run, new_dataset):
 
 
 def test_regret_leaves_out_evaluations_that_fail_and_those_before_the_switch(run, monkeypatch):
-    rollout, successes = cql.Task.rollout, iter([1.0, None, 1.0, 0.0, 0.5])
+    rollout, successes = cql.rollout, iter([1.0, None, 1.0, 0.0, 0.5])
 
-    def changed(self, *arguments):
+    def changed(*arguments):
         success = next(successes)
         if success is None:
             raise cql.SimulatorError("the simulator failed")
-        return {**rollout(self, *arguments), "success": np.full(2, success)}
+        return rollout(*arguments) | {"success": [success] * 2}
 
-    monkeypatch.setattr(cql.Task, "rollout", changed)
+    monkeypatch.setattr(cql, "rollout", changed)
     rows = table(run(max_timesteps=15, online_iterations=20))
     assert [(row["step"], row["eval_regret"]) for row in rows] == [
         ("10", ""), ("15", ""), ("20", "0.0"), ("30", "0.5"), ("35", "0.5"),
@@ -482,7 +482,7 @@ def test_speeds_are_those_of_updates_and_of_playing(run, monkeypatch):
     _, takes = slow_clock(monkeypatch, cql)
     takes(cql.ReplayBuffer, "sample", 1.0)
     takes(cql.CQL, "explore", 4.0)
-    for owner, name in ((cql.Task, "rollout"), (os, "fsync"), (cql.wandb, "init"), (cql, "load_dataset")):
+    for owner, name in ((cql, "rollout"), (os, "fsync"), (cql.wandb, "init"), (cql, "load_dataset")):
         takes(owner, name, 1000.0)
     folder = run(max_timesteps=10, online_iterations=20, utd_ratio=2)
     header, *rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
@@ -573,7 +573,7 @@ def test_updates_that_were_due_at_a_stop_are_made_first(run, tiny):
     check_end(run(**options), expected)
 
 
-@pytest.mark.parametrize("place", [(10, cql.ReplayBuffer, "sample"), (1, cql.Task, "rollout")], ids=["before", "at"])
+@pytest.mark.parametrize("place", [(10, cql.ReplayBuffer, "sample"), (1, cql, "rollout")], ids=["before", "at"])
 def test_row_at_the_switch_is_the_same_after_a_stop(place, run, tiny):
     """Without a penalty online, which the held-out metrics of that row still have."""
     options = {"max_timesteps": 10, "online_iterations": 6, "holdout_fraction": 0.2, "cql_alpha_online": 0.0}

@@ -16,13 +16,14 @@ import sys
 import time
 from pathlib import Path
 
+import common
 import pytest
 import yaml
 from conftest import ROOT, SCRIPTS, once, suited, table
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb_server import Sweep
 
-from benchmarks import commands, import_data
+from benchmarks import commands
 
 PATHS = sorted(ROOT.glob("configs/sweeps/**/*.yaml"))
 TEXTS = {path.relative_to(ROOT / "configs/sweeps").as_posix(): path.read_text() for path in PATHS}
@@ -111,11 +112,9 @@ def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark():
     wanted |= {f"{task}-{kind}-v1" for task, kind in hands} | {f"D4RL/{task}/{kind}-v2" for task, kind in hands}
     wanted |= {f"maze2d-{maze}-v1" for maze in ("umaze", "medium", "large")}
     wanted |= {f"kitchen-{kind}-v0" for kind in ("complete", "partial", "mixed")}
-    wanted |= {name for name in import_data.d4rl_files() if name.startswith("antmaze-") and name.endswith("-v2")}
+    wanted |= {name for name in common.d4rl() if name.startswith("antmaze-") and name.endswith("-v2")}
     assert wanted <= found and len(wanted) == 54
-    assert {
-        name for path in CONFIGURATIONS for name in datasets(path) if "/" not in name
-    } <= import_data.d4rl_files().keys()
+    assert {name for path in CONFIGURATIONS for name in datasets(path) if "/" not in name} <= common.d4rl().keys()
 
 
 def test_a_benchmark_lists_all_datasets_of_its_configuration():

@@ -469,14 +469,15 @@ class ConfigError(DataError):
     status = 2  # and for options
 
 
-class SimulatorError(Exception):
+class SimulatorError(DataError):
     """An environment failed, which costs an evaluation."""
 
 
 def name_error(error: BaseException) -> str:
-    """Type, message, file and line of an exception."""
+    """Type, message, file and line of an exception, in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {str(error)[:200]}, {Path(frame.filename).name}:{frame.lineno}"
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{message}, {Path(frame.filename).name}:{frame.lineno}"
 
 
 @contextlib.contextmanager
@@ -723,9 +724,8 @@ class ReplayBuffer:
     """All transitions, on the device; memory of the CPU is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        kinds = {torch.int64: torch.int64}  # indices of discrete actions
-        columns = [torch.as_tensor(data[key]) for key in Batch._fields]
-        self.columns = [column.to(device, kinds.get(column.dtype, torch.float32)) for column in columns]
+        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields]
+        self.columns = [x if x.dtype == torch.int64 else x.float() for x in columns]  # indices of discrete actions stay
         self.size = len(columns[0])
 
     def rows(self, indices: Any) -> Batch:
@@ -759,8 +759,8 @@ class Task:
             left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
             if left and config.eval_env != "none":
                 print(f"{config.eval_env} is made as it is, {recorded['id']} was recorded with {left}")
-        n_waves = math.ceil(config.n_episodes / MAX_ENVS)
-        self.envs = make_environments(config, math.ceil(config.n_episodes / n_waves), **self.arguments)
+        n = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))  # so that all waves are alike
+        self.envs = make_environments(config.eval_env, n, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
         words = set(re.split("[^a-z0-9]+", f"{config.env} {self.arguments['id']}".lower()))
         if config.normalize_reward and words & {"halfcheetah", "hopper", "walker2d"} and config.env != "none":
@@ -781,7 +781,8 @@ class Task:
         """Of episodes; the score is 0 and 100 at the reference returns, where those are known."""
         mean, std, score = float(returns.mean()), float(returns.std()), None
         if self.reference is not None:
-            score = float(100 * (mean - self.reference[0]) / (self.reference[1] - self.reference[0]))
+            low, high = self.reference
+            score = float(100 * (mean - low) / (high - low))
         return {"eval_return": mean, "eval_return_std": std, "d4rl_normalized_score": score}
 
     def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
@@ -794,50 +795,16 @@ class Task:
                 raise DataError(f"training diverged: {place}; try smaller learning rates or a larger cql_alpha")
         return metrics
 
-    def rollout(self, policy: Callable) -> dict[str, np.ndarray]:
-        """One episode from each reset seed eval_seed + i, as many side by side as there are environments.
-
-        Returns arrays over the n_episodes: first observation, return, length, discounted return of the training
-        rewards, and success, NaN where the environment reports none. Raises SimulatorError.
-        """
-        n, seed = self.envs.num_envs, self.config.eval_seed
-        waves = [self.play(policy, range(seed + i, seed + i + n)) for i in range(0, self.config.n_episodes, n)]
-        return {key: np.concatenate([wave[key] for wave in waves])[: self.config.n_episodes] for key in waves[0]}
-
-    def play(self, policy: Callable, seeds: range) -> dict[str, np.ndarray]:
-        envs, space, running = self.envs, self.envs.single_observation_space, np.full(len(seeds), True)
-        result = {key: np.zeros(len(seeds)) for key in ("return", "length", "discounted_return")}
-        result["success"], problem = np.full(len(seeds), np.nan), f"{envs.spec.id} failed"
-        with explain(problem, SimulatorError):
-            observations, _ = envs.reset(seed=list(seeds))
-        result["first_observations"] = observations = flatten(observations, space)
-        while running.any() and result["length"].max() < MAX_STEPS:
-            if not np.isfinite(observations).all():
-                raise SimulatorError(f"{problem} (an observation is NaN or infinite)")
-            actions = to_space(policy(observations), envs.action_space)
-            with explain(problem, SimulatorError):
-                observations, rewards, terminated, truncated, infos = envs.step(actions)
-            observations = flatten(observations, space)
-            if not np.isfinite(rewards).all():
-                raise SimulatorError(f"{problem} (a reward is NaN or infinite)")
-            discounts = self.config.discount ** result["length"]
-            result["return"] += np.where(running, rewards, 0)
-            result["discounted_return"] += np.where(running, discounts * self.training_rewards(rewards), 0)
-            result["length"] += running
-            result["success"] = np.where(running, np.fmax(result["success"], infos["success"]), result["success"])
-            running &= ~(terminated | truncated)  # what an environment plays after its episode does not count
-        return result
-
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
         """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
-        row = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}
+        row, config = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}, self.config
         agent.eval()
-        with torch.random.fork_rng([self.config.device] if "cuda" in self.config.device else []):
-            torch.manual_seed(self.config.eval_seed)
+        with torch.random.fork_rng([config.device] if "cuda" in config.device else []):
+            torch.manual_seed(config.eval_seed)
             result = {}
             try:
                 if self.envs:
-                    result = self.rollout(agent.actor.act)
+                    result = rollout(agent.actor.act, self.envs, config.n_episodes, config.eval_seed)
             except SimulatorError as error:
                 tqdm.write(f"warning: no evaluation at update {agent.n_updates:,}: {error}", file=sys.stderr)
                 if error.__cause__ and not self.failed:
@@ -845,13 +812,49 @@ class Task:
                 self.failed = True
             if result:
                 result["predicted_value"] = agent.start_values(result.pop("first_observations"))
+                rewards = map(self.training_rewards, result.pop("rewards"))
+                result["discounted_return"] = [(x * config.discount ** np.arange(len(x))).cumsum()[-1] for x in rewards]
                 if not np.isnan(result["success"]).all():  # else the environment reports none
                     result["success"] = np.nan_to_num(result["success"])
-                row |= {f"eval_{name}": float(x.mean()) for name, x in result.items() if not np.isnan(x).any()}
-                row |= self.score(result["return"])
+                row |= {f"eval_{name}": float(np.mean(x)) for name, x in result.items() if not np.isnan(x).any()}
+                row |= self.score(np.array(result["return"]))
             row |= agent.holdout_metrics(holdout) if len(holdout.rewards) else {}
         agent.train()
         return row
+
+
+def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments: Any) -> dict[str, list]:
+    """Plays a policy in the Gymnasium environment `env`, made with these arguments (see load_dataset's `environment`).
+    Returns what rollout returns. Raises DataError."""
+    n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
+    with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
+        action_bounds(envs.single_action_space, env)  # refuses actions of another kind
+        return rollout(policy, envs, n_episodes, seed)
+
+
+def rollout(policy: Callable, envs: Any, n_episodes: int, seed: int) -> dict[str, list]:
+    """Plays one episode from each reset seed `seed` + i. Returns lists over the episodes: first_observations [O],
+    rewards [length], return, length, and success, NaN where none is reported. Raises SimulatorError."""
+    space, problem, episodes = envs.single_observation_space, f"{envs.spec.id} failed", []
+    for first_seed in range(seed, seed + n_episodes, envs.num_envs):
+        running, steps = np.full(envs.num_envs, True), []
+        with explain(problem, SimulatorError):
+            observations, _ = envs.reset(seed=first_seed)
+        observations = starts = flatten(observations, space)
+        while running.any() and len(steps) < MAX_STEPS:
+            actions = to_space(policy(observations), envs.action_space)
+            with explain(problem, SimulatorError):
+                observations, rewards, terminated, truncated, infos = envs.step(actions)
+            observations = flatten(observations, space)
+            if not (np.isfinite(observations).all() and np.isfinite(rewards).all()):
+                raise SimulatorError(f"{problem} (an observation or a reward is NaN or infinite)")
+            steps.append((rewards, infos["success"], running))
+            running = running & ~(terminated | truncated)
+        for start, (rewards, successes, ran) in zip(starts, np.transpose(steps)):  # [T] each
+            rewards = rewards[ran > 0]  # what an environment plays after its episode does not count
+            result = {"return": rewards.cumsum()[-1], "length": len(rewards), "rewards": rewards}
+            episodes.append(result | {"first_observations": start, "success": np.fmax.reduce(successes[ran > 0])})
+    return {name: [episode[name] for episode in episodes[:n_episodes]] for name in episodes[0]}
 
 
 class Success(gym.Wrapper):
@@ -871,15 +874,15 @@ class Success(gym.Wrapper):
 
 
 def make_environments(
-    config: Any, n: int, /, id: str, wrappers: Any = (), **arguments: Any
+    eval_env: Optional[str], n: int, /, id: str, wrappers: Any = (), **arguments: Any
 ) -> Optional[gym.vector.SyncVectorEnv]:
     """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
-    kind = ConfigError if config.eval_env else DataError
+    kind = ConfigError if eval_env else DataError
     problem = f"the environment {id} cannot be made; --eval_env takes another, or none"
     if id not in gym.registry and id != "none":
         with explain(problem, kind), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
-    if id not in gym.registry and config.eval_env in (None, "none"):  # a name in data could import any module
+    if id not in gym.registry and eval_env in (None, "none"):  # a name in data could import any module
         return None
     makers = []
     for name, options in wrappers:
@@ -908,10 +911,11 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
 
 
 def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """In the shape and the type of a space: rounded where it takes whole numbers."""
+    """In the shape and the type of a space: rounded where it takes whole numbers. Raises DataError for another size."""
     if np.issubdtype(space.dtype, np.integer):
         actions = np.rint(actions)
-    return np.reshape(actions, space.shape).astype(space.dtype)
+    with explain(f"actions do not fit the environment's, {space}"):
+        return np.reshape(actions, space.shape).astype(space.dtype)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -1037,8 +1041,8 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
                 if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
                     eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
             except Exception as error:  # no compiler, no Triton, a GPU that is too old
-                reason = " ".join(name_error(error).split())
-                print(f"warning: no compilation, slower; --compile False says so ({reason})", file=sys.stderr)
+                reason = f"--compile False says so ({name_error(error)})"
+                print(f"warning: no compilation, slower; {reason}", file=sys.stderr)
     Signals.wait = True
 
     def update() -> None:
@@ -1176,10 +1180,8 @@ class Run:
         sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
         if sizes != own:
             raise DataError(f"{self.source} holds another network than this run's: {sizes} there, {own} here")
-        try:
+        with explain(f"{self.source} holds another network than this run's"):
             agent.load_state_dict(self.checkpoint["agent"])
-        except RuntimeError as error:
-            raise DataError(f"{self.source} holds another network than this run's ({name_error(error)})") from error
         if not self.resumed:
             agent.n_updates = 0
             return
@@ -1220,16 +1222,16 @@ class Run:
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
-        options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
         # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
-        asked, mode = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID"), None
+        asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
         try:
             limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
             mode = None if asked or wandb.login(prompt=False, verify=False) else "disabled"
+            options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
             self.wandb = wandb.init(**options, config=vars(config), resume="allow", settings=limits, mode=mode)
         except Exception as error:  # no account, no network, no disk
-            print(f"warning: W&B is off for this run ({' '.join(name_error(error).split())})", file=sys.stderr)
+            print(f"warning: W&B is off for this run ({name_error(error)})", file=sys.stderr)
             self.wandb = wandb.init(mode="disabled")
         self.progress = tqdm(total=self.n_steps, initial=step, unit=unit, disable=None)
 
@@ -1240,7 +1242,7 @@ class Run:
                 self.wandb.log(values, step=step)
         except Exception as error:  # W&B's failures are not the run's
             if not self.log_failed:
-                print(f"warning: W&B lacks step {step:,} ({' '.join(name_error(error).split())})", file=sys.stderr)
+                print(f"warning: W&B lacks step {step:,} ({name_error(error)})", file=sys.stderr)
             self.log_failed = True
 
     def end(self, *environments: Any) -> None:

@@ -1,6 +1,8 @@
 """Measure what it costs to import a dataset and to load it: seconds and peak memory, each in a process of its own.
 
-python benchmarks/import_size.py  # writes benchmarks/results/import.csv
+    python benchmarks/studies/import_size.py
+
+This writes benchmarks/results/import.csv.
 """
 
 import multiprocessing
@@ -14,13 +16,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-CASES = {"long episodes": (2_000_000, 1000), "short episodes": (100_000, 22)}  # rows, rows an episode
+ROOT = Path(__file__).resolve().parents[2]
+CASES = {"long episodes": (2_000_000, 1000), "short episodes": (100_000, 22)}  # rows, rows per episode
 COLUMNS = ("case", "rows", "episode_length", "import_seconds", "import_peak_mb", "load_seconds", "load_peak_mb", "mb")
 
 
 def write(path, n, length):
-    """A file as D4RL's v2 ones: 17 + 6 numbers, next observations, time-outs."""
+    """Write a file like D4RL's v2 ones: 17 + 6 numbers, next observations, time-outs."""
     rng = np.random.default_rng(0)
     states = rng.standard_normal((n + 1, 17), dtype=np.float32)
     with h5py.File(path, "w") as file:
@@ -31,7 +33,7 @@ def write(path, n, length):
 
 
 def measure(*command):
-    """Seconds and peak memory in MB of a Python program."""
+    """The seconds and the peak memory in MB that a Python program takes."""
     started, process = time.perf_counter(), subprocess.Popen([sys.executable, *command], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -44,7 +46,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = f"{folder}/minari"
         for name, case in CASES.items():
-            # elsewhere, since a program's peak counts from the memory of the one that starts it
+            # in another process, since a program's peak includes the memory of the one that starts it
             writer = multiprocessing.get_context("spawn").Process(target=write, args=(f"{folder}/data.hdf5", *case))
             writer.start()
             writer.join()

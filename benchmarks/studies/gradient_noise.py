@@ -1,28 +1,27 @@
-"""How much noise cql_backprop_actions adds to the critics' gradient, beside that of the minibatches themselves.
+"""Measure how much noise cql_backprop_actions adds to the gradient of the critics, beside that of the minibatches.
 
-    python benchmarks/gradient_noise.py --env local/hopper/medium-v0 --checkpoints runs/*/checkpoint.pt
+    python benchmarks/studies/gradient_noise.py --env local/hopper/medium-v0 --checkpoints runs/*/checkpoint.pt
 
 For minibatches b = 1 .. n of the dataset, each with its targets and proposed actions, let g(b) be the exact gradient of
-the critics' loss (cql_backprop_actions=0) and g(b, k, r) that of the r-th time that k actions are drawn. Then
+the critics' loss (cql_backprop_actions=0) and g(b, k, r) the gradient when k actions are drawn for the r-th time. Then
 
     minibatch variance  V    = 1 / (n - 1)  sum_b |g(b) - mean_b g(b)|^2
     added variance      D(k) = 1 / (n R)    sum_b sum_r |g(b, k, r) - g(b)|^2
     share               D(k) / V
 
-so that a step from k drawn actions is as noisy as an exact one from a minibatch of batch_size / (1 + share). Both are
-sums over all parameters of the critics, in float32, at the checkpoint's parameters. Drawing is unbiased, so that g(b)
-is the mean of g(b, k, r), and D(k) = D(1) / k but for chance. relative_error: of D(1) / V, by the spread of both
-sums' terms over minibatches.
+so that a step with k drawn actions is as noisy as an exact step with a minibatch of batch_size / (1 + share). Both are
+sums over all parameters of the critics, in float32, at the checkpoint's parameters. Drawing is unbiased: the mean of
+g(b, k, r) is g(b), and D(k) = D(1) / k up to chance. `relative_error` is that of D(1) / V, from the spread of the terms
+of both sums over minibatches.
 
-A row a checkpoint is added to benchmarks/results/gradient_noise.csv. Those in the repository are of two runs (the data:
-docs/results.md), each continued under its --run_id with --max_timesteps 300, 1000, 3000 and 6000, its checkpoint.pt
-copied at each stop:
+The program adds one row per checkpoint to benchmarks/results/gradient_noise.csv. The rows in the repository come from
+two runs (docs/results.md names the data), each continued under its --run_id with --max_timesteps 300, 1000, 3000 and
+6000. Its checkpoint.pt was copied at each stop:
 
     python algorithms/offline/cql.py --env local/hopper/medium-v0 --policy_lr 1e-4 --q_n_hidden_layers 2 \
         --eval_env none --eval_freq 20000 --precision bfloat16 --compile True --run_id noise --max_timesteps 300
 """
 
-import argparse
 import csv
 import math
 import sys
@@ -31,6 +30,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import ROOT, Parser, one_line_errors
+
+# The study measures the agent's own loss, and so uses the inside of the script.
 from algorithms.offline import cql
 
 DRAWN = (1, 2, 4, 8)
@@ -41,10 +43,10 @@ COLUMNS = (
 
 
 def prepare(path, env=None):
-    """The agent of a checkpoint, and the data that it is trained on. Raises DataError."""
+    """The agent of a checkpoint, and a buffer of the data that it was trained on. Raises DataError."""
     start = cql.load(path, "cpu")
     if "agent" not in start:
-        raise cql.DataError(f"{path} holds a policy alone, no critics: give a checkpoint.pt")
+        raise cql.DataError(f"{path} holds a policy without critics: give a checkpoint.pt")
     options = {"device": "cpu", "precision": "float32", "compile": False, "eval_env": "none", "load_model": ""}
     config = cql.TrainConfig(**start["config"] | options | ({"env": env} if env else {}))
     data = cql.load_dataset(config.env)
@@ -55,7 +57,7 @@ def prepare(path, env=None):
 
 
 def critic_gradient(agent, batch, proposed, k):
-    """The gradient of the critics' loss with k drawn actions, or exactly (0), as one vector [P]."""
+    """The gradient of the critics' loss as one vector [P], with k drawn actions, or exact (k = 0)."""
     agent.config.cql_backprop_actions = k
     loss, *_ = agent.critic_loss(batch, *proposed)
     return torch.cat(
@@ -64,7 +66,7 @@ def critic_gradient(agent, batch, proposed, k):
 
 
 def measure(agent, batches, draws):
-    """The terms of a minibatch, [n], whose means are V and, for each k of DRAWN, D(k)."""
+    """The terms of each minibatch, [n], whose means are V and, for each k of DRAWN, D(k)."""
     exact, added = [], {k: [] for k in DRAWN}
     for batch in batches:
         with torch.no_grad():
@@ -79,28 +81,23 @@ def measure(agent, batches, draws):
     return deviations, {k: torch.stack(values) for k, values in added.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--env", help="dataset (default: that of the checkpoint)")
-    parser.add_argument("--checkpoints", type=Path, nargs="+", required=True, help="checkpoint.pt of offline/cql.py")
-    parser.add_argument("--batches", type=int, default=100, help="minibatches, 2 or more (default %(default)s)")
-    parser.add_argument(
-        "--draws", type=int, default=2, help="times that actions are drawn for each (default %(default)s)"
-    )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/gradient_noise.csv")
-    args = parser.parse_args()
-    if args.batches < 2 or args.draws < 1:
-        parser.error("--batches must be at least 2, and --draws at least 1")
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--env", help="dataset (default: that of the checkpoint)")
+    add("--checkpoints", type=Path, nargs="+", required=True, help="checkpoint.pt files of offline/cql.py")
+    add("--batches", type=int, default=100, help="number of minibatches, 2 or more (default %(default)s)")
+    add("--draws", type=int, default=2, help="how often actions are drawn for each (default %(default)s)")
+    add("--output", type=Path, default=ROOT / "benchmarks/results/gradient_noise.csv")
+    args = parser.parse_args(argv)
+    parser.require({"--batches must be at least 2, and --draws at least 1": args.batches >= 2 and args.draws >= 1})
     new = not args.output.exists()
-    with open(args.output, "a", newline="") as file:
+    with one_line_errors(), open(args.output, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         for path in args.checkpoints:
-            try:
-                agent, buffer = prepare(path, args.env)
-            except cql.DataError as error:
-                parser.exit(error.status, f"gradient_noise.py: {error}\n")
+            agent, buffer = prepare(path, args.env)
             torch.manual_seed(0)
             config = agent.config
             batches = (buffer.sample(config.batch_size) for _ in range(args.batches))

@@ -1,48 +1,36 @@
 """How good are policies that are chosen without a simulator? Compares ways to choose by the returns of evaluations.
 
-    python benchmarks/choices.py runs/alpha-* --fqe fqe.csv --output policies.csv
-    python benchmarks/choices.py benchmarks/results/fqe/lunarlander.csv
+    python benchmarks/studies/choices.py runs/alpha-* --fqe fqe.csv --output policies.csv
+    python benchmarks/studies/choices.py benchmarks/results/fqe/lunarlander.csv
 
-The first takes run folders of --keep_policies True whose policies were evaluated in a simulator, and the tables that
-fqe.py made of these policies, and writes a row a policy. Both print, from such rows, the rank correlations with real
-returns of FQE, of the critic's own promise (eval_predicted_value) and of nearness to the data (off data of fqe.py); and
-regrets, the best mean return minus that of the chosen policy, of choosing by these, by diagnose.py, the last policy,
-and any policy (a random choice): in a run, and in all runs of a seed.
+The first command takes run folders of --keep_policies True whose policies were evaluated in a simulator, and the tables
+that fqe.py made of these policies, and writes one row per policy. Both commands print two tables of such rows. The
+first holds rank correlations with the real returns: of FQE, of the critic's own prediction (eval_predicted_value; the
+column `promise`), and of nearness to the data (`off data` of fqe.py). The second holds regrets, the best mean return
+minus that of the chosen policy, in one run and in all runs of a seed, of choosing by each of these, by diagnose.py, the
+last policy, and any policy (a random choice).
 
-Exit status: 0 done, 1 cannot be done, 2 a bad command line; an error is one line on stderr and writes nothing.
+Exit status: 0 done, 1 cannot be done, 2 a bad command line. An error is one line on stderr and writes nothing.
 """
 
-import argparse
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Parser, fail, one_line_errors
+
 from algorithms.offline.cql import save
-
-
-def fail(status, message):
-    print(f"choices.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def read_run(folder: Path) -> tuple[list[dict[str, str]], dict]:
-    """Rows of metrics.csv, and the configuration. Raises OSError."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file)), yaml.safe_load((folder / "config.yaml").read_text())
+from benchmarks.diagnose import choose_alpha, judge, read
 
 
 def collect(folders: list[Path], fqe: list[Path]) -> pd.DataFrame:
-    """A row a policy. Raises ValueError and OSError."""
-    from benchmarks.diagnose import choose_alpha, judge
-
+    """One row per policy. Raises ValueError and OSError."""
     estimates, rows, sweeps = pd.concat(map(pd.read_csv, fqe)).set_index("policy"), [], {}
     for folder in folders:
-        metrics, config = read_run(folder)
+        _, metrics, config = read(folder)
         sweeps.setdefault(config["seed"], []).append((metrics, config))
         chosen = judge(metrics, config).step
         for row in metrics:
@@ -50,10 +38,10 @@ def collect(folders: list[Path], fqe: list[Path]) -> pd.DataFrame:
             if str(path) not in estimates.index:
                 raise ValueError(f"--fqe {' '.join(map(str, fqe))} has no row of {path}")
             if not row["eval_return"]:
-                raise ValueError(f"{folder} has no return of an evaluation at step {row['step']}")
+                raise ValueError(f"{folder} has no evaluation at step {row['step']}")
             step, estimate = int(row["step"]), estimates.loc[str(path)]
             rows.append({"run": folder.name, "cql_alpha": config["cql_alpha"], "seed": config["seed"], "step": step})
-            # Discounted returns and promises are of the rewards in training.
+            # Discounted returns and predictions are those of the rewards in training.
             names = {"return": "eval_return", "return_std": "eval_return_std"}
             names |= {"discounted_return": "eval_discounted_return", "promise": "eval_predicted_value"}
             rows[-1] |= {new: float(row[name]) for new, name in names.items()} | {"fqe": estimate["estimate"]}
@@ -66,7 +54,7 @@ def collect(folders: list[Path], fqe: list[Path]) -> pd.DataFrame:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rank correlation over the last axis, NaN where all are equal: [..., policies] twice -> [...]."""
+    """Rank correlation over the last axis, NaN if all are equal: [..., policies] twice -> [...]."""
     ranks = (pd.DataFrame(np.atleast_2d(z)).rank(axis=1).to_numpy() for z in (x, y))
     x, y = (z - z.mean(axis=1, keepdims=True) for z in ranks)
     with np.errstate(invalid="ignore"):
@@ -74,7 +62,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def correlation(rows: pd.DataFrame, x: str, y: str) -> str:
-    """Spearman's, with its 95 % bootstrap interval over policies."""
+    """Spearman's rank correlation with its 95 % bootstrap interval over policies."""
     x, y = rows[x].to_numpy(), rows[y].to_numpy()
     drawn = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
     low, high = np.nanquantile(spearman(x[drawn], y[drawn]), [0.025, 0.975])
@@ -82,7 +70,7 @@ def correlation(rows: pd.DataFrame, x: str, y: str) -> str:
 
 
 def regrets(rows: pd.DataFrame) -> dict[str, float]:
-    """Of each way to choose among these policies; NaN where it chooses none."""
+    """The regret of each way to choose among these policies; NaN if it chooses none."""
     lost = rows["return"].max() - rows["return"]
     diagnosed = lost[(rows["diagnose"] > 0) & ((rows["diagnose_alpha"] > 0) | (rows["run"].nunique() == 1))]
     result = {"fqe": lost[rows["fqe"].idxmax()], "promise": lost[rows["promise"].idxmax()]}
@@ -95,20 +83,20 @@ def report(rows: pd.DataFrame) -> str:
     rows = rows.assign(near=-rows["fqe_off_data"])
     lines = [f"{len(rows)} policies of {rows['run'].nunique()} runs; the best returns {rows['return'].max():.1f}", ""]
     lines += ["| rank correlation with | return | discounted return |", "|---|---|---|"]
-    for name, words in (("fqe", "FQE"), ("promise", "the critic's promise"), ("near", "nearness to the data")):
+    for name, words in (("fqe", "FQE"), ("promise", "the critic's prediction"), ("near", "nearness to the data")):
         cells = [correlation(rows, name, other) for other in ("return", "discounted_return")]
         lines.append(f"| {words}, all policies | {' | '.join(cells)} |")
         runs = [run for _, run in rows.groupby("run")]
         cells = [[spearman(run[name], run[other]) for run in runs] for other in ("return", "discounted_return")]
         lines.append(
-            f"| {words}, in a run, mean of {len(runs)} | {' | '.join(f'{np.nanmean(x):.2f}' for x in cells)} |"
+            f"| {words}, in one run, mean of {len(runs)} | {' | '.join(f'{np.nanmean(x):.2f}' for x in cells)} |"
         )
     lines += [
         "",
-        "| regret of choosing | by FQE | by the promise | nearest to the data | by diagnose.py | the last | any |",
+        "| regret of choosing | by FQE | by the prediction | nearest to the data | by diagnose.py | the last | any |",
     ]
     lines += ["|---|---|---|---|---|---|---|"]
-    for words, key in (("in a run", "run"), ("in all runs of a seed", "seed")):
+    for words, key in (("in one run", "run"), ("in all runs of a seed", "seed")):
         found = pd.DataFrame([regrets(group) for _, group in rows.groupby(key)])
         cells = [f"{found[name].mean():.1f} (worst {found[name].max():.1f})" for name in found]
         lines.append(f"| {words} ({len(found)}) | {' | '.join(cells)} |")
@@ -116,12 +104,17 @@ def report(rows: pd.DataFrame) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="choices.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: fail(2, message)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="run folders, or one file that --output wrote")
-    add("--fqe", type=Path, nargs="+", metavar="FILE.csv", help="what fqe.py --output wrote about the runs' policies")
-    add("--output", type=Path, metavar="FILE.csv", help="where the rows go")
+    add(
+        "--fqe",
+        type=Path,
+        nargs="+",
+        metavar="FILE.csv",
+        help="tables of these policies by fqe.py --output",
+    )
+    add("--output", type=Path, metavar="FILE.csv", help="file for the rows")
     args = parser.parse_args(argv)
     from_file = args.paths[0].suffix == ".csv" and len(args.paths) == 1
     if from_file != (args.fqe is None) or from_file and args.output:
@@ -133,13 +126,11 @@ def main(argv=None):
             save(args.output, rows.to_csv(index=False))
         print(text)
     except KeyError as error:
-        fail(1, f"{args.paths[0]} cannot be used: there is no {error}")
-    except (OSError, ValueError) as error:  # DataError is a ValueError
+        fail(1, f"{args.paths[0]} cannot be used: it has no {error}")
+    except (OSError, ValueError) as error:  # a DataError is a ValueError
         fail(1, f"{args.paths[0]} cannot be used: {error}")
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except KeyboardInterrupt:
-        fail(130, "interrupted")

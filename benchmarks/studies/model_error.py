@@ -1,21 +1,20 @@
-"""How far the model of a run of offline/combo.py errs, by the number of steps that it imagines.
+"""Measure how far the model of a run of offline/combo.py errs after each number of imagined steps.
 
     python benchmarks/collect.py --env Hopper-v5 --policy runs/first/policy.pt --steps 5000 --id mine/learned-v0
-    python benchmarks/model_error.py runs/first --env d4rl/hopper-medium-v2 mine/learned-v0
+    python benchmarks/studies/model_error.py runs/first --env d4rl/hopper-medium-v2 mine/learned-v0
 
-From each recorded state whose episode lasts long enough (--starts of them, drawn) each elite follows the recorded
-actions by its mean, without noise. Printed, and added to the file of --output, is a row a dataset and step h, over all
-starts and elites:
+The model starts from recorded states whose episode lasts long enough (--starts of them, drawn at random). From each one
+every elite follows the recorded actions by its mean, without noise. The program prints one row per dataset and step h,
+over all starts and elites, and adds it to the file of --output:
 
-  observation   1 - mean |s'_h - s_h|^2 / mean |s_h - s_0|^2, in units of the training data's changes a step: 1 is
-                exact, 0 as good as "nothing changes"
+  observation   1 - mean |s'_h - s_h|^2 / mean |s_h - s_0|^2, in units of the training data's changes per step: 1 is
+                exact, 0 is as good as "nothing changes"
   reward        1 - mean (r'_h - r_h)^2 / variance of r_h
-  reward_bias   mean of r'_h - r_h; above 0 the model promises too much
+  reward_bias   mean of r'_h - r_h; above 0 the model predicts too much
 
-where ' is imagined. Exit status 1 for a run or data that cannot be used.
+where ' marks what is imagined. Exit status 1 for a run or data that cannot be used.
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -24,6 +23,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import DataError, Parser, one_line_errors
+
+# The study measures the model alone, and so uses the inside of the script.
 from algorithms.offline import combo
 
 COLUMNS = ("run", "env", "step", "starts", "observation", "reward", "reward_bias")
@@ -43,7 +45,7 @@ def load_model(folder):
 
 
 def windows(data, n_steps):
-    """First transitions of all stretches of n_steps inside an episode: [n]."""
+    """The first transition of each stretch of n_steps inside one episode: [n]."""
     ends = np.flatnonzero(data["terminals"] | data["timeouts"])
     last = np.append(ends, len(data["rewards"]) - 1)[np.searchsorted(ends, np.arange(len(data["rewards"])))]
     return np.flatnonzero(np.arange(len(last)) + n_steps - 1 <= last)
@@ -51,7 +53,7 @@ def windows(data, n_steps):
 
 @torch.no_grad()
 def measure(model, data, starts, n_steps):
-    """The rows of a dataset; starts [n] as `windows` gives them."""
+    """The rows of a dataset, for the starts [n] that `windows` returned."""
     observations, following, actions, rewards = (
         torch.as_tensor(data[key]) for key in ("observations", "next_observations", "actions", "rewards")
     )
@@ -72,18 +74,18 @@ def measure(model, data, starts, n_steps):
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--env", nargs="+", help="Minari datasets to compare with (default: the run's own)")
-    parser.add_argument("--steps", type=int, default=10, help="to imagine")
-    parser.add_argument("--starts", type=int, default=2000, help="at most, drawn from a dataset's states")
-    parser.add_argument("--output", type=Path, help="CSV file to add the rows to")
-    options = parser.parse_args()
-    if min(options.steps, options.starts) < 1:
-        parser.error("--steps and --starts take numbers above 0")
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="folders of runs")
+    add("--env", nargs="+", help="datasets to compare with (default: that of the run)")
+    add("--steps", type=int, default=10, help="number of imagined steps (default %(default)s)")
+    add("--starts", type=int, default=2000, help="most states of a dataset to start from (default %(default)s)")
+    add("--output", type=Path, help="CSV file to add the rows to")
+    options = parser.parse_args(argv)
+    parser.require({"--steps and --starts must be at least 1": min(options.steps, options.starts) >= 1})
     rows = []
-    try:
+    with one_line_errors():
         for folder in options.runs:
             model, config = load_model(folder)
             for env in options.env or [config.env]:
@@ -93,15 +95,11 @@ def main():
                 sizes = sum(data[key].shape[1] for key in ("observations", "actions"))
                 starts = windows(data, options.steps)
                 if not len(starts) or sizes != len(model.input_mean):
-                    raise combo.DataError(
-                        f"{env} has no episode of {options.steps} steps, or other sizes than {folder}"
-                    )
+                    raise DataError(f"{env} has no episode of {options.steps} steps, or other sizes than {folder}")
                 starts = np.random.default_rng(0).permutation(starts)[: options.starts]
                 for row in measure(model, data, starts, options.steps):
                     rows.append({"run": folder.name, "env": env} | row)
                     print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    except combo.DataError as error:
-        sys.exit(f"model_error.py: {error}")
     if options.output:
         new = not options.output.exists()
         options.output.parent.mkdir(parents=True, exist_ok=True)
