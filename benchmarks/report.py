@@ -27,6 +27,7 @@ Needs requirements-extra.txt. Exit status: 0 written, 1 cannot be done, 2 a bad 
 stderr and leaves older files as they were.
 """
 
+import functools
 import math
 import os
 import re
@@ -270,11 +271,11 @@ def report(args: Any, command: str) -> None:
     comparison = report_runs.compare(results, notes)
     datasets = unique(run.dataset for run in runs)
     try:
-        stored = report_runs.stored_behaviours(args.runs)
+        known = report_runs.stored_behaviours(args.runs)
     except DataError as error:
-        stored = {}
+        known = {}
         notes.append(f"{error}; left out")
-    behaviours = {x: stored.get(x) or report_runs.behaviour(x, notes) for x in datasets}
+    behaviours = {x: known.get(x) or report_runs.behaviour(x, notes) for x in datasets}
     behaviours = {x: row for x, row in behaviours.items() if row}
     pictures = report_page.draw(results, behaviours, comparison)
     tables = [score_table(results, behaviours, comparison), run_table(results), metrics_table(results)]
@@ -334,14 +335,20 @@ def behaviour_text(row: dict[str, float], quantity: str) -> str:
     return f"{text} ({row['score']:.1f})" if quantity == "return (score)" else text
 
 
-def make_table(spec: dict[str, Any]) -> Table:
-    """The table that a marker describes. Raises DataError."""
-    folders, rows, notes = [str(ROOT / x) for x in spec["runs"]], [], []
+@functools.cache  # a page has many tables of the same runs
+def stored(*folders: str) -> tuple[Results, Behaviours]:
+    """The runs of folders below the repository's root. Raises DataError if one cannot be used."""
+    folders, notes = [str(ROOT / x) for x in folders], []
     runs = report_runs.read(folders, notes)
     if notes:
         raise DataError("; ".join(notes))
-    results, behaviours = report_runs.collect(runs, []), report_runs.stored_behaviours(folders)
-    datasets = {dataset for dataset, _ in results}
+    return report_runs.collect(runs, []), report_runs.stored_behaviours(folders)
+
+
+def make_table(spec: dict[str, Any]) -> Table:
+    """The table that a marker describes. Raises DataError."""
+    results, behaviours = stored(*spec["runs"])
+    datasets, rows = {dataset for dataset, _ in results}, []
     for row, words in spec["rows"].items():
         texts = [words or row] if "head" in spec else []
         for column in spec["columns"]:

@@ -225,8 +225,8 @@ def test_nothing_is_pooled_below_three_runs_of_each_method(n_runs, make, tmp_pat
     assert column(tmp_path / "out", "Scores", "B")[1] == "-" if n_runs == 2 else "1.0 [0.0, 2.0]"
     if n_runs == 2:
         (tmp_path / "runs/A2/metrics.csv").unlink()
-        make("runs", "--out", "few", pictures=True)
-        assert len(cells(tmp_path / "few", "Scores")[1]) == 1 and not (tmp_path / "few/profile.png").exists()
+        make("runs", "--out", "few")
+        assert len(cells(tmp_path / "few", "Scores")[1]) == 1
         assert (tmp_path / "out/profile.png").exists()
 
 
@@ -476,6 +476,7 @@ def commands(path):
     return [shlex.split(html.unescape(text)) for text in found]
 
 
+@pytest.mark.parametrize("script", ["algorithms.discrete.cql_dqn", "algorithms.finetune.cql"], indirect=True)
 def test_page_of_real_runs_needs_nothing_else(script, run, make, tmp_path):
     runs = run(seed=1, run_id="one", holdout_fraction=0.3).parent
     run(seed=1, run_id="two", cql_alpha=0, holdout_fraction=0.3)
@@ -581,7 +582,7 @@ def test_pictures_of_many_methods_negative_returns_and_divergence(tmp_path, make
         table["eval_predicted_value"] = 10.0 ** (np.arange(2) * (i == 3) * 6)
         table.to_csv(path / "metrics.csv", index=False)
     assert make("runs", "--out", "out", pictures=True)[0] == 0
-    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}  # without a profile, since each method ran once
     assert names == {"curves.png", "metrics-a-b-v0.png", "metrics-a-c-v0.png"}
     assert "<li>" in (tmp_path / "out/index.html").read_text()
 
