@@ -47,16 +47,14 @@ from benchmarks.report_page import METRICS, Table
 from benchmarks.report_runs import KEYS, RETURN, SCORE, STD, Behaviours, Cell, Comparison, Results, Run, short, unique
 
 
-def spread(values: np.ndarray, digits: int = 1) -> str:
+def spread(values: np.ndarray, form: str = ".1f") -> str:
     """Mean ± standard deviation over seeds, of which one has none."""
-    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{deviation}" if len(values) else "-"
+    deviation = f" ± {values.std():{form}}" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{deviation}" if len(values) else "-"
 
 
-def compact(values: np.ndarray) -> str:
-    """The same in four digits, for metrics of any size."""
-    deviation = f" ± {values.std():.2g}" if len(values) > 1 else ""
-    return f"{values.mean():.4g}{deviation}" if len(values) else "-"
+def count(n: int, word: str) -> str:
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def returns_text(cell: Cell) -> str:
@@ -67,8 +65,8 @@ def returns_text(cell: Cell) -> str:
     return f"{returns[0]:.1f} ± {cell.last(STD)[0]:.1f}"
 
 
-def brackets(ends: Any, digits: int = 1) -> str:
-    return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+def brackets(ends: np.ndarray, form: str = ".1f") -> str:
+    return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
 # Tables of the page
@@ -110,21 +108,17 @@ def score_table(results: Results, behaviours: Behaviours, comparison: Comparison
             row.append(f"{spread(cell.last(SCORE))}{state}" if cell else "-")
         own = published[published["dataset"] == dataset].set_index("label")
         rows.append([*row, *(published_text(own.loc[x]) if x in own.index else "-" for x in others)])
-    text = "Score of the last evaluation, 0 and 100 at the dataset's reference returns: mean ± standard deviation over "
-    text += "seeds."
+    text = "Score of the last evaluation, 0 and 100 at the dataset's reference returns: mean ± deviation over seeds."
     if comparison.datasets:
-        row = [f"interquartile mean of {len(comparison.datasets)} dataset(s)", "-"]
+        row = [f"interquartile mean of {count(len(comparison.datasets), 'dataset')}", "-"]
         for strata in (comparison.scores.get(method) for method in methods):
             ends = f" {brackets(report_runs.iqm_interval(strata))}" if strata and comparison.spread else ""
             row.append(f"{report_runs.iqm(np.concatenate(strata)):.1f}{ends}" if strata else "-")
         rows.append(row + ["-"] * len(others))
         text += " The interquartile mean is over datasets and seeds [95 % interval]."
     text += "".join(f" Published score, {note}." for note in unique(published["note"].dropna()))
-    text += (
-        f" A published best score is called so. Sources: {'; '.join(unique(published['source']))}."
-        if len(published)
-        else ""
-    )
+    if len(published):
+        text += f" A published best score is called so. Sources: {'; '.join(unique(published['source']))}."
     return Table("Scores", ["dataset", "behaviour", *methods, *others], rows, text)
 
 
@@ -139,12 +133,12 @@ def run_table(results: Results) -> Optional[Table]:
     header = [*header.split(", "), "best score (over evaluations)", "predicted value", "realised value", "state"]
     rows = []
     for (dataset, method), cell in results.items():
-        returns, episodes = cell.last(), unique(f"{x.episodes:.0f}" for x in cell.runs if not math.isnan(x.episodes))
+        returns, ends = cell.last(), "-"
         if not len(returns):
             continue
-        ends = (
-            brackets(report_runs.interval(report_runs.resample([returns])[0].mean(axis=1))) if len(returns) > 1 else "-"
-        )
+        if len(returns) > 1:
+            ends = brackets(report_runs.interval(report_runs.resample([returns])[0].mean(axis=1)))
+        episodes = unique(f"{x.episodes:.0f}" for x in cell.runs if not math.isnan(x.episodes))
         row = [dataset, method, str(len(returns)), " or ".join(episodes) or "-", f"{cell.steps[-1]:,.0f}"]
         row += [returns_text(cell), ends, f"{returns.min():.1f}", spread(cell.last(SCORE)), spread(cell.best())]
         row += [spread(cell.last("eval_predicted_value")), spread(cell.last("eval_discounted_return")), cell.state]
@@ -165,7 +159,7 @@ def metrics_table(results: Results) -> Optional[Table]:
         if not len(cell.last()):
             row = [dataset, method, str(len(cell.runs)), f"{cell.steps[-1]:,.0f}"]
             for names in METRICS.values():
-                row.append(next((compact(x) for x in map(cell.last, names) if len(x)), "-"))
+                row.append(next((spread(x, ".4g") for x in map(cell.last, names) if len(x)), "-"))
             rows.append([*row, cell.state])
     text = (
         "Nothing evaluated these policies, so there is no return. Training metrics of the last row, mean ± standard "
@@ -201,23 +195,24 @@ def improvement_table(comparison: Comparison) -> Optional[Table]:
     rows = []
     for first, second in report_runs.pairs(comparison):
         strata = comparison.scores[first], comparison.scores[second]
-        ends = brackets(report_runs.improvement_interval(*strata), 2) if comparison.spread else "-"
+        ends = brackets(report_runs.improvement_interval(*strata), ".2f") if comparison.spread else "-"
         rows.append([f"{first} > {second}", f"{report_runs.improvement(*strata):.2f}", ends])
-    text = (
-        "How likely a run of the first method scores above one of the second on the same dataset; 0.5: no difference."
-    )
+    text = "How likely a run of the first scores above one of the second on the same dataset; 0.5: no difference."
     header = ["methods", "probability", "95 % interval"]
     return Table("Probability of improvement", header, rows, text) if rows else None
 
 
-PHASES = ("offline score", "lowest of the next three", "dip", "last score", "train regret", "eval regret")
+PHASES = {  # of a run that goes online -> digits
+    "offline score": ".1f", "lowest of the next three": ".1f", "dip": ".1f", "last score": ".1f", "train regret": ".3f",
+    "eval regret": ".3f",
+}  # fmt: skip
 
 
 def phase_table(results: Results) -> Optional[Table]:
     rows = []
     for (dataset, method), cell in results.items():
         if phases := cell.phases():
-            texts = [spread(phases[x][np.isfinite(phases[x])], 3 if "regret" in x else 1) for x in PHASES]
+            texts = [spread(phases[x][np.isfinite(phases[x])], PHASES[x]) for x in PHASES]
             rows.append([dataset, method, str(len(cell.runs)), *texts])
     text = (
         "Scores where the phases meet, the lowest of the three evaluations after that, how far it lies below (dip), "
@@ -251,10 +246,6 @@ def write(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def count(n: int, word: str) -> str:
-    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def report(args: Any, command: str) -> None:
@@ -326,8 +317,8 @@ QUANTITIES = {
     "steps": lambda cell: f"{cell.steps[-1]:,.0f}",
     "promised": lambda cell: spread(cell.last("eval_predicted_value")),  # the critics' prediction at the starts
     "realised": lambda cell: spread(cell.last("eval_discounted_return")),
-    "regulariser": lambda cell: spread(cell.last("combo_regulariser"), 2),  # of offline/combo.py
-} | {name: lambda cell, name=name: spread(cell.phases()[name], 3 if "regret" in name else 1) for name in PHASES}
+    "regulariser": lambda cell: spread(cell.last("combo_regulariser"), ".2f"),  # of offline/combo.py
+} | {name: lambda cell, name=name: spread(cell.phases()[name], PHASES[name]) for name in PHASES}
 
 
 def behaviour_text(row: dict[str, float], quantity: str) -> str:

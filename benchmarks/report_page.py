@@ -74,6 +74,7 @@ def matplotlib_pyplot():
 
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False})
     plt.rcParams["text.parse_math"] = False  # a dollar in a name is one
+    plt.rcParams["axes.formatter.useoffset"] = False
     return plt
 
 
@@ -209,7 +210,7 @@ def metrics(plt, dataset: str, cells: dict[str, Cell], methods: list[str]):
 def profiles(plt, comparison: Comparison, methods: list[str]):
     if not comparison.datasets:
         return None
-    figure, (axis,) = panels(plt, [f"{len(comparison.datasets)} dataset{'s' * (len(comparison.datasets) > 1)}"], 1)
+    figure, (axis,) = panels(plt, [", ".join(comparison.datasets)], 1)
     everything = np.concatenate([x for strata in comparison.scores.values() for x in strata])
     taus = np.linspace(everything.min() - 1e-9, everything.max(), 201)
     for method, strata in comparison.scores.items():
@@ -233,8 +234,7 @@ CAPTIONS = {  # picture -> title, how to read it
     ),
     "profile": (
         "Performance profile",
-        "The share of runs whose last score is above τ, over all datasets; the band is a 95 % interval of a bootstrap "
-        "over seeds within each dataset.",
+        "Share of runs whose last score is above τ, with a 95 % interval of a bootstrap over seeds within each dataset.",
     ),
     "metrics": (
         "Training metrics of {}",

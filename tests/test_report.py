@@ -387,7 +387,7 @@ def test_datasets_without_reference_are_left_out_of_what_is_pooled(make, tmp_pat
     assert "no reference returns, hence no scores: mine/shop-v0 (left out where runs are pooled)" in err
     assert column(tmp_path / "out", "Scores", "dataset") == [
         "d4rl/hopper-medium-v2",
-        "interquartile mean of 1 dataset(s)",
+        "interquartile mean of 1 dataset",
     ]
     assert cells(tmp_path / "out", "Probability of improvement")[1] == [["A > B", "1.00", "[1.00, 1.00]"]]
 
