@@ -261,11 +261,7 @@ def report(args: Any, command: str) -> None:
     results = report_runs.collect(runs, notes)
     comparison = report_runs.compare(results, notes)
     datasets = unique(run.dataset for run in runs)
-    try:
-        known = report_runs.stored_behaviours(args.runs)
-    except DataError as error:
-        known = {}
-        notes.append(f"{error}; left out")
+    known = report_runs.stored_behaviours(args.runs, notes)
     behaviours = {x: known.get(x) or report_runs.behaviour(x, notes) for x in datasets}
     behaviours = {x: row for x, row in behaviours.items() if row}
     pictures = report_page.draw(results, behaviours, comparison)
@@ -330,10 +326,11 @@ def behaviour_text(row: dict[str, float], quantity: str) -> str:
 def stored(*folders: str) -> tuple[Results, Behaviours]:
     """The runs of folders below the repository's root. Raises DataError if one cannot be used."""
     folders, notes = [str(ROOT / x) for x in folders], []
-    runs = report_runs.read(folders, notes)
+    results = report_runs.collect(report_runs.read(folders, notes), [])
+    behaviours = report_runs.stored_behaviours(folders, notes)
     if notes:
         raise DataError("; ".join(notes))
-    return report_runs.collect(runs, []), report_runs.stored_behaviours(folders)
+    return results, behaviours
 
 
 def make_table(spec: dict[str, Any]) -> Table:

@@ -234,7 +234,7 @@ CAPTIONS = {  # picture -> title, how to read it
     ),
     "profile": (
         "Performance profile",
-        "Share of runs whose last score is above τ, with a 95 % interval of a bootstrap over seeds within each dataset.",
+        "Share of runs whose last score is above τ; the band is a 95 % bootstrap interval over seeds within each dataset.",
     ),
     "metrics": (
         "Training metrics of {}",

@@ -426,17 +426,16 @@ def collect(runs: list[Run], notes: list[str]) -> Results:
     return results
 
 
-def stored_behaviours(names: list[str]) -> Behaviours:
-    """Reads behaviour.csv beside the inputs. Raises DataError."""
-    found = {}
+def stored_behaviours(names: list[str], notes: list[str]) -> Behaviours:
+    """Reads behaviour.csv beside the inputs; one that cannot be read is noted."""
+    found, kinds = {}, {"return": float, "std": float, "episodes": int, "score": float}
     for path in unique((x if x.is_dir() else x.parent) / "behaviour.csv" for x in map(Path, names)):
         if path.exists():
             try:
-                kinds = {"return": float, "std": float, "episodes": int, "score": float}
                 table = pd.read_csv(path, float_precision="round_trip", index_col="dataset", dtype=kinds)
                 found |= table[list(kinds)].to_dict("index")
             except (OSError, ValueError, KeyError) as error:
-                raise DataError(f"{path} cannot be read: {error}") from None
+                notes.append(f"{path} cannot be read: {error}; left out")
     return found
 
 
