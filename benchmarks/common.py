@@ -1,15 +1,17 @@
-"""What the programs of this folder share; importing it makes `algorithms` and `benchmarks` importable from any folder."""
+"""What the programs here share. Importing it makes `algorithms` and `benchmarks` importable from any folder."""
 
 import argparse
 import contextlib
+import csv
+import functools
 import importlib.util
+import io
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn, Optional
-
-import numpy as np
+from typing import Any, NamedTuple, NoReturn, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -19,13 +21,20 @@ SCRIPTS = (
     "algorithms.discrete.cql_dqn",
     "algorithms.offline.cql",
 )  # between them they open the policies of all scripts
-INTERFACE = ("load_policy", "load_dataset", "evaluate")  # all that programs use of a script whose policy they open
+INTERFACE = ("load_policy", "load_dataset", "evaluate")  # all that programs use of the script of a policy
+LUNAR_LANDER = {"LunarLander": (-180.0, 250.0), "LunarLanderContinuous": (-200.0, 280.0)}  # see reference_scores
 
 
 class DataError(ValueError):
-    """Data or files that cannot be used. Like the scripts' own DataError it is told in one line."""
+    """Data or files that cannot be used. Like a script's DataError it has an exit status and is told in one line."""
 
     status = 1
+
+
+class OptionError(DataError):
+    """A value of an option that cannot be used."""
+
+    status = 2
 
 
 def fail(status: int, message: object) -> NoReturn:
@@ -35,13 +44,25 @@ def fail(status: int, message: object) -> NoReturn:
 
 
 @contextlib.contextmanager
-def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
-    """Ends the program with one line for a DataError, here or of any script, and for Ctrl-C. Bugs keep their
-    traceback."""
+def prefix(problem: str) -> Iterator[None]:
+    """Puts the problem before the message of a DataError, ours or a script's; it keeps its exit status."""
     try:
         yield
     except ValueError as error:
-        if not hasattr(error, "status"):  # each script has a DataError of its own, with its exit status
+        if not hasattr(error, "status"):  # each script has a DataError of its own, with an exit status
+            raise
+        longer = DataError(f"{problem}: {error}")
+        longer.status = error.status
+        raise longer from error
+
+
+@contextlib.contextmanager
+def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """Ends the program with one line for a DataError, ours or a script's, and for Ctrl-C. Bugs keep their traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if not hasattr(error, "status"):
             raise
         fail(error.status, error)
     except KeyboardInterrupt:
@@ -52,13 +73,13 @@ class Parser(argparse.ArgumentParser):
     """Describes a program by the first paragraph of its docstring, takes options in full only, and tells an error in
     one line with exit status 2."""
 
-    def __init__(self, doc: str, **options):
+    def __init__(self, doc: str, **options: Any):
         super().__init__(**{"description": " ".join(doc.partition("\n\n")[0].split())} | options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         fail(2, message)
 
-    def require(self, rules: dict[str, bool]) -> None:
+    def require(self, rules: dict[str, Any]) -> None:
         """Ends the program with the first rule that is not kept."""
         for rule, kept in rules.items():
             if not kept:
@@ -66,36 +87,102 @@ class Parser(argparse.ArgumentParser):
 
     def add_script(self) -> None:
         """Adds --script, for open_policy."""
-        text = "your own copy of a training script, where the policy comes from one (default: the scripts here)"
-        self.add_argument("--script", type=Path, metavar="FILE.py", help=text)
+        words = (
+            "your own copy of a training script, if the policy comes from one (default: the scripts of this project)"
+        )
+        self.add_argument("--script", type=Path, metavar="FILE.py", help=words)
 
 
 def load_script(path: Path) -> ModuleType:
-    """A copied training script as a module, under a name that hides no other module. Raises DataError."""
+    """A copied training script as a module, under a name that hides no other module. Raises OptionError."""
     if path.suffix != ".py" or not path.is_file():
-        raise DataError(f"--script {path} is not a Python file: give the path of your training script")
-    spec = importlib.util.spec_from_file_location(f"--script {path.resolve()}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module of a class
-    spec.loader.exec_module(module)
-    if missing := [name for name in INTERFACE if not callable(getattr(module, name, None))]:
-        raise DataError(f"--script {path} is not a training script: it has no function {' or '.join(missing)}")
-    return module
+        raise OptionError(f"--script {path} is not a Python file: give the path of your training script")
+    name = f"--script {path.resolve()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for the module of a class
+        spec.loader.exec_module(sys.modules[name])
+    if missing := [x for x in INTERFACE if not callable(getattr(sys.modules[name], x, None))]:
+        needed = "a training script has load_policy, load_dataset and evaluate"
+        raise OptionError(f"--script {path} has no function {' or '.join(missing)}: {needed}")
+    return sys.modules[name]
 
 
-def open_policy(path: Path, script: Optional[Path] = None) -> tuple[ModuleType, Callable[[np.ndarray], np.ndarray]]:
-    """The script that opens a policy.pt or checkpoint.pt, and policy(observations [B, O]) -> actions. Raises a
-    DataError."""
+def open_policy(path: Path, script: Optional[Path] = None) -> tuple[ModuleType, Callable]:
+    """The script that opens a policy.pt or checkpoint.pt, and policy(observations [B, O]) -> actions. Raises the
+    DataError of this module or of the script."""
     if script:
         module = load_script(script)
         return module, module.load_policy(path)
     if not path.is_file():
-        raise DataError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+        raise DataError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     for name in SCRIPTS:
         module = importlib.import_module(name)
         try:
             return module, module.load_policy(path)
         except module.DataError as error:
             reason = error
-    cure = "--script names your own script, if the policy comes from one"
-    raise DataError(f"{path} is not a policy.pt or checkpoint.pt of the scripts here; {cure} ({reason})")
+    cure = "if it comes from your own copy of a script, name the copy with --script"
+    raise DataError(f"{path} is not a policy.pt or checkpoint.pt of this project's scripts; {cure} ({reason})")
+
+
+def check_actions(actions: Any, space: Any) -> None:
+    """Raises DataError if the actions [B, ...] of a policy have another shape or kind of numbers than the space."""
+    if actions.shape[1:] != space.shape or (actions.dtype.kind == "f") != (space.dtype.kind == "f"):
+        kinds = [f"{x.dtype} of shape {shape}" for x, shape in ((actions, actions.shape[1:]), (space, space.shape))]
+        raise DataError(f"the policy's actions are {kinds[0]}, the environment's {kinds[1]}")
+
+
+def know_robotics(env_id: str) -> None:
+    """Makes the environments of Gymnasium-Robotics known if the id is not one of Gymnasium's."""
+    import gymnasium as gym
+
+    if env_id not in gym.registry:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+
+
+def make_env(env_id: str, option: str = "--env", /, **arguments: Any) -> Any:
+    """The Gymnasium environment that an option names; MODULE:ID imports the module first. Raises OptionError."""
+    import gymnasium as gym
+
+    gym.logger.min_level = gym.logger.ERROR  # an error is one line, without warnings above it
+    try:
+        know_robotics(env_id)
+        with warnings.catch_warnings(action="ignore"):
+            return gym.make(env_id, disable_env_checker=True, **arguments)
+    except Exception as error:  # Gymnasium's own errors, a missing package, a simulator of another version
+        raise OptionError(f"{option} {env_id} cannot be used: {str(error) or repr(error)}") from error
+
+
+class D4RL(NamedTuple):
+    """A row of d4rl.csv: a dataset of D4RL."""
+
+    domain: str
+    file: str  # below D4RL's address, without .hdf5
+    environment: str  # the one of Gymnasium that has the same observations; "" if there is none
+    max_episode_steps: int  # of D4RL's longest episodes
+    scores: Optional[tuple[float, float]]  # returns that score 0 and 100
+
+
+@functools.cache
+def d4rl() -> dict[str, D4RL]:
+    """The datasets of D4RL by name. Walker2d-v4 and Ant-v4 stand there because v5 changed the friction of a foot, and
+    the observations. Gymnasium-Robotics' mazes have other coordinates than D4RL's, its kitchen other observations."""
+    found = {}
+    with open(Path(__file__).with_name("d4rl.csv"), newline="") as file:
+        for row in csv.DictReader(file):
+            scores = (float(row["ref_min_score"]), float(row["ref_max_score"])) if row["ref_min_score"] else None
+            steps = int(row["max_episode_steps"])
+            found[row["name"]] = D4RL(row["domain"], row["file"], row["environment"], steps, scores)
+    return found
+
+
+def reference_scores(env_id: str) -> Optional[tuple[float, float]]:
+    """Returns that score 0 and 100 in a Gymnasium environment, of any version: LunarLander, and those of D4RL."""
+
+    def task(name: str) -> str:
+        return name.rsplit("-v", 1)[0]
+
+    known = {task(dataset.environment): dataset.scores for dataset in d4rl().values() if dataset.environment}
+    return (LUNAR_LANDER | known).get(task(env_id))

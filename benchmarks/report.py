@@ -12,8 +12,9 @@ an input). A damaged run is named and left out.
 
 The dataset of a run is its option env (hopper-medium-v2 is d4rl/hopper-medium-v2). Versions of a dataset never share a
 row, and are never pooled. The method of a run is its option name and the options that separate it from other runs of
-that name on that dataset, except seeds and options that cannot change a policy. Runs of different scripts stay apart;
---script names your own copies, which options of their own tell apart. --by names the options instead.
+that name on that dataset, except seeds and options that cannot change a policy; a value that most of them share is left
+out. Runs of different scripts stay apart; --script names your own copies, which options of their own tell apart. --by
+names the options instead.
 
 Unfinished runs are named. They count only where no run of their method was finished, and are never pooled. Seeds of
 different length are compared at the last step that all have. Statistics that pool runs need three of each method.
@@ -42,7 +43,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import report_page, report_runs
-from benchmarks.common import ROOT, DataError, Parser, fail, one_line_errors
+from benchmarks.common import ROOT, DataError, OptionError, Parser, fail, one_line_errors
 from benchmarks.report_page import METRICS, Table
 from benchmarks.report_runs import KEYS, RETURN, SCORE, STD, Behaviours, Cell, Comparison, Results, Run, short, unique
 
@@ -251,7 +252,7 @@ def write(path: Path, content: str | bytes) -> None:
 def report(args: Any, command: str) -> None:
     """Writes the page and all that belongs to it. Raises DataError and OSError."""
     if report_runs.is_run(args.out) or any(args.out.glob("*/config.yaml")):
-        fail(2, f"--out {args.out} holds run folders: name another folder")
+        raise OptionError(f"--out {args.out} holds run folders: name another folder")
     notes = []
     scripts = [report_runs.read_script(path) for path in [*sorted(ROOT.glob("algorithms/*/*.py")), *args.script]]
     runs = report_runs.read(args.runs, notes)

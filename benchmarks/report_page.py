@@ -99,7 +99,7 @@ def panels(plt, names: list[str], most: int):
     for axis in axes.flat[n:]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names):
-        axis.set_title(wrap(name, int(13 * width)))
+        axis.set_title(wrap(name, int(11 * width)))
     return figure, list(axes.flat[:n])
 
 
@@ -196,7 +196,7 @@ def metrics(plt, dataset: str, cells: dict[str, Cell], methods: list[str]):
     if not found:
         return None
     figure, axes = panels(plt, list(found), 4)
-    figure.suptitle(dataset)
+    figure.suptitle(wrap(dataset, int(11 * WIDTH)))
     for axis, own in zip(axes, found.values()):
         for method, cell, _, x in own:
             draw_curve(axis, cell, x, style(methods, method), method)
@@ -234,11 +234,11 @@ CAPTIONS = {  # picture -> title, how to read it
     ),
     "profile": (
         "Performance profile",
-        "Share of runs whose last score is above τ; the band is a 95 % bootstrap interval over seeds within each dataset.",
+        "Share of runs whose last score is above τ, with a 95 % bootstrap interval over seeds within each dataset.",
     ),
     "metrics": (
         "Training metrics of {}",
-        "Means since the evaluation before, by their names in metrics.csv; bands as above. Over-estimation is what the "
+        "Means since the last evaluation, by their names in metrics.csv; bands as above. Over-estimation is what the "
         "critics predict at the starts of episodes minus the discounted return from there, in training rewards.",
     ),
 }
@@ -319,11 +319,13 @@ def made(runs: list[Run], out: Path, command: str) -> str:
 def page(summary: str, notes: list[str], tables: list[Table], pictures: list[Picture], made: str) -> str:
     """HTML with all in it: the first table, the pictures, the other tables, and how it was made."""
     parts = [f"<h2>{x.title}</h2>\n<p>{html.escape(x.text)}</p>\n{x.html()}" for x in tables]
-    images = []
+    images, texts = [], set()  # of many datasets, the first picture is explained
     for picture in pictures:
         title, data = html.escape(picture.title), base64.b64encode(picture.png).decode()
         image = f'<div class="wide"><img alt="{title}" src="data:image/png;base64,{data}"></div>'
-        images.append(f"<h2>{title}</h2>\n<p>{picture.text}</p>\n{image}")
+        text = f"<p>{picture.text}</p>\n" * (picture.text not in texts)
+        images.append(f"<h2>{title}</h2>\n{text}{image}")
+        texts.add(picture.text)
     lines = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>Report</title><style>{STYLE}</style>"

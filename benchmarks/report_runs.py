@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from benchmarks.common import ROOT, DataError, fail
+from benchmarks.common import ROOT, DataError, OptionError
 
 TEXTS = ["dataset", "method", "run", "status"]  # columns of runs.csv that hold no numbers
 KEYS = ["dataset", "method", "seed", "run", "status", "last_step", "online_from", "episodes"]  # of runs.csv
@@ -48,7 +48,7 @@ class Script(NamedTuple):
 
 @functools.cache
 def read_script(path: Path) -> Script:
-    """Reads the options of a training script without running it. Raises DataError."""
+    """Reads the options of a training script without running it. Raises OptionError."""
 
     def value(node: ast.expr) -> Any:
         try:
@@ -60,7 +60,7 @@ def read_script(path: Path) -> Script:
         classes = {x.name: x for x in ast.parse(path.read_text()).body if isinstance(x, ast.ClassDef)}
         defaults = {x.target.id: value(x.value) for x in classes["TrainConfig"].body if isinstance(x, ast.AnnAssign)}
     except (OSError, SyntaxError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a training script with a class TrainConfig: {error!r}") from None
+        raise OptionError(f"--script {path} is not a training script with a class TrainConfig: {error!r}") from None
     return Script(path, f"{path.parent.name}/{path.stem}" if ROOT in path.parents else path.stem, defaults)
 
 
@@ -182,7 +182,7 @@ def read_wandb(name: str, notes: list[str]) -> list[Run]:
     entity, _, rest = name.removeprefix("wandb:").partition("/")
     project, _, group = rest.partition("/")
     if not entity or not project:
-        fail(2, f"{name}: it takes wandb:<entity>/<project>[/<group>]")
+        raise OptionError(f"{name}: it takes wandb:<entity>/<project>[/<group>]")
     try:
         found = list(wandb.Api(timeout=20).runs(f"{entity}/{project}", {"group": group} if group else None))
         histories = [list(run.scan_history()) for run in found]
@@ -300,13 +300,13 @@ def groups_of(runs: list[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]
 
 def name_methods(runs: list[Run], by: Optional[list[str]], scripts: list[Script]) -> None:
     """Names the methods of runs whose configuration is known by what separates them within a dataset. The same options
-    do it on all datasets, so that a method has one name."""
+    do it on all datasets, so that a method has one name. Raises OptionError."""
     runs = [run for run in runs if run.config]
     for run in runs:
         names = run.config.keys()  # a script that lacks one of them is another one; an older run has fewer
         run.script = min(scripts, key=lambda x: (len(names - x.defaults.keys()), len(x.defaults.keys() - names)))
     if missing := set(by or ()) - {option for run in runs for option in run.config}:
-        fail(2, f"--by {missing.pop()}: no run has this option")
+        raise OptionError(f"--by {missing.pop()}: no run has this option")
     families = {x: {run.family for run in group} for x, group in groups_of(runs, lambda run: run.dataset).items()}
     for (name, script), family in groups_of(runs, lambda run: run.family).items():
         datasets = groups_of(family, lambda run: run.dataset)
@@ -327,10 +327,11 @@ def name_methods(runs: list[Run], by: Optional[list[str]], scripts: list[Script]
 
 
 def rename(runs: list[Run], pairs: list[list[str]]) -> None:
+    """Raises OptionError for a name that nothing has."""
     for old, new in pairs:
         known = {x for run in runs for x in (run.dataset, run.method)}
         if old not in known:
-            fail(2, f"--rename {old!r}: no dataset or method has this name; there are {sorted(known)}")
+            raise OptionError(f"--rename {old!r}: no dataset or method has this name; there are {sorted(known)}")
         for run in runs:
             run.dataset, run.method = (new if x == old else x for x in (run.dataset, run.method))
 

@@ -17,6 +17,7 @@ import yaml
 from conftest import CONTINUOUS, DATASET, ROOT, SPEEDS, Counter, contents, continuous, record, store
 
 from benchmarks import report, report_page, report_runs
+from benchmarks.common import DataError
 
 METRICS_PNG = "metrics-toy-counter-v0.png"
 
@@ -305,7 +306,7 @@ def test_names_have_the_options_that_separate_and_no_more(tmp_path):
     found = methods_of(
         tmp_path,
         {},
-        {"seed": 1, "buffer_size": 7, "eval_seed": 3, "group": "x", "device": "cuda"},  # no other method
+        {"seed": 1, "cql_alpha": 10, "buffer_size": 7, "group": "x", "device": "cuda"},  # no other method
         {"cql_alpha": 0, "policy_lr": 1e-4, "normalize": False},  # one option is enough
         {"bc_only": True, "policy_lr": 3e-4},
         {"cql_lagrange": True, "cql_target_action_gap": 5.0, "load_model": "runs/a/checkpoint.pt"},
@@ -533,7 +534,7 @@ def test_copies_of_a_script(make, tmp_path):
     assert column(tmp_path / "out", "Methods", "script") == ["mine"]
     (tmp_path / "other.py").write_text("x = 1\n")
     status, _, err = make("runs", "--out", "out", "--script", "other.py")
-    assert status == 1 and "other.py is not a training script with a class TrainConfig" in err
+    assert status == 2 and "other.py is not a training script with a class TrainConfig" in err
 
 
 def figure_of(tmp_path, kind, *changes, n_rows=3):
@@ -553,13 +554,15 @@ def figure_of(tmp_path, kind, *changes, n_rows=3):
 @pytest.mark.parametrize("kind", ["curves", "metrics"])
 def test_panels_use_the_width_and_nothing_leaves_it(kind, tmp_path):
     name = "a name of many words that nobody would give to a method but a stranger in a hurry " * 4
-    figure = figure_of(tmp_path, kind, *({"name": f"{i} {name}"} for i in range(5)), {"name": "x" * 300})
+    changes = [{"name": f"{i} {name}", "env": f"mine/{'long-' * 40}v0"} for i in range(5)]
+    figure = figure_of(tmp_path, kind, *changes, changes[0] | {"name": "x" * 300})
     width = figure.get_figwidth() * figure.dpi
     figure.draw_without_rendering()
     axes = [axis.get_position() for axis in figure.axes]
     assert min(x.x0 for x in axes) < 0.1 and max(x.x1 for x in axes) > 0.9
-    legend, titles = figure.legends[0].get_window_extent(), [axis.title.get_window_extent() for axis in figure.axes]
-    assert all(0 <= x.x0 < x.x1 <= width for x in (legend, *titles))
+    texts = [*figure.texts, figure.legends[0], *(axis.title for axis in figure.axes)]
+    texts = [text.get_window_extent() for text in texts]
+    assert all(0 <= x.x0 < x.x1 <= width for x in texts)
 
 
 @pytest.mark.parametrize("kind", ["curves", "metrics"])
@@ -639,7 +642,7 @@ def test_what_a_user_may_get_wrong(make, tmp_path):
         (1, "runs", "nowhere", "--out", "out"), (1, "empty", "--out", "out"), (1, "empty.csv", "--out", "out"),
         (1, "other.csv", "--out", "out"), (1, "runs", "--out", "empty.csv"), (1, "--update", "nowhere.md"),
         (1, "--update", "empty.csv"), (2, "runs", "--out", "runs"), (2, "runs", "--out", "runs/good"),
-        (1, "runs", "--out", "out", "--script", "nowhere.py"),
+        (2, "runs", "--out", "out", "--script", "nowhere.py"),
     ):  # fmt: skip
         found, out, err = make(*arguments)
         assert (found, out) == (status, "") and err.count("\n") == 1 and err.startswith("report.py: error: "), arguments
@@ -684,6 +687,16 @@ def test_a_stale_table_is_made_anew(make, tmp_path):
         status, _, err = make("--update", "x.md", "y.md")
         assert status == 1 and "y.md" in err and err.count("\n") == 1
         assert contents(tmp_path)["x.md"] == before  # all or none
+
+
+def test_a_table_in_the_docs_leaves_no_run_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for place in ("good/a", "bad/a"):
+        folder(tmp_path / place, lines(1))
+    damage(tmp_path / "bad/b", "config.yaml", "[")
+    assert list(report.stored("good")[0]) == [("d4rl/hopper-medium-v2", "")]
+    with pytest.raises(DataError, match="bad/b/config.yaml cannot be read"):
+        report.stored("bad")
 
 
 def test_published_scores_have_versions_and_sources():
