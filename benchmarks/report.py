@@ -49,7 +49,7 @@ from benchmarks.report_runs import KEYS, RETURN, SCORE, STD, Behaviours, Cell, C
 
 
 def spread(values: np.ndarray, form: str = ".1f") -> str:
-    """Mean ± standard deviation over seeds, of which one has none."""
+    """Mean ± standard deviation over seeds; one seed has no deviation."""
     deviation = f" ± {values.std():{form}}" if len(values) > 1 else ""
     return f"{values.mean():{form}}{deviation}" if len(values) else "-"
 
@@ -59,7 +59,7 @@ def count(n: int, word: str) -> str:
 
 
 def returns_text(cell: Cell) -> str:
-    """Over seeds; of one seed over its episodes."""
+    """Mean ± standard deviation over seeds, or over the episodes of a single seed."""
     returns = cell.last()
     if len(returns) != 1 or not len(cell.last(STD)):
         return spread(returns)
@@ -109,7 +109,7 @@ def score_table(results: Results, behaviours: Behaviours, comparison: Comparison
             row.append(f"{spread(cell.last(SCORE))}{state}" if cell else "-")
         own = published[published["dataset"] == dataset].set_index("label")
         rows.append([*row, *(published_text(own.loc[x]) if x in own.index else "-" for x in others)])
-    text = "Score of the last evaluation, 0 and 100 at the dataset's reference returns: mean ± deviation over seeds."
+    text = "Score of the last evaluation, 0 and 100 at the dataset's reference returns: mean ± standard deviation."
     if comparison.datasets:
         row = [f"interquartile mean of {count(len(comparison.datasets), 'dataset')}", "-"]
         for strata in (comparison.scores.get(method) for method in methods):
@@ -119,7 +119,7 @@ def score_table(results: Results, behaviours: Behaviours, comparison: Comparison
         text += " The interquartile mean is over datasets and seeds [95 % interval]."
     text += "".join(f" Published score, {note}." for note in unique(published["note"].dropna()))
     if len(published):
-        text += f" A published best score is called so. Sources: {'; '.join(unique(published['source']))}."
+        text += f" (best) marks a published best score. Sources: {'; '.join(unique(published['source']))}."
     return Table("Scores", ["dataset", "behaviour", *methods, *others], rows, text)
 
 
@@ -172,7 +172,7 @@ def metrics_table(results: Results) -> Optional[Table]:
 
 
 def method_table(runs: list[Run]) -> Optional[Table]:
-    """All options that differ between the runs of a dataset, of which the names of methods have only some."""
+    """All options that differ between the runs of a dataset; the names of methods have only some of them."""
     rows, n_datasets = {}, len({run.dataset for run in runs})
     known = [run for run in runs if run.config]
     for (dataset, _, script), family in report_runs.groups_of(known, lambda run: (run.dataset, *run.family)).items():
@@ -240,7 +240,7 @@ def long_form(runs: list[Run]) -> str:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Whole, or not at all."""
+    """Writes a file whole, or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -291,7 +291,7 @@ def report(args: Any, command: str) -> None:
 
 
 def returned(cell: Cell, short: bool = True) -> str:
-    """A cell of a table in a file; of a run that was not finished the word for it."""
+    """The text of a cell in a table of a file: the return, or the state of runs that were not finished."""
     if cell.finished:
         return returns_text(cell)
     return cell.state.split()[0] if short else f"{cell.state}; {returns_text(cell)} at {cell.steps[-1]:,.0f}"
@@ -379,7 +379,7 @@ def update(path: Path) -> str:
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUNS", help="run folders, folders of them, CSV files, wandb:<entity>/<project>")
+    add("runs", nargs="*", metavar="RUNS", help="run folders, folders of them, a runs.csv, wandb:<entity>/<project>")
     add("--out", type=Path, metavar="DIR", help="folder for the page, tables and pictures")
     add("--by", nargs="+", metavar="OPTION", help="options that separate methods, in place of those that differ")
     add(

@@ -277,7 +277,8 @@ def html_table(header: list[str], rows: list[list[str]]) -> str:
     """A table of cells that are HTML already, below a header that is text. It scrolls where the page is narrow."""
 
     def line(cells: list[str], kind: str, long: int) -> str:
-        return "<tr>" + "".join(f"<{kind}{' class=long' * (len(x) > long)}>{x}</{kind}>" for x in cells) + "</tr>"
+        start = [f"<{kind} class=long>" if len(x) > long else f"<{kind}>" for x in cells]
+        return "<tr>" + "".join(f"{tag}{x}</{kind}>" for tag, x in zip(start, cells)) + "</tr>"
 
     body = "\n".join(line(row, "td", 60) for row in rows)
     return f'<div class="wide"><table>\n{line(list(map(html.escape, header)), "th", 20)}\n{body}\n</table></div>'
@@ -323,7 +324,7 @@ def page(summary: str, notes: list[str], tables: list[Table], pictures: list[Pic
     for picture in pictures:
         title, data = html.escape(picture.title), base64.b64encode(picture.png).decode()
         image = f'<div class="wide"><img alt="{title}" src="data:image/png;base64,{data}"></div>'
-        text = f"<p>{picture.text}</p>\n" * (picture.text not in texts)
+        text = "" if picture.text in texts else f"<p>{picture.text}</p>\n"
         images.append(f"<h2>{title}</h2>\n{text}{image}")
         texts.add(picture.text)
     lines = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes)

@@ -92,17 +92,17 @@ class Run:
 
     @property
     def foreign(self) -> list[str]:
-        """Options that its script does not have: it comes from a copy, or from an older version."""
+        """Options that its script does not have, since it comes from a copy or an older version."""
         return sorted(self.config.keys() - self.script.defaults.keys())
 
     @property
     def family(self) -> tuple[str, str]:
-        """Name, and script with the options that this does not have."""
+        """Its name, and its script with the options that the script does not have."""
         return self.config["name"], "+".join([self.script.label, *self.foreign])
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
-        """What makes its method, with defaults for options that its script did not have yet."""
+        """The options that make its method, with defaults for those that its script did not have yet."""
         return {x: self.value(x) for x in self.script.defaults | self.config if x not in NEUTRAL}
 
     def value(self, option: str) -> Any:
@@ -200,7 +200,7 @@ def read_wandb(name: str, notes: list[str]) -> list[Run]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, which may be damaged, or cannot be looked into."""
+    """Whether a folder is that of a run, which may be damaged, or is closed to us."""
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return folder.is_dir()
     return any((folder / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoint.pt"))
@@ -217,7 +217,7 @@ def paths_of(name: str) -> list[Path]:
 
 
 def read(names: list[str], notes: list[str]) -> list[Run]:
-    """Reads all inputs, each runs.csv first. What cannot be used is noted; raises DataError if nothing else is left."""
+    """Reads all inputs, those of a runs.csv first. What cannot be used is noted. Raises DataError if no run is left."""
     runs = []
     for name in names:
         if name.startswith("wandb:"):
@@ -249,7 +249,7 @@ def differing(runs: list[Run]) -> list[str]:
 
 
 def separating(groups: list[list[Run]]) -> list[str]:
-    """Returns few options that still tell apart all runs of a group that differ, for each group."""
+    """Returns few options that tell apart, within each group, all runs that differ at all."""
 
     def n_kinds(options: list[str]) -> int:
         kinds = [{tuple(repr(run.options.get(x)) for x in options) for run in group} for group in groups]
@@ -345,7 +345,7 @@ def unite(runs: list[Run], notes: list[str]) -> list[Run]:
         other = found.setdefault(key, run)
         if other.rows.sort_index(axis="columns").equals(run.rows.sort_index(axis="columns")):
             continue
-        text = f"seed {run.seed} of {run.method} on {run.dataset} is there twice: {other.source} and {run.source}"
+        text = f"seed {run.seed} of {run.method} on {run.dataset} exists twice: {other.source} and {run.source}"
         known = run.config and other.config and not differing([run, other]) and run.family == other.family
         if run.end == other.end and not known:
             raise DataError(f"{text}; give one of them, or tell them apart with --by or --rename")
@@ -452,7 +452,9 @@ def behaviour(dataset: str, notes: list[str]) -> Optional[dict[str, float]]:
         episodes = [(len(x.rewards), x.terminations[-1], float(np.sum(x.rewards))) for x in data.iterate_episodes()]
         ends = [data.storage.metadata.get(f"ref_{x}_score") for x in ("min", "max")]
     except Exception as error:  # whatever Minari makes of another kind of dataset, or of a damaged one
-        notes.append(f"no returns of the data of {dataset}: it cannot be read ({type(error).__name__}: {error})")
+        notes.append(
+            f"the data of {dataset} cannot be read, so their returns are missing ({type(error).__name__}: {error})"
+        )
         return None
     lengths, terminated, returns = map(np.array, zip(*episodes))
     if len(returns) > 1 and not terminated[-1] and lengths[-1] < lengths.max():

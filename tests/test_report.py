@@ -62,7 +62,7 @@ def test_intervals_draw_seeds_within_datasets():
 
 
 def test_statistics_are_rliables():
-    """What rliable 1.2.0 gives (pip install rliable==1.2.0 'pandas<3' 'arch<8'), after np.random.seed(0) for intervals:
+    """The numbers of rliable 1.2.0 (pip install rliable==1.2.0 'pandas<3' 'arch<8'), intervals after np.random.seed(0):
 
     metrics.aggregate_iqm(FIRST), metrics.probability_of_improvement(FIRST, SECOND),
     library.create_performance_profile({"first": FIRST}, TAUS), and library.get_interval_estimates of the first two with
@@ -80,7 +80,7 @@ def test_statistics_are_rliables():
 
 
 def draws(*methods, repeats=200):
-    """rliable's after np.random.seed(0): of each method what resample would give, [repeats, runs] per dataset."""
+    """The draws of rliable after np.random.seed(0), as resample would return them: [repeats, runs] per dataset."""
     n_runs, n_datasets = methods[0].shape
     drawn = np.random.RandomState(0).randint(n_runs, size=(repeats, len(methods), n_runs, n_datasets))
     return [[x[drawn[:, i, :, j], j] for j in range(n_datasets)] for i, x in enumerate(methods)]
@@ -119,7 +119,7 @@ def test_statistics_against_rliable_itself():
 
 
 def folder(path, rows, **config):
-    """A run folder; rows are lists of return and score, one an evaluation, each 10 updates."""
+    """A run folder; rows are lists of return and score, one per evaluation, 10 updates apart."""
     config = {"env": "d4rl/hopper-medium-v2", "seed": 0, "name": "CQL", "n_episodes": 3, "cql_alpha": 10.0} | config
     if "offline_iterations" not in config:
         config = {"max_timesteps": 10 * len(rows)} | config
@@ -140,7 +140,7 @@ def lines(*scores):
 
 @pytest.fixture
 def make(tmp_path, monkeypatch, capsys):
-    """Runs the program in tmp_path without pictures; returns exit status, stdout and stderr."""
+    """Runs the program in tmp_path, without pictures unless asked for; returns exit status, stdout and stderr."""
 
     def start(*arguments, pictures=False):
         monkeypatch.setattr(report_runs.resample, "__defaults__", (50, 0))  # draws
@@ -348,7 +348,7 @@ def test_by_and_rename(make, tmp_path):
     for i, changes in enumerate(({}, {"cql_alpha": 0.5}, {"bc_only": True}, {"seed": 1, "buffer_size": 7})):
         folder(tmp_path / f"runs/{i}", lines(i), **options_of("offline/cql.py") | changes)
     status, _, err = make("runs", "--out", "out", "--by", "cql_alpha")
-    text = "seed 0 of CQL cql_alpha=10 on d4rl/hopper-medium-v2 is there twice: runs/0 and runs/2"
+    text = "seed 0 of CQL cql_alpha=10 on d4rl/hopper-medium-v2 exists twice: runs/0 and runs/2"
     assert status == 1 and text in err
     make("runs/0", "runs/1", "runs/3", "--out", "out", "--by", "cql_alpha", "--rename", "CQL cql_alpha=10", "mine")
     assert column(tmp_path / "out", "Runs", "method") == ["CQL cql_alpha=0.5", "mine"]
@@ -371,8 +371,8 @@ def test_two_runs_of_a_seed(make, tmp_path):
     folder(tmp_path / "runs/b", lines(1), max_timesteps=20)  # an attempt that was stopped
     folder(tmp_path / "runs/c", lines(1, 9))  # the same again, on another machine
     _, _, err = make("runs", "--out", "out")
-    assert "is there twice: runs/a and runs/b; the longer one counts" in err
-    assert "is there twice: runs/a and runs/c; the first one counts" in err
+    assert "exists twice: runs/a and runs/b; the longer one counts" in err
+    assert "exists twice: runs/a and runs/c; the first one counts" in err
     assert column(tmp_path / "out", "Runs", "last score") == ["2.0"]
     assert "twice" not in make("runs/a", "runs/a", "--out", "out")[2]  # the same one twice is one
     make("runs/c", "--out", "other")  # of which nothing says that it had the same options
@@ -465,7 +465,7 @@ def test_returns_of_the_data(make, tmp_path, monkeypatch):
     next((tmp_path / "minari").rglob("metadata.json")).write_text("{")
     status, _, err = make("again", "--out", "damaged")
     assert status == 0 and "note: again/behaviour.csv cannot be read" in err
-    assert f"note: no returns of the data of {DATASET}: it cannot be read (JSONDecodeError: " in err
+    assert f"note: the data of {DATASET} cannot be read, so their returns are missing (JSONDecodeError: " in err
 
 
 # The page
@@ -510,7 +510,7 @@ def test_the_same_again(script, run, make, command_line, new_dataset, tmp_path):
     first, second = (pd.read_csv(tmp_path / f"runs/{x}/metrics.csv") for x in (path.name, "a-run-again"))
     pd.testing.assert_frame_equal(*(x.drop(columns=[*SPEEDS], errors="ignore") for x in (first, second)))
     _, _, err = make("runs", "--out", "out")
-    assert "is there twice: runs/a run and runs/a-run-again; the first one counts" in err
+    assert "exists twice: runs/a run and runs/a-run-again; the first one counts" in err
     assert [words[-1] for words in commands(tmp_path / "out")] == ["a-run-again-2"]
 
 
