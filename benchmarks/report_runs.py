@@ -281,14 +281,14 @@ def unusual(run: Run, options: list[str], usual: dict[str, Any]) -> dict[str, An
     return {x: run.value(x) for x in options if x not in usual or repr(run.value(x)) != repr(usual[x])}
 
 
-def short(value: Any) -> str:
-    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.15g}") if type(value) is float else str(value)
+def short(value: Any, digits: int = 15) -> str:
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.{digits}g}") if type(value) is float else str(value)
 
 
-def method_name(start: str, values: dict[str, Any], width: Optional[int] = None) -> str:
+def method_name(start: str, values: dict[str, Any], digits: int, width: Optional[int] = None) -> str:
     """Names a method by the values of options, whose words are cut to a width."""
     names = ["_".join(word[:width] for word in option.split("_")) for option in values]
-    return " ".join([start, *(x if v is True else f"{x}={short(v)}" for x, v in zip(names, values.values()))])
+    return " ".join([start, *(x if v is True else f"{x}={short(v, digits)}" for x, v in zip(names, values.values()))])
 
 
 def groups_of(runs: list[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -316,10 +316,10 @@ def name_methods(runs: list[Run], by: Optional[list[str]], scripts: list[Script]
             shared = sum(x == name for x, _ in families[dataset]) > 1
             start = f"{name} {script}" if shared else name
             options = by or [x for x in differing(group) if x in chosen]
-            names = [method_name(start, unusual(run, options, usual)) for run in group]
-            cut = [method_name(start, unusual(run, options, usual), 4) for run in group]
-            if max(map(len, names)) > LONG and len(set(cut)) == len(set(names)):
-                names = cut
+            shown = [unusual(run, options, usual) for run in group]
+            names, rounded, cut = ([method_name(start, x, *how) for x in shown] for how in ((15,), (4,), (4, 4)))
+            if len(set(rounded)) == len(set(names)):
+                names = cut if max(map(len, rounded)) > LONG and len(set(cut)) == len(set(names)) else rounded
             for run, method in zip(group, names):
                 values = [run.value(x) for x in options]
                 order = [("", float(x)) if isinstance(x, (bool, float)) else (str(x), 0.0) for x in values]

@@ -316,10 +316,13 @@ def test_names_have_the_options_that_separate_and_no_more(tmp_path):
 
 
 def test_names_are_those_of_each_value_where_none_is_usual(tmp_path):
-    alphas = [0.1, 1, 5.0, 1e-5]
-    assert methods_of(tmp_path, *({"cql_alpha": x} for x in alphas)) == [
-        "CQL cql_alpha=0.1", "CQL cql_alpha=1", "CQL cql_alpha=5", "CQL cql_alpha=1e-5",
-    ]  # fmt: skip
+    for name, alphas, texts in (
+        ("short", [0.1, 1, 5.0, 1e-5], ["0.1", "1", "5", "1e-5"]),
+        ("rounded", [1 / 3, 2 / 3e6], ["0.3333", "6.667e-7"]),
+        ("close", [0.12345678, 0.12345679], ["0.12345678", "0.12345679"]),
+    ):
+        found = methods_of(tmp_path / name, *({"cql_alpha": x} for x in alphas))
+        assert found == [f"CQL cql_alpha={text}" for text in texts]
 
 
 def test_a_method_has_one_name_on_all_datasets(tmp_path):
