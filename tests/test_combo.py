@@ -445,7 +445,7 @@ def test_dynamics_path_takes_the_model_of_another_run(tmp_path, capsys):
     for data, options in [(data, {}) for data in changed] + [(line(), size) for size in sizes]:
         config = config_of(path=tmp_path, run_id="third", dynamics_path=str(path), **options)
         status, text = refusal(combo.train, config, data)
-        assert status == 1 and "no model of these data and sizes" in text
+        assert status == 1 and "not hold a model of these data and sizes" in text
     status, text = refusal(combo.train, config_of(path=tmp_path, run_id="4", dynamics_path=str(path) + "x"), line())
     assert status == 1 and "does not exist" in text
 
