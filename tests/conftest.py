@@ -364,8 +364,8 @@ def contents(folder):
 
 
 def train_until(script, root, options, event, place):
-    """In a process of its own: trains until the place-th call of a function (of any, where event is None), and dies
-    there by SIGKILL."""
+    """Trains in a process of its own, which SIGKILL ends at the place-th call of a function (of any function if event
+    is None)."""
     calls = itertools.count()
 
     def watch(frame, kind, function):
@@ -383,13 +383,53 @@ def train_until(script, root, options, event, place):
     module.train(config)
 
 
-def train_apart(config, event=None, place=None):
-    """The exit code of train_until: -9 where it was killed, 0 where the run ended, as it does without a place."""
-    context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but never used, torch
+def fork(function, *arguments):
+    """A started process that calls the function: a fork of one that has imported torch, which takes seconds, but has
+    never used it."""
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gymnasium", "minari", "pyrallis", "pytest", "torch._dynamo", "wandb"])
-    arguments = type(config).__module__, os.environ["MINARI_DATASETS_PATH"], vars(config), event, place
-    process = context.Process(target=train_until, args=arguments)
-    with contextlib.closing(process):
-        process.start()
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def train_apart(config, event=None, place=None):
+    """The exit status of train_until: -9 if it was killed, 0 if the run ended, as it does without a place."""
+    root = os.environ["MINARI_DATASETS_PATH"]
+    with contextlib.closing(fork(train_until, type(config).__module__, root, vars(config), event, place)) as process:
         process.join()
         return process.exitcode
+
+
+def execute(text, arguments, folder, environment):
+    """Runs the text as a program in a folder, which sees nothing of this repository, in a session of its own. What it
+    prints goes to the files out and err beside the folder."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder).with_name(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.argv, sys.dont_write_bytecode = ["program", *arguments], True
+    sys.path[:] = [str(folder), *(x for x in sys.path if x not in ("", str(ROOT), str(ROOT / "tests")))]
+    exec(compile(text, "program", "exec"), {"__name__": "__main__"})
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Starts a program in the empty folder tmp_path/work, or in one that is given; what it prints goes to the files
+    tmp_path/out and err."""
+    processes = []
+
+    def start(text, *arguments, folder=tmp_path / "work"):
+        folder.mkdir(exist_ok=True)
+        processes.append(fork(execute, text, arguments, folder, dict(os.environ)))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        process.close()

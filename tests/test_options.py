@@ -302,11 +302,13 @@ def test_too_little_memory_of_a_gpu_is_one_line(script, monkeypatch, signals, ca
 
 
 @once
-def test_unknown_environment_is_one_line_in_a_fresh_process(script, tmp_path):
+def test_unknown_environment_is_one_line_in_a_fresh_process(script, program, tmp_path):
     """gymnasium-robotics, which is imported to look for it, prints a notice of its own."""
-    command = [sys.executable, script.__file__, "--env", DATASET, "--eval_env", "NoSuchEnvironment-v0", "--device=cpu"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+    text = f"import runpy; runpy.run_path({script.__file__!r}, run_name='__main__')"
+    process = program(text, "--env", DATASET, "--eval_env", "NoSuchEnvironment-v0", "--device=cpu")
+    process.join()
+    err = (tmp_path / "err").read_text()
+    assert process.exitcode == 2 and err.count("\n") == 1 and "NoSuchEnvironment-v0" in err, err
 
 
 def test_waiting_threads_spin_little_unless_the_user_says_otherwise(script, monkeypatch):

@@ -9,8 +9,8 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -562,71 +562,51 @@ def test_signal_saves_between_updates_and_ends_the_run(name, n, updates, rows, s
     check_end(folder, expected)
 
 
+# Signals of a scheduler, to programs.
+
 PROGRAM = """
-import importlib, os, signal, subprocess, sys, time
-sys.path.insert(0, {tests!r})
-import conftest
-script = importlib.import_module({script!r})
+import os, signal, subprocess, sys, time
+sys.path += {paths!r}
+import conftest, pytest
+from test_runs import at_call
+from {package} import {module} as script
 
-def at_call(owner, name, n, action):
-    function, calls = getattr(owner, name), []
-
-    def watched(*args, **options):
-        calls.append(1)
-        if len(calls) == n:
-            action()
-        return function(*args, **options)
-
-    setattr(owner, name, watched)
-
+patch = pytest.MonkeyPatch()
 {plan}
 script.main(script.TrainConfig, script.train)
 """
 
 
 @pytest.fixture
-def program(script, tmp_path):
-    """Starts a program that runs a line at a certain call, in a session of its own."""
-    processes = []
+def start(script, program):
+    """Starts the script as a program, after the lines of a plan."""
 
     def start(plan, **options):
-        arguments = tiny_arguments(script, eval_env="none", **options)
-        text = PROGRAM.format(tests=str(Path(__file__).parent), script=script.__name__, plan=plan)
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", text, *arguments],
-                **{"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "text": True},
-                start_new_session=True,
-            )
-        )
-        return processes[-1]
+        package, module = script.__name__.rsplit(".", 1)
+        paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+        text = PROGRAM.format(paths=paths, package=package, module=module, plan=plan)
+        return program(text, *tiny_arguments(script, eval_env="none", **options))
 
-    yield start
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    return start
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 @once
-def test_program_saves_at_a_signal_and_exits_with_128_and_it(number, program, run, tmp_path):
-    """As a scheduler does it."""
-    plan = f"at_call(script.ReplayBuffer, 'sample', 5, lambda: os.kill(os.getpid(), {int(number)}))"
-    process = program(plan, max_timesteps=20, run_id="0042")
-    printed, _ = process.communicate()
-    assert process.returncode == 128 + number and "runs/0042" in printed.splitlines()[-1]
-    state = torch.load(tmp_path / "runs/0042/checkpoint.pt", weights_only=True)
+def test_program_saves_at_a_signal_and_exits_with_128_and_its_number(number, start, run, tmp_path):
+    plan = f"at_call(patch, script.ReplayBuffer, 'sample', 5, lambda: os.kill(os.getpid(), {int(number)}))"
+    folder = tmp_path / "runs/0042"
+    process = start(plan, max_timesteps=20, run_id="0042", checkpoints_path=folder.parent)
+    process.join()
+    assert process.exitcode == 128 + number and str(folder) in (tmp_path / "out").read_text().splitlines()[-1]
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["agent"]["_extra_state"]["n_updates"] == 5
     options = {"max_timesteps": 20, "eval_env": "none"}
     check_end(run(run_id="0042", **options), run(run_id="whole", **options))
 
 
 @once
-def test_process_group_that_is_signalled_while_it_compiles_ends(program):
-    """Where torch would wait for answers of processes that the signal ended, and lose an exception."""
+def test_process_group_that_is_signalled_while_it_compiles_ends(start):
+    """Torch would wait for answers of processes that the signal ended, and lose an exception."""
     plan = """
 def compile(*_, **__):
     while True:
@@ -638,13 +618,13 @@ def compile(*_, **__):
 
 script.torch.compile = compile
 """
-    process = program(plan, compile=True)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
+    process = start(plan, compile=True)
+    process.join(600)  # it would sleep for longer
+    assert process.exitcode == 143
 
 
 @once
-def test_run_folder_is_one_processes_until_it_is_killed(program, script, tiny, run, tmp_path):
+def test_run_folder_belongs_to_one_process_until_that_is_killed(start, script, tiny, run, tmp_path):
     """Whatever children it leaves."""
     plan = """
 def stay():
@@ -653,18 +633,23 @@ def stay():
         print(*children, flush=True)
     time.sleep(1000)
 
-at_call(script.ReplayBuffer, "sample", 15, stay)
+at_call(patch, script.ReplayBuffer, "sample", 15, stay)
 """
-    process, options = program(plan), {"eval_env": "none"}
-    line = next(line for line in process.stdout if re.fullmatch(r"\d+ \d+\n", line))
+    options = {"eval_env": "none"}
+    process, children = start(plan, checkpoints_path=tmp_path / "runs"), None
+    while not children:
+        assert process.is_alive()
+        time.sleep(0.02)
+        with contextlib.suppress(FileNotFoundError):
+            children = re.search(r"^(\d+) (\d+)$", (tmp_path / "out").read_text(), re.MULTILINE)
     before = contents(tmp_path / "runs")
-    status, line_of_second = refusal(script.train, tiny(**options))
-    assert status == 1 and "another process" in line_of_second and str(tmp_path / "runs/run") in line_of_second
+    status, line = refusal(script.train, tiny(**options))
+    assert status == 1 and "another process" in line and str(tmp_path / "runs/run") in line
     assert contents(tmp_path / "runs") == before
     process.kill()
-    process.wait()
+    process.join()
     folder = run(**options)
-    for child in map(int, line.split()):
+    for child in map(int, children.groups()):
         os.kill(child, signal.SIGKILL)  # it lived
     check_end(folder, run(run_id="whole", **options))
 
