@@ -27,10 +27,16 @@ import minari
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from minari.data_collector import EpisodeBuffer
 
 for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
     os.environ.pop(name, None)
+
+# The same examples each time, however slow the machine is.
+slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("algorithms/**/*.py"))]
@@ -153,6 +159,13 @@ ENVIRONMENTS = {
 }  # fmt: skip
 for name, kind in ENVIRONMENTS.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{kind.__name__}")
+
+
+def fsync(_):
+    """No test cuts the power, so none waits for a disk."""
+
+
+os.fsync = fsync
 
 
 def record(env, seeds, policy=None):

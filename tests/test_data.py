@@ -96,7 +96,7 @@ def test_only_terminal_states_do_not_bootstrap_and_no_transition_crosses_an_epis
 
 @once
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.booleans()), min_size=1, max_size=20))
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 def test_returns_of_any_data(script, rows):
     rewards, terminals, timeouts = map(np.array, zip(*rows))
     data = {"rewards": rewards, "terminals": terminals, "timeouts": timeouts}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import check_bfloat16, check_compiled, check_updates, close, flat
+from test_losses import check_bfloat16, check_traced, check_updates, close, flat
 from torch import nn
 
 from algorithms.discrete import cql_dqn as cql
@@ -370,7 +370,7 @@ def slow_rows(episodes, data, config):
 
 @pytest.mark.parametrize("n_step", (1, 2, 5, 20))
 @pytest.mark.parametrize("target", ("double", "sarsa"))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(episodes=EPISODES)
 def test_columns_are_those_of_a_slow_loop(target, n_step, episodes):
     """No reward, observation or action is of another episode."""
@@ -388,7 +388,7 @@ def test_columns_are_those_of_a_slow_loop(target, n_step, episodes):
     assert all(y is None or x == y for x, y in zip(next_actions, after))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(episodes=EPISODES, discount=st.sampled_from((0.0, 0.5, 1.0)))
 def test_atoms_span_the_discounted_returns(episodes, discount):
     data, returns, first = make_data(episodes), [], 0
@@ -436,14 +436,14 @@ def test_bfloat16_is_near(head):
     check_bfloat16(agents, batch, batch.observations)
 
 
-COMPILED = [{"head": "c51", "dr3_coefficient": 0.1}, {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0}]
+TRACED = [{"head": "c51", "dr3_coefficient": 0.1}, {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0}]
 
 
-@pytest.mark.parametrize("options", COMPILED, ids=str)
-def test_compiled_gradients_are_the_same(options):
+@pytest.mark.parametrize("options", TRACED, ids=str)
+def test_traced_gradients_are_the_same(options, monkeypatch):
     torch.set_default_dtype(torch.float32)
     agent = make_agent(compile=True, batch_size=B, q_n_hidden_layers=1, **options)
-    check_compiled(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4)
+    check_traced(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4, monkeypatch)
 
 
 # Acting.

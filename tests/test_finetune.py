@@ -555,7 +555,11 @@ def stopped(tiny, *place, **options):
     return Path(tiny(**options).checkpoints_path, options.get("run_id", "run"))
 
 
-@pytest.mark.parametrize("place", [(3,), (7, cql.ReplayBuffer, "sample")], ids=["rounds", "minibatches"])
+@pytest.mark.parametrize(
+    ("uninterrupted", "place"),
+    [*((kind, (3,)) for kind in KINDS), ("calibrated", (7, cql.ReplayBuffer, "sample"))],
+    indirect=["uninterrupted"],
+)
 def test_run_that_is_stopped_again_and_again_goes_on_with_the_same_bits(place, uninterrupted, tiny):
     options, expected = uninterrupted
     config, codes = tiny(**options), []
