@@ -1,4 +1,4 @@
-"""A slip of whoever edits a script keeps its traceback: no guard takes it for a fault of data, simulator or package."""
+"""Slips of people who edit a script keep their traceback: no guard mistakes one for a fault of data or simulator."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import once, suited
 
-# Where, the text, and what a slip makes of it: misspelt attributes and keys, wrong axes and shapes.
+# Place, text, and what a slip makes of the text: misspelt attributes and keys, wrong axes and shapes.
 SAME = [  # in all scripts, hence tried in one
     ("load_dataset", "episode.terminations), len", "episode.terminal), len"),
     ("load_dataset", "map(np.concatenate", 'map(data["join"]'),
@@ -87,7 +87,7 @@ SLIPS = {
 
 @pytest.fixture
 def edited(script, tmp_path, monkeypatch):
-    """A copy of the script with one text replaced, and the line of it."""
+    """Imports a copy of the script in which one text is replaced; returns it and the line of the text."""
 
     def edit(old, new):
         text = Path(script.__file__).read_text()

@@ -1,4 +1,4 @@
-"""A script copied alone into an empty folder, by somebody who imports it, gives it arrays, and edits its networks."""
+"""A script that is copied alone into an empty folder, imported there, given arrays, and edited."""
 
 import ast
 import re
@@ -105,7 +105,7 @@ def test_dropout_in_a_copy_trains_in_train_mode_and_acts_in_eval_mode(script, tm
 
 
 def test_script_imports_installed_packages_only(script):
-    """Of this repository's own folders, whatever else a user has made here, such as a .venv."""
+    """Nothing from this repository's own folders; a user may have made others here, such as a .venv."""
     root = Path(script.__file__).resolve().parents[2]
     local = {path.stem for folder in ("algorithms", "benchmarks", "tests") for path in (root / folder).rglob("*.py")}
     nodes = ast.walk(ast.parse(Path(script.__file__).read_text()))

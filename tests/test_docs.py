@@ -1,4 +1,4 @@
-"""The pages under docs/ and the README: the map names all there is, links lead somewhere, Python runs as it stands."""
+"""The pages under docs/ and the README: the map names everything, links lead somewhere, and Python runs as printed."""
 
 import re
 
@@ -10,7 +10,7 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def anchors(page):
-    """Those that GitHub gives the headings of a page."""
+    """The anchors that GitHub gives the headings of a page."""
     titles = re.findall(r"^#+ (.+)", FENCE.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

@@ -1,4 +1,4 @@
-"""Command line and YAML: CORL's options, strict parsing, and that every option changes something; and whether the
+"""Command line and YAML: CORL's options, strict parsing, and that every option changes something; and that
 configurations, README and docs agree with the scripts."""
 
 import contextlib
@@ -88,7 +88,7 @@ def parse(script, tmp_path):
 
 
 def known(cases):
-    """[(script, case, ...)] of the scripts that have the option which a case is about."""
+    """[(script, case, ...)] for the scripts that have the option of a case."""
     cases = [case if isinstance(case, tuple) else (case,) for case in cases]
     names = [re.match(r"(?:--)?(\w+)", case[0])[1] for case in cases]
     return [(script, *case) for script in SCRIPTS for name, case in zip(names, cases) if name in option_names(script)]
@@ -331,7 +331,7 @@ def test_stored_configuration_is_a_config_file(script, parse, tiny, run):
     assert yaml.safe_load((folder / "config.yaml").read_text()).keys() == vars(config).keys()
 
 
-# What CORL's YAML files for offline CQL say, beyond the defaults of both; hopper-medium also normalises rewards.
+# CORL's YAML files for offline CQL, beyond the defaults of both; hopper-medium also normalises rewards.
 CORL_FILES = {
     "halfcheetah-medium-v2 walker2d-full-replay-v2 hopper-random-v2": "",
     "hopper-medium-v2": "normalize_reward: true",
@@ -397,7 +397,7 @@ def test_file_of_corl_means_what_our_configuration_does(name, script, parse):
     assert (theirs["buffer_size"], theirs["checkpoints_path"]) == (10**7, "runs")
 
 
-# Every option changes something: for each one, a configuration in which it acts, and another value of it.
+# Every option changes something: for each one, a configuration in which it acts, and another value.
 
 ACTS = {
     "device": ({}, "cuda:99"), "env": ({}, "toy/new-v0"), "eval_env": ({}, "Plain-v0"), "seed": ({}, 1),
@@ -439,7 +439,7 @@ ACTS = {
 
 
 class Recorder:
-    """A W&B that keeps what it is told."""
+    """A stand-in for W&B that records what it is told."""
 
     Settings, starting_step = dict, 0
 
@@ -462,7 +462,7 @@ class Recorder:
 
 @pytest.fixture
 def observe(script, tiny, tmp_path, monkeypatch):
-    """All that a run does: what W&B is told, its files, tensors and rows; or how it is refused."""
+    """Returns all that a run does: what it tells W&B, its files, tensors and rows; or how it is refused."""
 
     def observe(place, **options):
         monkeypatch.setattr(script, "wandb", recorder := Recorder())
@@ -482,7 +482,7 @@ def observe(script, tiny, tmp_path, monkeypatch):
     return observe
 
 
-BASES = {}  # what a script does in the context of an option
+BASES = {}  # results of a script in the context of an option
 
 
 def halved(gradients, metrics):
@@ -517,7 +517,7 @@ def test_every_option_changes_something(option, script, observe, run, new_datase
         assert BASES[key] == observe("again", **context) and isinstance(BASES[key], dict)
     if option == "env":
         new_dataset(record("Counter-v0", range(9)), env="Counter-v0")
-    if option == "compile":  # whose numbers may be the same: this compiler halves all gradients
+    if option == "compile":  # numbers may stay the same, so this compiler halves all gradients
         monkeypatch.setattr(script.torch, "compile", lambda function, **_: lambda *x: halved(*function(*x)))
     if option in ("load_model", "dynamics_path"):
         value = str(run(run_id="earlier", seed=3) / value)
@@ -609,7 +609,7 @@ def documented(page):
     return set(names)
 
 
-# Pages of a script, its own and one that it builds on, and configurations that write all its metrics between them.
+# Pages of a script (its own, and one it builds on), and configurations that together write all its metrics.
 PAGES = {
     "algorithms.offline.cql": (
         ["cql.md"],
@@ -668,7 +668,7 @@ def blocks(text):
 
 
 def test_commands_of_the_readme_run(tmp_path, monkeypatch):
-    """The first block's, with few steps; pip has done its part where tests run."""
+    """Those of the first block, with few steps; pip has done its part before tests run."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     few = {
         "collect.py": ["--steps", "300"],

@@ -48,7 +48,7 @@ from conftest import (
     weights,
 )
 
-FILES = {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}  # and online.bin, where there is an online phase
+FILES = {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}  # and online.bin if there is an online phase
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -57,7 +57,7 @@ def files(script):
 
 
 def at_call(patch, owner, name, n, action):
-    """`action` happens at the n-th call of a function, before it."""
+    """Calls `action` before the n-th call of a function."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def watched(*args, **options):
@@ -134,7 +134,7 @@ def test_last_line_has_score_and_folder_and_row_is_what_stands_in_the_table(
 
 @once
 def test_updates_per_second_are_those_of_updates_alone(script, tiny, tmp_path, monkeypatch):
-    """By a clock that goes on by one in each update, and by a lot in all else, also between two starts."""
+    """The clock moves by one in each update, and by a lot in everything else, also between two starts."""
     clock, takes = slow_clock(monkeypatch, script)
     takes(script.ReplayBuffer, "sample", 1.0)
     for owner, name in ((Counter, "step"), (os, "fsync"), (script.wandb, "init"), (script, "load_dataset")):
@@ -174,8 +174,8 @@ def test_training_moves_every_parameter_and_metrics_are_finite(script, tiny, run
 
 
 @continuous
-def test_cloning_alone_learns_the_datas_actions_and_has_no_critics(script, run, new_dataset):
-    """Data whose second action is the time's sign; the likelihood is a density in [-1, 1]."""
+def test_pure_cloning_learns_the_datas_actions_and_has_no_critics(script, run, new_dataset):
+    """The data's second action depends on the time; the likelihood is a density in [-1, 1]."""
     clean = record("Counter-v0", range(30), lambda env, observation: np.float32([-1, 0.4 * (observation[1] > 1)]))
     name = new_dataset(clean, env="Counter-v0")
     options = {"env": name, "bc_only": True, "holdout_fraction": 0.2, "policy_lr": 1e-2, "hidden_dim": 32}
@@ -208,7 +208,7 @@ def outcome(seed, discount, factor=1.0, bias=0.0):
 @pytest.mark.parametrize("normalize_reward", [False, True])
 @once
 def test_evaluation_is_over_one_episode_from_each_seed(n_episodes, eval_seed, normalize_reward, run):
-    """What the environments play between an episode's end and the last one's does not count."""
+    """Environments go on after their episode until the last one ends; that does not count."""
     options = {"n_episodes": n_episodes, "eval_seed": eval_seed, "normalize_reward": normalize_reward}
     row = table(run(**options, discount=0.8, reward_scale=0.5, reward_bias=0.25, max_timesteps=2))[-1]
     change = (0.5, 0.25) if normalize_reward else (1, 0)
@@ -237,7 +237,7 @@ def test_predicted_value_is_of_the_start_states(script, run, monkeypatch):
 
 @pytest.fixture
 def trained(script, tiny, run):
-    """An agent whose critics differ widely, observations, the same scaled, and the actions that it takes there."""
+    """An agent whose critics differ widely; observations, raw and scaled, and its actions there."""
     folder = run(policy_lr=1e-2, qf_lr=1e-2)
     agent = make_agent(script, tiny())
     agent.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
@@ -250,7 +250,7 @@ def trained(script, tiny, run):
 def test_start_values_are_the_smaller_critics_for_the_deterministic_action(trained):
     agent, observations, scaled, actions = trained
     torch.manual_seed(0)
-    for parameter in agent.critic.parameters():  # so that each critic is the smaller one somewhere
+    for parameter in agent.critic.parameters():  # so that each critic is smaller somewhere
         torch.nn.init.normal_(parameter)
     low, high = Counter.action_space.low, Counter.action_space.high
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_start_values_are_those_of_the_action_that_is_taken(trained):
 
 @kinds
 def test_policy_acts_on_raw_observations_in_the_units_of_the_environment(script, run, monkeypatch):
-    """The evaluation's actions are those of load_policy, one episode after the other."""
+    """The evaluation takes the same actions as load_policy, one episode after the other."""
     step, log = Counter.step, []
 
     def logged(self, action):
@@ -374,7 +374,7 @@ FOREIGN = {
 @once
 @pytest.mark.parametrize("kind", [*FOREIGN, "folder", "cut", "policy"])
 def test_bad_checkpoint_is_one_line_and_runs_nothing(kind, script, tiny, trained_for, tmp_path, monkeypatch):
-    """Given to --load_model, and in the place of the checkpoint of a run that is resumed."""
+    """As --load_model, and in place of the checkpoint of a run that is resumed."""
     monkeypatch.chdir(tmp_path)
     path, good, broken = tmp_path / "checkpoint.pt", trained_for(10, "good"), trained_for(10, "broken")
     content = FOREIGN.get(kind)
@@ -396,7 +396,7 @@ def test_bad_checkpoint_is_one_line_and_runs_nothing(kind, script, tiny, trained
 
 
 @kinds
-def test_policy_takes_finite_observations_of_its_size_alone(script, run):
+def test_policy_only_takes_finite_observations_of_its_size(script, run):
     policy = script.load_policy(run() / "policy.pt")
     nan, inf = [0, math.nan, 0], [[0, 0, 0], [0, math.inf, 0]]
     for wrong in (
@@ -504,7 +504,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize(  # the other scripts' folders are written by the same text
+@pytest.mark.parametrize(  # the same text writes the other scripts' folders
     ("script", "event", "places"),
     [
         (name, *kill)
@@ -709,7 +709,7 @@ def test_second_signal_and_one_before_training_end_the_program_at_once(waits, sc
 def test_checkpoint_at_a_record_where_the_last_is_old_and_writing_takes_little(
     seconds, expected, script, tiny, monkeypatch
 ):
-    """By a clock that goes on by 25 s in an update, and by some in writing a file, as config.yaml at the start."""
+    """The clock moves by 25 s in an update, and by a while in writing a file, such as config.yaml at the start."""
     saved, save = [], script.save
     _, takes = slow_clock(monkeypatch, script)
     takes(script.ReplayBuffer, "sample", 25.0)
@@ -827,7 +827,7 @@ def test_run_id_of_an_agent(script, tiny, monkeypatch, tmp_path):
 
 
 def check_full_disk(script, tiny, folder, full):
-    """Training fails in one line while `full` lasts, leaves every file whole, and later goes on."""
+    """Training fails in one line while `full` lasts, leaves every file whole, and later continues."""
     before = {name: content for name, (content, _) in contents(folder).items()}
     with full:
         status, line = refusal(script.train, tiny(max_timesteps=30, checkpoints_path=str(folder.parent)))
@@ -877,7 +877,7 @@ def test_folder_that_cannot_be_made_is_one_line(script, tiny, tmp_path):
 
 @pytest.fixture
 def diverge(script, monkeypatch):
-    """From the given update on, updates report this value of a metric."""
+    """Makes updates report this value of a metric from the given update on."""
 
     def diverge(metric, value, first):
         agent = getattr(script, WORLDS[script.__name__].agent)
