@@ -91,12 +91,7 @@ def test_only_terminal_states_do_not_bootstrap_and_no_transition_crosses_an_epis
     cut = np.array([False, True, False, False])
     data = script.load_dataset(new_dataset([episode(0, truncations=cut)], "toy/cut-v0", **spaces))
     ends = [np.flatnonzero(data[key]).tolist() for key in ("timeouts", "terminals")]
-    assert ends == [[1], [3]] and script.episodes(data)[0].tolist() == [
-        0,
-        0,
-        1,
-        1,
-    ]  # in the middle, too
+    assert ends == [[1], [3]] and script.episodes(data)[0].tolist() == [0, 0, 1, 1]  # in the middle, too
 
 
 @once
