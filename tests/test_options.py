@@ -1,5 +1,5 @@
-"""Command line and YAML: CORL's options, strict parsing, and that every option changes something; and that
-configurations, README and docs agree with the scripts."""
+"""Command line and YAML: CORL's options, strict parsing, and that every option changes something; and whether README
+and docs agree with the scripts."""
 
 import contextlib
 import dataclasses
@@ -331,7 +331,7 @@ def test_stored_configuration_is_a_config_file(script, parse, tiny, run):
     assert yaml.safe_load((folder / "config.yaml").read_text()).keys() == vars(config).keys()
 
 
-# CORL's YAML files for offline CQL, beyond the defaults of both; hopper-medium also normalises rewards.
+# What CORL's YAML files for offline CQL say, beyond the defaults of both; hopper-medium also normalises rewards.
 CORL_FILES = {
     "halfcheetah-medium-v2 walker2d-full-replay-v2 hopper-random-v2": "",
     "hopper-medium-v2": "normalize_reward: true",
