@@ -517,6 +517,7 @@ def uninterrupted(request, tmp_path_factory, script):
     return options, Path(config.checkpoints_path, "run")
 
 
+@pytest.mark.parametrize("uninterrupted", ["one", "calibrated three"], indirect=True)
 def test_killed_run_goes_on_with_the_same_bits(uninterrupted, tiny):
     """Killed in the middle of a round, an update, an evaluation and the files of a row, and after those files."""
     options, expected = uninterrupted

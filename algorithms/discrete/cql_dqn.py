@@ -758,7 +758,7 @@ class Task:
             self.arguments = {"id": config.eval_env}
             left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
             if left and config.eval_env != "none":
-                print(f"{config.eval_env} is made without what {recorded['id']} was recorded with: {left}")
+                print(f"{config.eval_env} is made with its defaults; {recorded['id']} was recorded with {left}")
         n_waves = math.ceil(config.n_episodes / MAX_ENVS)
         self.envs = make_environments(config, math.ceil(config.n_episodes / n_waves), **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
