@@ -1,4 +1,4 @@
-"""What the programs here share. Importing it makes `algorithms` and `benchmarks` importable from any folder."""
+"""Everything that the programs here share. Importing it makes `algorithms` and `benchmarks` importable from any folder."""
 
 import argparse
 import contextlib

@@ -1,5 +1,5 @@
-"""Toy environments and datasets, and ways to run a script as its users do: from Python, the command line, and until it
-is killed. Tests that take `script` run once for each file under algorithms/, in a toy world of its kind of actions.
+"""Toy environments and datasets, and ways to run a script as its users do: from Python, by command line, and until it
+is killed. Tests that take `script` run once per file under algorithms/, in a toy world of its kind of actions.
 """
 
 import contextlib
@@ -27,10 +27,16 @@ import minari
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from minari.data_collector import EpisodeBuffer
 
 for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
     os.environ.pop(name, None)
+
+# The same examples each time, however slow the machine is.
+slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("algorithms/**/*.py"))]
@@ -47,16 +53,16 @@ TINY = {
 
 
 class Counter(gym.Env):
-    """Episode of seed s: 3 + s % 5 steps, observations (s, t, sum of actions), reward s + t for the t-th step; ends in
-    a terminal state where s is even, else by time-out. Success is reported on the way, by multiples of 3.
+    """The episode of seed s has 3 + s % 5 steps, observations (s, t, sum of actions), reward s + t in its t-th step.
+    It ends in a terminal state if s is even, else by time-out. Multiples of 3 report success on the way.
 
-    The seeds of online episodes are large numbers, and count modulo 97.
+    The seeds of online episodes are large numbers, which count modulo 97.
 
-    A vector environment resets it without a seed when its episode is over: those episodes, of seed SURPLUS and on,
-    give rewards that would be seen in any mean."""
+    A vector environment resets it without a seed when its episode is over. Those episodes have seed SURPLUS, and
+    rewards that would show in any mean."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    action_space = None  # the world's
+    action_space = None  # that of the World
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -79,7 +85,7 @@ class Counter(gym.Env):
 
 
 class DictCounter(Counter):
-    """The same in parts, whose names are in no order."""
+    """Counter with observations in parts, whose names are not sorted."""
 
     box = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
     observation_space = gym.spaces.Dict({"time": box, "goal": gym.spaces.Dict({"z": box, "y": box})})
@@ -91,14 +97,14 @@ class DictCounter(Counter):
 
 
 class Plain(Counter):
-    """Reports no success."""
+    """Counter without reports of success."""
 
     def step(self, action):
         return *super().step(action)[:4], {}
 
 
 class Paid(Counter):
-    """Rewards are the sums of the actions so far."""
+    """Counter whose rewards are the sums of the actions so far."""
 
     def step(self, action):
         observation, _, *rest = super().step(action)
@@ -106,7 +112,7 @@ class Paid(Counter):
 
 
 class Fine(Counter):
-    """Bounds that float32 rounds away from the middle."""
+    """Counter with bounds that float32 rounds away from the middle."""
 
     action_space = gym.spaces.Box(-0.1, 0.1, (2,), np.float64)
 
@@ -116,7 +122,7 @@ class Words(Counter):
 
 
 class World(NamedTuple):
-    """What differs between the scripts."""
+    """Differences between the scripts."""
 
     action_space: gym.Space  # of Counter
     foreign: str  # an environment whose actions the script does not take
@@ -142,9 +148,9 @@ WORLDS = {
 continuous = pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
 discrete = pytest.mark.parametrize("script", ["algorithms.discrete.cql_dqn"], indirect=True)
 finetune = pytest.mark.parametrize("script", ["algorithms.finetune.cql"], indirect=True)
-# Of both kinds of actions: runs that max_timesteps lengthens; and one script of each kind.
+# The scripts whose runs max_timesteps lengthens; one script; and one script of each kind of actions.
 offline = pytest.mark.parametrize("script", [x for x in SCRIPTS if "finetune" not in x], indirect=True)
-once = continuous  # for tests of what is the same text in all files (see test_house.py)
+once = continuous  # for tests of text that all files share (see test_house.py)
 kinds = pytest.mark.parametrize("script", ["algorithms.offline.cql", "algorithms.discrete.cql_dqn"], indirect=True)
 
 ENVIRONMENTS = {
@@ -155,8 +161,15 @@ for name, kind in ENVIRONMENTS.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{kind.__name__}")
 
 
+def fsync(_):
+    """No test cuts the power, so none waits for a disk."""
+
+
+os.fsync = fsync
+
+
 def record(env, seeds, policy=None):
-    """An episode from each seed, as EpisodeBuffers; random actions unless there is a policy."""
+    """Records one episode per seed, as EpisodeBuffers; with random actions unless there is a policy."""
     env, buffers = gym.make(env), []
     env.action_space.seed(0)
     for seed in seeds:
@@ -188,7 +201,7 @@ def store(name, buffers, **options):
 
 @pytest.fixture(autouse=True)
 def left_behind():
-    """A run that ends on its way leaves denormal numbers off, and the signal that ended it."""
+    """Clears what a run leaves behind that ends early: denormal numbers are off, and the signal is stored."""
     yield
     torch.set_flush_denormal(False)
     for name in SCRIPTS:
@@ -197,7 +210,7 @@ def left_behind():
 
 
 def interrupt(script, config, number=15, **options):
-    """A run that a signal ends before the next update: its exit status."""
+    """The exit status of a run that a signal ends before the next update."""
     script.Signals.received = number
     with pytest.raises(SystemExit) as end:
         script.train(config, **options)
@@ -224,7 +237,7 @@ def script(request, tmp_path_factory):
 
 @pytest.fixture
 def new_dataset(script, tmp_path, monkeypatch):
-    """Stores buffers under a name in a Minari root of this test alone, where DATASET stands too."""
+    """Stores buffers under a name in a Minari root of this test only, which has DATASET too."""
     shutil.copytree(os.environ["MINARI_DATASETS_PATH"], tmp_path / "minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     return lambda buffers, name="toy/new-v0", **options: store(name, buffers, **options)
@@ -236,8 +249,8 @@ def option_names(script):
 
 
 def suited(script, **options):
-    """Options of a tiny run without those that only other scripts have. Where there is an online phase, max_timesteps
-    are the updates before it, and it has no steps unless they are given."""
+    """Options of a tiny run, without those that only other scripts have. If there is an online phase, max_timesteps are
+    the updates before it, and it has no steps unless they are given."""
     names, values = option_names(script.__name__), TINY | options
     if "online_iterations" in names:
         values = {"offline_iterations": values["max_timesteps"], "online_iterations": 0} | values
@@ -246,7 +259,7 @@ def suited(script, **options):
 
 
 def tiny_config(script, path, **options):
-    """The configuration of a tiny run, in the folder path/run."""
+    """The configuration of a tiny run in the folder path/run."""
     return script.TrainConfig(**suited(script, **{"checkpoints_path": str(path)} | options))
 
 
@@ -280,7 +293,7 @@ def run(script, tiny):
 
 @pytest.fixture
 def signals():
-    """No test leaves a handler behind, and no signal kills the tests."""
+    """Restores the handlers of signals; until then a signal fails the test instead of killing all tests."""
     numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
     before = {number: signal.signal(number, lambda number, _: pytest.fail(f"signal {number}")) for number in numbers}
     yield
@@ -306,7 +319,7 @@ def command_line(script, monkeypatch, capsys, signals):
 
 
 def slow_clock(patch, script):
-    """A clock of the script that stands still but for calls of what `takes(owner, name, seconds)` names."""
+    """Gives the script a clock that only moves in calls of the functions that `takes(owner, name, seconds)` names."""
     clock = types.SimpleNamespace(now=0.0)
     patch.setattr(script, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
 
@@ -333,13 +346,13 @@ def refusal(function, *arguments, **options):
 
 
 def table(folder):
-    """Rows of metrics.csv as texts, without the columns that two equal runs differ in."""
+    """Rows of metrics.csv as strings, without the columns in which two equal runs differ."""
     with open(Path(folder, "metrics.csv"), newline="") as file:
         return [{key: value for key, value in row.items() if key not in SPEEDS} for row in csv.DictReader(file)]
 
 
 def weights(folder, name="policy.pt"):
-    """All tensors of a file of a run, by their place in it; in policy.pt everything that acts."""
+    """All tensors of a file of a run, by their place in it; policy.pt holds everything that acts."""
     found, todo = {}, [("", torch.load(Path(folder, name), weights_only=True))]
     while todo:
         place, item = todo.pop()
@@ -355,7 +368,7 @@ def equal(first, second):
 
 
 def contents(folder):
-    """Every file below a folder, but for the lock of a run: its bytes and when it was written."""
+    """Bytes and time of writing of every file below a folder, except for the lock of a run."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(Path(folder).rglob("*"))
@@ -364,8 +377,8 @@ def contents(folder):
 
 
 def train_until(script, root, options, event, place):
-    """In a process of its own: trains until the place-th call of a function (of any, where event is None), and dies
-    there by SIGKILL."""
+    """Trains in a process of its own, which SIGKILL ends at the place-th call of a function (of any function if event
+    is None)."""
     calls = itertools.count()
 
     def watch(frame, kind, function):
@@ -383,13 +396,53 @@ def train_until(script, root, options, event, place):
     module.train(config)
 
 
-def train_apart(config, event=None, place=None):
-    """The exit code of train_until: -9 where it was killed, 0 where the run ended, as it does without a place."""
-    context = multiprocessing.get_context("forkserver")  # forks a process that has imported, but never used, torch
+def fork(function, *arguments):
+    """A started process that calls the function: a fork of one that has imported torch, which takes seconds, but has
+    never used it."""
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gymnasium", "minari", "pyrallis", "pytest", "torch._dynamo", "wandb"])
-    arguments = type(config).__module__, os.environ["MINARI_DATASETS_PATH"], vars(config), event, place
-    process = context.Process(target=train_until, args=arguments)
-    with contextlib.closing(process):
-        process.start()
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def train_apart(config, event=None, place=None):
+    """The exit status of train_until: -9 if it was killed, 0 if the run ended, as it does without a place."""
+    root = os.environ["MINARI_DATASETS_PATH"]
+    with contextlib.closing(fork(train_until, type(config).__module__, root, vars(config), event, place)) as process:
         process.join()
         return process.exitcode
+
+
+def execute(text, arguments, folder, environment):
+    """Runs the text as a program in a folder, which sees nothing of this repository, in a session of its own. What it
+    prints goes to the files out and err beside the folder."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder).with_name(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.argv, sys.dont_write_bytecode = ["program", *arguments], True
+    sys.path[:] = [str(folder), *(x for x in sys.path if x not in ("", str(ROOT), str(ROOT / "tests")))]
+    exec(compile(text, "program", "exec"), {"__name__": "__main__"})
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Starts a program in the empty folder tmp_path/work, or in one that is given; what it prints goes to the files
+    tmp_path/out and err."""
+    processes = []
+
+    def start(text, *arguments, folder=tmp_path / "work"):
+        folder.mkdir(exist_ok=True)
+        processes.append(fork(execute, text, arguments, folder, dict(os.environ)))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        process.close()

@@ -11,7 +11,7 @@ from torch import nn
 
 from algorithms.offline import cql
 
-S, A, N_NEXT = 4, 3, 6  # states, actions, next actions for each transition
+S, A, N_NEXT = 4, 3, 6  # states, actions, next actions per transition
 pytestmark = pytest.mark.usefixtures("float64")
 EACH = pytest.mark.parametrize("seed, alpha", ((0, 0.1), (1, 1.0), (2, 5.0)))
 
@@ -36,7 +36,7 @@ class Problem:
         rewards = rng.normal(size=len(pairs)) + reward_shift
         next_states = rng.integers(S, size=len(pairs))
         terminals = rng.random(len(pairs)) < 0.1
-        n_pi = 1 + rng.multinomial(N_NEXT - A, np.full(A, 1 / A), size=S)  # of N_NEXT actions in each state
+        n_pi = 1 + rng.multinomial(N_NEXT - A, np.full(A, 1 / A), size=S)  # counts of N_NEXT actions in each state
 
         counts = np.bincount(pairs)
         transition = np.zeros((S * A, S))
@@ -46,7 +46,7 @@ class Problem:
         self.mean_rewards = np.bincount(pairs, weights=rewards) / counts
         self.transition = (transition[:, :, None] * self.pi).reshape(S * A, S * A)  # P^pi, [(s, a), (s', a')]
 
-        rows = np.repeat(np.arange(len(pairs)), N_NEXT)  # a copy for each next action
+        rows = np.repeat(np.arange(len(pairs)), N_NEXT)  # one copy per next action
         next_actions = np.concatenate([np.repeat(np.arange(A), n_pi[state]) for state in next_states])
         columns = np.eye(S)[pairs // A], pairs[:, None] % A, rewards, np.eye(S)[next_states], terminals
         self.batch = cql.Batch(*(torch.tensor(column[rows], dtype=torch.float64) for column in columns))
@@ -91,7 +91,7 @@ def minimise(agent, problem, mu=None, n_steps=1):
 
 
 def fixed_point(problem, mu=None, **options):
-    """The Q on which copying the target and minimising the loss settles, the same for both critics."""
+    """The Q at which copying the target and minimising the loss settles, the same for both critics."""
     agent = problem.agent(**options)
     for _ in range(50):
         minimise(agent, problem, mu)
@@ -130,7 +130,7 @@ def test_pushing_down_alone_bounds_q_in_every_pair(seed, alpha):
 
 @EACH
 def test_pushing_data_up_too_bounds_the_value(seed, alpha):
-    """Theorem 3.2, mu = pi: the value is a lower bound, and a tighter one than that of theorem 3.1."""
+    """Theorem 3.2, mu = pi: the value is a lower bound, and tighter than that of theorem 3.1."""
     problem = Problem(seed)
     q = pushed_down(problem, problem.pi, alpha)
     assert_equal(q, problem.q_pi - alpha * problem.solve(problem.pi / problem.beta - 1))
@@ -162,7 +162,7 @@ def test_entropy_variant(seed, alpha, temperature):
 
 
 def test_without_importance_sampling_the_data_action_counts_twice():
-    """The plain logsumexp is over all actions and the one in the data."""
+    """The plain logsumexp takes all actions, and the one in the data again."""
     problem = Problem(0)
     q = fixed_point(problem, cql_alpha=2.0, cql_importance_sample=False)
     doubled = softmax(q[:, None] + np.log1p(np.eye(A)))  # [S, data action, action]

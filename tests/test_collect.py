@@ -162,7 +162,7 @@ def test_existing_dataset_is_kept_without_force_and_replaced_with_it(capsys, roo
         patch.setattr(collect, "record", lambda *_: pytest.fail("recorded before the id was checked"))
         code, line = refusal(capsys, steps=30)
         assert code == 1 and "--id test/corridor-v0" in line and "--force" in line
-        assert refusal(capsys, "--force", id="test/group-v0")[0] == 1  # a folder that is no dataset
+        assert refusal(capsys, "--force", id="test/group-v0")[0] == 1  # a folder without a dataset
     assert contents(root) == before
     assert run("--force", steps=30).total_steps == 30
     assert set(contents(root)) == set(before)

@@ -38,7 +38,7 @@ def config_of(script=combo, path="runs", **options):
 
 @pytest.fixture
 def make(tmp_path):
-    """The parts of a run: (imagination, agent), with the model untrained."""
+    """Makes the parts of a run, (imagination, agent), with an untrained model."""
 
     def make(data=None, **options):
         config, data = config_of(path=tmp_path, **options), data or line()
@@ -186,7 +186,7 @@ def test_likelihood_by_hand(float64):
 
 def test_first_weights_and_their_decay():
     model = combo.Dynamics(config_of(dynamics_hidden_dim=400, dynamics_n_hidden_layers=4), 3, 2)
-    for weight in list(model.weights)[1:]:  # a normal distribution that is cut at two of its own deviations
+    for weight in list(model.weights)[1:]:  # a normal distribution, cut off at two of its standard deviations
         std = 0.5 / weight.shape[1] ** 0.5
         assert weight.std().item() == pytest.approx(0.88 * std, rel=0.03) and weight.abs().max() <= 2 * std
     *groups, others = model.optimizer.param_groups
@@ -272,8 +272,8 @@ def test_each_member_has_a_bootstrap_sample_without_what_is_held_out(make):
         assert (inputs[i].unsqueeze(1) == own).all(dim=-1).any(dim=1).all()
 
 
-def test_what_is_said_about_the_elites(make, monkeypatch):
-    """Two elites err by 1.6 and 1.7 standard deviations, and a third member by much more."""
+def test_metrics_of_the_elites(make, monkeypatch):
+    """Two elites are off by 1.6 and 1.7 standard deviations, and a third member by much more."""
     model = make()[0].model
     model.dynamics.elites.copy_(torch.tensor([0, 2]))
     _, targets, ends = (x[model.held_out] for x in model.columns)
@@ -380,10 +380,10 @@ def test_ring_holds_the_last_generations(make):
     for _ in range(300):
         counts += torch.bincount(imagination.sample(32).rewards[16:].long().clamp(0, 79), minlength=80)
     drawn = (torch.arange(80) < 10) | (torch.arange(80) >= 40)
-    assert (counts[~drawn] == 0).all() and (counts[drawn] > 0).all()  # rows of no rollout are never drawn
+    assert (counts[~drawn] == 0).all() and (counts[drawn] > 0).all()  # rows outside all rollouts are never drawn
     assert counts[drawn].std() < 3 * counts[drawn].mean().sqrt()
-    assert not torch.equal(rings[0][:40], rings[0][40:])  # each generation has starts of its own
-    for seed in (0, 1):  # a run that goes on has another policy by then
+    assert not torch.equal(rings[0][:40], rings[0][40:])  # each generation has its own starts
+    for seed in (0, 1):  # a resumed run has another policy by then
         again, agent = make(model_retain=2, rollout_length=1, rollout_batch_size=40, seed=seed)
         again.model.dynamics.load_state_dict(imagination.model.dynamics.state_dict())
         agent.actor.head.bias.data.add_(1)
@@ -445,7 +445,7 @@ def test_dynamics_path_takes_the_model_of_another_run(tmp_path, capsys):
     for data, options in [(data, {}) for data in changed] + [(line(), size) for size in sizes]:
         config = config_of(path=tmp_path, run_id="third", dynamics_path=str(path), **options)
         status, text = refusal(combo.train, config, data)
-        assert status == 1 and "no model of these data and sizes" in text
+        assert status == 1 and "not hold a model of these data and sizes" in text
     status, text = refusal(combo.train, config_of(path=tmp_path, run_id="4", dynamics_path=str(path) + "x"), line())
     assert status == 1 and "does not exist" in text
 
@@ -488,7 +488,7 @@ def test_stopped_while_the_model_learns_it_goes_on_with_the_same_bits(n, kill, t
 
 
 @pytest.mark.parametrize("options", [{"push_down_states": "model", "real_ratio": 1.0}, {"dynamics_elites": 4}])
-def test_options_that_leave_nothing(options, tmp_path):
+def test_options_that_leave_nothing_to_imagine_are_refused(options, tmp_path):
     assert refusal(combo.train, config_of(path=tmp_path, **options), line())[0] == 2
 
 
@@ -496,8 +496,8 @@ def test_a_model_that_diverges_is_one_line(tmp_path):
     assert "dynamics_lr" in refusal(combo.train, config_of(path=tmp_path, dynamics_lr=1e12), line())[1]
 
 
-def test_few_data_end_in_no_high_promise(tmp_path):
-    """A model of 60 transitions, long rollouts, and rates with which values would rise without end."""
+def test_few_data_do_not_lead_to_high_predictions(tmp_path):
+    """With a model of 60 transitions, long rollouts, and rates at which values would rise without end."""
     data = line(60)
     data |= {"terminals": np.zeros(60, bool), "rewards": 1 + 0.1 * data["observations"][:, 0]}
     options = {"rollout_length": 10, "rollout_freq": 50, "rollout_batch_size": 100, "cql_alpha": 0.5, "discount": 0.97}

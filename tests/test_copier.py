@@ -1,10 +1,8 @@
-"""A script copied alone into an empty folder, by somebody who imports it, gives it arrays, and edits its networks."""
+"""A script that is copied alone into an empty folder, imported there, given arrays, and edited."""
 
 import ast
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -61,21 +59,20 @@ assert row.keys() == arrays.keys() and all(row[name] == arrays[name] for name in
 """
 
 
-def test_script_alone_in_a_folder_trains_and_acts(script, tmp_path):
-    shutil.copy(script.__file__, tmp_path / "copied.py")
-    options = suited(script, max_timesteps=20, eval_env="none")
-    bounds = script.action_bounds(Counter.action_space, "")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    values = {"OPTIONS": options, "LOW": bounds["action_low"].tolist(), "HIGH": bounds["action_high"].tolist()}
+def test_script_alone_in_a_folder_trains_and_acts(script, program, tmp_path):
+    (tmp_path / "work").mkdir()
+    shutil.copy(script.__file__, tmp_path / "work/copied.py")
+    bounds, text = script.action_bounds(Counter.action_space, ""), PROGRAM
+    values = {"OPTIONS": suited(script, max_timesteps=20, eval_env="none")}
+    values |= {"LOW": bounds["action_low"].tolist(), "HIGH": bounds["action_high"].tolist()}
     values["ENVIRONMENT"] = "CartPole-v1" if "discrete" in script.__name__ else "InvertedPendulum-v5"  # 4 numbers
-    program = PROGRAM
     for name, value in values.items():
-        program = program.replace(name, repr(value))
-    command = [sys.executable, "-W", "error::ResourceWarning", "-c", program]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert DATASET in process.stdout and str(Path("runs/run")) in process.stdout
+        text = text.replace(name, repr(value))
+    process = program(text)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "err").read_text()
+    out = (tmp_path / "out").read_text()
+    assert DATASET in out and str(Path("runs/run")) in out
 
 
 @kinds
@@ -147,7 +144,7 @@ def test_dropout_in_a_copy_trains_in_train_mode_and_acts_in_eval_mode(script, tm
 
 
 def test_script_imports_installed_packages_only(script):
-    """Of this repository's own folders, whatever else a user has made here, such as a .venv."""
+    """Nothing from this repository's own folders; a user may have made others here, such as a .venv."""
     root = Path(script.__file__).resolve().parents[2]
     local = {path.stem for folder in ("algorithms", "benchmarks", "tests") for path in (root / folder).rglob("*.py")}
     nodes = ast.walk(ast.parse(Path(script.__file__).read_text()))

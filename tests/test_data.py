@@ -1,4 +1,4 @@
-"""What a script makes of data: episodes, ends, scaling, held-out episodes, and data that it must refuse."""
+"""Data: episodes, their ends, scaling, held-out episodes, and data that a script must refuse."""
 
 import copy
 import gc
@@ -54,13 +54,13 @@ def episode(number, end="terminal", length=4, **columns):
 
 @pytest.fixture
 def spaces(script):
-    """Of the data of `episode`."""
+    """The spaces of `episode`."""
     return {"observation_space": OBSERVATIONS, "action_space": ACTIONS[script.__name__]}
 
 
 @pytest.fixture
 def prepare(script, tiny):
-    """What training sees: prepare(env=..., option=value) -> (data, holdout, scaling, task)."""
+    """Prepares data as training sees them: prepare(env=..., option=value) -> (data, holdout, scaling, task)."""
 
     def prepare(**options):
         config = tiny(**options)
@@ -91,12 +91,12 @@ def test_only_terminal_states_do_not_bootstrap_and_no_transition_crosses_an_epis
     cut = np.array([False, True, False, False])
     data = script.load_dataset(new_dataset([episode(0, truncations=cut)], "toy/cut-v0", **spaces))
     ends = [np.flatnonzero(data[key]).tolist() for key in ("timeouts", "terminals")]
-    assert ends == [[1], [3]] and script.episodes(data)[0].tolist() == [0, 0, 1, 1]  # a time-out inside ends it, too
+    assert ends == [[1], [3]] and script.episodes(data)[0].tolist() == [0, 0, 1, 1]  # in the middle, too
 
 
 @once
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.booleans()), min_size=1, max_size=20))
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 def test_returns_of_any_data(script, rows):
     rewards, terminals, timeouts = map(np.array, zip(*rows))
     data = {"rewards": rewards, "terminals": terminals, "timeouts": timeouts}
@@ -126,7 +126,7 @@ def test_returns_of_the_data_are_said_and_logged(script, run, capsys):
 
 @once
 def test_observations_of_many_kinds_are_vectors_in_data_and_environment(script, new_dataset, run, spaces):
-    """Parts of Dict ones in sorted order, small grids, Discrete ones one-hot, no texts."""
+    """Dict observations in the sorted order of their keys, small grids, Discrete ones one-hot, and no texts."""
     flat = script.load_dataset(new_dataset(record("Counter-v0", range(9)), env="Counter-v0"))
     name = new_dataset(record("DictCounter-v0", range(9)), "toy/dict-v0", env="DictCounter-v0")
     data = script.load_dataset(name)
@@ -356,7 +356,7 @@ def test_held_out_episodes_are_whole_and_not_trained_on(script, prepare, run, ne
     assert len(kept) + len(held_out) == 100 and len(prepare()[1]["rewards"]) == 0
     assert not np.array_equal(prepare(holdout_fraction=0.22, seed=1)[0]["rewards"], data["rewards"])
 
-    # training is, to the last bit, training on the other episodes alone
+    # to the last bit the same as training on the other episodes only
     folder = run(holdout_fraction=0.22, run_id="holdout")
     rest = new_dataset([x for x in record("Counter-v0", range(100, 120)) if x.seed in kept], env="Counter-v0")
     alone = run(env=rest, run_id="alone")
@@ -397,7 +397,7 @@ def test_minibatches_cover_all_rows_and_keep_them_together(script):
     assert all(column.dtype == torch.float32 for column in batch)
 
 
-# Bad data: one line before training. The data of `broken` is good apart from the change that it names.
+# Bad data: one line before training. The data are good apart from the change that is named.
 
 
 def edit(change):
@@ -451,7 +451,7 @@ BROKEN = {
     "file is cut in the middle": (cut(0.5), ""),
     "file lacks its end": (cut(1), ""),
     "no file": (lambda path: (path / "main_data.hdf5").unlink(), ""),
-    "metadata are no JSON": (lambda path: (path / "metadata.json").write_text("{"), ""),
+    "metadata are not JSON": (lambda path: (path / "metadata.json").write_text("{"), ""),
     "metadata lack the id": (metadata(dataset_id=None), ""),
 }  # fmt: skip
 
@@ -559,7 +559,7 @@ def test_without_network_the_line_says_where_the_data_belong(script, tiny, new_d
 
 
 @once
-def test_images_and_observations_that_are_no_arrays_are_refused(script, tiny, spaces, new_dataset):
+def test_images_and_observations_that_are_not_arrays_are_refused(script, tiny, spaces, new_dataset):
     image = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
     pixels, nested = np.zeros((5, 40, 40, 3), np.uint8), gym.spaces.Dict({"pixels": image})
     observations = [pixels, {"pixels": pixels}, {"camera": {"pixels": pixels}}]
@@ -627,7 +627,7 @@ def test_an_episode_without_end_ends_in_evaluation(script, run, monkeypatch):
 
 @pytest.mark.parametrize("wanted", ["dataset has none", "none"])
 def test_without_environment_a_run_trains_and_says_what_it_can(wanted, script, run, new_dataset, monkeypatch, capsys):
-    """The line of a row shows held-out values, else those of training."""
+    """The line of a row shows held-out values, or else those of training."""
     monkeypatch.setattr(script.gym, "make_vec", lambda *_, **__: pytest.fail("an environment was made"))
     options = {"eval_env": "none"}
     if wanted != "none":

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from conftest import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import check_bfloat16, check_compiled, check_updates, close, flat
+from test_losses import check_bfloat16, check_traced, check_updates, close, flat
 from torch import nn
 
 from algorithms.discrete import cql_dqn as cql
 
-S, A, B = 4, 3, 6  # states or size of observations, actions, transitions a batch
+S, A, B = 4, 3, 6  # states or size of observations, actions, transitions per batch
 pytestmark = pytest.mark.usefixtures("float64")
 HEADS = pytest.mark.parametrize("head", ("dqn", "c51", "qr"))
 
@@ -43,14 +43,14 @@ def make_batch(batch_size=B):
 
 
 def set_table(network, outputs):
-    """Makes a network answer with outputs [S, A, Z] at one-hot observations, which are its features."""
+    """Makes a network return outputs [S, A, Z] at one-hot observations, which are its features."""
     network.hidden = nn.Identity()
     network.last = nn.Linear(len(outputs), outputs[0].numel(), bias=False)
     network.last.weight = nn.Parameter(outputs.flatten(1).T.clone())
 
 
 def set_tables(agent, outputs):
-    """Both networks' outputs are these, and the online one's are learned."""
+    """Sets the outputs of both networks; those of the online one are learned."""
     set_table(agent.critic, outputs)
     set_table(agent.target_critic, outputs)
     agent.parameter_groups["critic"] = list(agent.critic.parameters())
@@ -84,7 +84,7 @@ class Problem:
 
     def __init__(self, seed, scale=1.0, noise=1.0, discount=0.8):
         rng = np.random.default_rng(seed)
-        self.pairs = np.concatenate([np.arange(S * A), rng.integers(S * A, size=40)])  # of (s, a), each one visited
+        self.pairs = np.concatenate([np.arange(S * A), rng.integers(S * A, size=40)])  # each (s, a) is visited
         n = len(self.pairs)
         self.rewards = scale * (rng.normal(size=S * A)[self.pairs] + noise * rng.normal(size=n))
         self.next_states, self.next_actions = rng.integers(S, size=n), rng.integers(A, size=n)
@@ -105,7 +105,7 @@ class Problem:
         return weights / weights.sum(axis=1, keepdims=True) / self.beta - 1
 
     def fixed_point(self, alpha, target="max"):
-        """Q = B Q - alpha (softmax(Q) / beta - 1), by small steps."""
+        """Solves Q = B Q - alpha (softmax(Q) / beta - 1) by small steps."""
         q = np.zeros((S, A))
         for _ in range(2000):
             following = q[self.next_states, self.next_actions] if target == "sarsa" else q.max(axis=1)[self.next_states]
@@ -114,7 +114,7 @@ class Problem:
         return q
 
     def agent(self, outputs, **options):
-        """An agent whose networks' outputs are these."""
+        """Makes an agent whose networks have these outputs."""
         return set_tables(make_agent(n_quantiles=outputs.shape[2], **options), torch.as_tensor(outputs))
 
     def gradient(self, outputs, **options):
@@ -152,7 +152,7 @@ def test_updates_lead_to_the_closed_form(head):
 
 @ERRORS
 def test_gradient_vanishes_at_the_closed_form_of_quantiles(td_error, cql_alpha, scale):
-    """Without a future, and with one reward a pair, 4 |tau_i - 1(theta_i > r)| (r - theta_i) = cql_alpha excess."""
+    """Without a future, and with one reward per pair, 4 |tau_i - 1(theta_i > r)| (r - theta_i) = cql_alpha excess."""
     n, problem = 5, Problem(1, scale, noise=0.0, discount=0.0)
     tau = (np.arange(n) + 0.5) / n
     x = problem.excess(problem.fixed_point(cql_alpha / 4 * (1 / tau).mean()))[:, :, None]
@@ -266,8 +266,8 @@ def test_loss_and_gradient_are_those_of_slow_loops(head, options):
 
 @HEADS
 def test_gap_is_of_expected_values_over_the_actions_of_each_state(head):
-    """Of states with 1, 3 and 2, 1 for two actions, of which the data has the first. Over the batch, or of logits or
-    quantiles, it would be another."""
+    """In states with values 1, 3 and 2, 1 of two actions, of which the data have the first. The gap over the batch, or
+    of logits or quantiles, would be another."""
     agent = tabular_agent(head, [[1, 3], [2, 1]], discount=0.0)
     loss, metrics = agent.loss(tabular_batch([0, 0], [1.0, 10.0], [0.0, 0.0]))
     hand = {
@@ -284,7 +284,7 @@ def test_gap_is_of_expected_values_over_the_actions_of_each_state(head):
 
 @HEADS
 def test_large_values_overflow_nothing(head):
-    """Of two actions with 1e4 and 0 the data has the second."""
+    """The data have the second of two actions, with values 1e4 and 0."""
     agent = tabular_agent(head, [[10, 0]])
     (agent.critic.atoms if head == "c51" else agent.critic.last.weight.data).mul_(1e3)
     gradients, metrics = agent.gradients(tabular_batch([1], [0.0], [0.5]))
@@ -333,7 +333,7 @@ def test_metrics_of_features():
 # Columns of a batch, and the range of atoms.
 
 KINDS = ("terminal", "timeout", "both", "open")
-# Lengths and ends of episodes, the last of which the recording may cut short.
+# Lengths and ends of episodes; the recording may cut the last one short.
 EPISODES = st.tuples(
     st.lists(st.tuples(st.integers(1, 7), st.sampled_from(KINDS[:3])), max_size=5),
     st.tuples(st.integers(1, 7), st.sampled_from(KINDS)),
@@ -370,10 +370,10 @@ def slow_rows(episodes, data, config):
 
 @pytest.mark.parametrize("n_step", (1, 2, 5, 20))
 @pytest.mark.parametrize("target", ("double", "sarsa"))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(episodes=EPISODES)
 def test_columns_are_those_of_a_slow_loop(target, n_step, episodes):
-    """No reward, observation or action is of another episode."""
+    """Rewards, observations and actions never come from another episode."""
     config = cql.TrainConfig(device="cpu", target=target, n_step=n_step, discount=0.5)
     data = make_data(episodes)
     rows = list(slow_rows(episodes, data, config))
@@ -388,7 +388,7 @@ def test_columns_are_those_of_a_slow_loop(target, n_step, episodes):
     assert all(y is None or x == y for x, y in zip(next_actions, after))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(episodes=EPISODES, discount=st.sampled_from((0.0, 0.5, 1.0)))
 def test_atoms_span_the_discounted_returns(episodes, discount):
     data, returns, first = make_data(episodes), [], 0
@@ -436,14 +436,14 @@ def test_bfloat16_is_near(head):
     check_bfloat16(agents, batch, batch.observations)
 
 
-COMPILED = [{"head": "c51", "dr3_coefficient": 0.1}, {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0}]
+TRACED = [{"head": "c51", "dr3_coefficient": 0.1}, {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0}]
 
 
-@pytest.mark.parametrize("options", COMPILED, ids=str)
-def test_compiled_gradients_are_the_same(options):
+@pytest.mark.parametrize("options", TRACED, ids=str)
+def test_traced_gradients_are_the_same(options, monkeypatch):
     torch.set_default_dtype(torch.float32)
     agent = make_agent(compile=True, batch_size=B, q_n_hidden_layers=1, **options)
-    check_compiled(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4)
+    check_traced(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4, monkeypatch)
 
 
 # Acting.

@@ -13,7 +13,7 @@ pytestmark = continuous  # the same text in all files
 
 
 def wrapped(*kinds):
-    """Gymnasium's Pendulum as it is recorded: actions of it are torques in [-2, 2]."""
+    """Gymnasium's Pendulum as it is recorded; its actions are torques in [-2, 2]."""
     env = gym.make("Pendulum-v1", max_episode_steps=20)
     for kind, options in kinds:
         env = kind(env, **options)
@@ -76,7 +76,7 @@ def test_other_wrappers_are_refused_by_name_unless_nothing_is_played(script, tin
     [
         (([-np.inf, -np.inf], [np.inf, np.inf]), ([-2, 0], [1, 0.5])),
         (([-3.4e38, -1e6], [3.4e38, 1e6]), ([-2, 0], [1, 0.5])),
-        (([-5, 0], [0.5, 0.5]), ([-2, 0], [0.5, 0.5])),  # narrower at one end alone
+        (([-5, 0], [0.5, 0.5]), ([-2, 0], [0.5, 0.5])),  # narrower at one end only
         (([-2, 0], [1, 0.5]), None),
     ],
 )
@@ -127,8 +127,8 @@ def test_success_is_read_where_it_is_a_number_and_the_return_counts(always, valu
 
 
 @pytest.mark.parametrize("value", [None, "no", np.zeros(2), False])
-def test_what_a_reset_reports_is_no_success(value, run, monkeypatch):
-    """A vector environment resets those whose episodes are over while others play on."""
+def test_what_a_reset_reports_is_not_success(value, run, monkeypatch):
+    """A vector environment resets those whose episodes are over while others continue."""
     reset, step = Counter.reset, Counter.step
     monkeypatch.setattr(Counter, "reset", lambda self, **options: (reset(self, **options)[0], {"success": value}))
     monkeypatch.setattr(Counter, "step", lambda self, action: (*step(self, action)[:4], {}))

@@ -1,4 +1,4 @@
-"""What finetune/cql.py adds to the offline script: Cal-QL's bound, the online phase, its metrics, and its resume."""
+"""The additions of finetune/cql.py to the offline script: Cal-QL's bound, the online phase, its metrics and resume."""
 
 import copy
 import itertools
@@ -38,7 +38,7 @@ pytestmark = finetune
 
 @pytest.fixture(autouse=True)
 def world(script):
-    """Of the script, for each test here."""
+    """Enters the toy world of the script in each test here."""
 
 
 # Cal-QL's returns and its bound
@@ -68,7 +68,7 @@ def test_bounds_are_returns_and_no_end_without_a_terminal_state_is_one(rewards, 
 
 @pytest.mark.parametrize(("bias", "chosen"), [(-200.0, None), (0.0, None), (0.0, -7.0)])
 def test_bounds_of_the_data_are_of_training_rewards(bias, chosen, tiny):
-    """Where none is chosen, time-outs are followed by the data's smallest reward, or 0 where that is larger."""
+    """By default, the data's smallest reward follows a time-out, or 0 if that reward is larger."""
     options = {"normalize_reward": True, "reward_bias": bias, "failure_reward": chosen, "discount": 0.5}
     config, data = tiny(calibrate=True, **options), cql.load_dataset(DATASET)
     buffer = cql.prepare(config, data, cql.Run(config, 1))[2]
@@ -83,7 +83,7 @@ def test_bounds_of_the_data_are_of_training_rewards(bias, chosen, tiny):
 
 
 class Values(nn.Module):
-    """Critics that answer with given values [E, B, 1 + 3N]."""
+    """Critics that return given values [E, B, 1 + 3N]."""
 
     def __init__(self, values):
         super().__init__()
@@ -110,7 +110,7 @@ def make_batch(batch_size=5):
     return cql.Batch(observations, actions, rewards, next_observations, torch.zeros(batch_size), returns)
 
 
-# Of two critics and two states: the data's action, a random, a next and a current one.
+# For two critics and two states: values of the data's action, a random, a next and a current one.
 Q = [[[5.0, -9, -9, 2], [0, 1, 1, 1]], [[5, 4, 1, -9], [0, 7, 0, 7]]]
 RETURNS = [3.0, 0.5]
 DENSITIES = [[0.5, 0.25, 2], [1, 1, 1]]
@@ -118,7 +118,7 @@ DENSITIES = [[0.5, 0.25, 2], [1, 1, 1]]
 
 @pytest.mark.parametrize("calibrate", [True, False])
 def test_penalty_bounds_the_policys_actions_before_the_density(calibrate, float64):
-    """The random action and the data's are not bounded, and a bounded one passes no gradient."""
+    """The random action and the data's are not bounded; bounded ones pass no gradient."""
     agent = make_agent(calibrate=calibrate, cql_n_actions=1, cql_alpha=1.0)
     agent.critic = Values(Q)
     batch, log_prob = make_batch(2)._replace(returns=torch.tensor(RETURNS)), torch.tensor(DENSITIES).log()
@@ -151,7 +151,7 @@ def critic_gradient(agent, loss):
 
 @pytest.mark.parametrize("options", [{}, {"cql_importance_sample": False, "cql_temp": 2.0}], ids=str)
 def test_drawn_actions_count_bounded_and_pass_no_gradient_where_they_are(options, float64, monkeypatch):
-    """With uniform numbers on a fine grid the drawn gradient is its expectation; the loss is the same in any draw."""
+    """On a fine grid of uniform numbers the drawn gradient is its own expectation; the loss is always the same."""
     n, batch = 4000, make_batch()
     agent, cheap = (make_agent(calibrate=True, cql_backprop_actions=k, **options) for k in (0, 1))
     inputs = proposed(agent, batch)
@@ -181,7 +181,7 @@ def test_where_all_drawn_actions_are_bounded_only_the_data_have_a_gradient(float
 
 
 def transitions(rewards):
-    """Rows that tell their reward everywhere."""
+    """Rows whose columns all equal their reward."""
     column = np.float32(rewards)
     data = dict.fromkeys(cql.Batch._fields, column)
     return data | {name: column[:, None] for name in ("observations", "actions", "next_observations")}
@@ -189,7 +189,7 @@ def transitions(rewards):
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.0, 0), (0.25, 0.25), (0.3, 0.25), (1.0, 1), (-1.0, 10 / 40)])
 def test_share_of_data_in_a_minibatch(ratio, share):
-    """Exactly the nearest number of rows; -1 is uniform. Before the first online row there is nothing but data."""
+    """Exactly the nearest number of rows; -1 is uniform. Before the first online row, all rows are data."""
     torch.manual_seed(0)
     buffer = cql.ReplayBuffer(transitions(range(10)), "cpu", 50, ratio)
     for buffer.online in (False, True):
@@ -294,7 +294,7 @@ def test_weight_of_the_penalty_is_of_the_phase(run):
 
 @pytest.fixture
 def added(monkeypatch):
-    """What goes to the buffer, call by call, and how many rows the file holds then."""
+    """The transitions that go to the buffer, call by call."""
     calls, add = [], cql.ReplayBuffer.add
     monkeypatch.setattr(
         cql.ReplayBuffer, "add", lambda self, data: calls.append(copy.deepcopy(data)) or add(self, data)
@@ -343,7 +343,7 @@ def test_transitions_in_file_and_buffer_are_what_was_played(n, calibrate, run, a
     found = {key: np.concatenate([data[key] for data in added]) for key in added[0]}
     if not calibrate:
         expected, returns = rows, np.zeros(50)
-    else:  # episodes in the order of their ends, each one at once
+    else:  # episodes in the order of their ends, each one whole
         order = sorted(finished, key=lambda x: np.flatnonzero(rows[:, -1] == x)[-1])
         assert len(added) > 1 and np.concatenate([data["rewards"] for data in added]).size == len(found["rewards"])
         expected, returns = np.concatenate([episodes[x] for x in order]), []
@@ -383,7 +383,7 @@ def test_whole_numbers_are_stored_as_they_were_played(run, added):
 
 
 def test_online_actions_are_in_the_units_of_a_recording_through_a_wrapper(tiny, new_dataset):
-    """In each row of the buffer, recorded or met, the action moves the environment's sum by what it stands for."""
+    """In each row of the buffer, recorded or online, the action moves the environment's sum by its own value."""
     env = gym.wrappers.RescaleAction(gym.make("Counter-v0"), -1.0, 1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gym, "make", lambda _: env)
@@ -478,7 +478,7 @@ def test_regret_leaves_out_evaluations_that_fail_and_those_before_the_switch(run
 
 
 def test_speeds_are_those_of_updates_and_of_playing(run, monkeypatch):
-    """By a clock that goes on in minibatches, in steps of the environment, and by a lot in all else."""
+    """The clock moves in minibatches and steps of the environment, and by a lot in everything else."""
     _, takes = slow_clock(monkeypatch, cql)
     takes(cql.ReplayBuffer, "sample", 1.0)
     takes(cql.CQL, "explore", 4.0)
@@ -517,8 +517,9 @@ def uninterrupted(request, tmp_path_factory, script):
     return options, Path(config.checkpoints_path, "run")
 
 
+@pytest.mark.parametrize("uninterrupted", ["one", "calibrated three"], indirect=True)
 def test_killed_run_goes_on_with_the_same_bits(uninterrupted, tiny):
-    """In the middle of a round, of an update, of an evaluation, and in the files of a row and after them."""
+    """Killed in the middle of a round, an update, an evaluation and the files of a row, and after those files."""
     options, expected = uninterrupted
     config, codes = tiny(**options), []
     places = [("Collector.step", 2), ("ReplayBuffer.sample", 12), ("Counter.step", 15), ("fsync", 3), ("replace", 3)]
@@ -530,8 +531,8 @@ def test_killed_run_goes_on_with_the_same_bits(uninterrupted, tiny):
 
 
 def signalled(config, n, owner=cql.Collector, name="step"):
-    """The exit status of a run to which a signal comes in the n-th online round, or in that call of another function;
-    0 where it is over before."""
+    """The exit status of a run that receives a signal in the n-th online round, or in that call of another function; 0
+    if it is over before."""
     function, calls, code = getattr(owner, name), itertools.count(1), 0
 
     def receiving(*arguments):
@@ -555,7 +556,11 @@ def stopped(tiny, *place, **options):
     return Path(tiny(**options).checkpoints_path, options.get("run_id", "run"))
 
 
-@pytest.mark.parametrize("place", [(3,), (7, cql.ReplayBuffer, "sample")], ids=["rounds", "minibatches"])
+@pytest.mark.parametrize(
+    ("uninterrupted", "place"),
+    [*((kind, (3,)) for kind in KINDS), ("calibrated", (7, cql.ReplayBuffer, "sample"))],
+    indirect=["uninterrupted"],
+)
 def test_run_that_is_stopped_again_and_again_goes_on_with_the_same_bits(place, uninterrupted, tiny):
     options, expected = uninterrupted
     config, codes = tiny(**options), []
@@ -575,7 +580,7 @@ def test_updates_that_were_due_at_a_stop_are_made_first(run, tiny):
 
 @pytest.mark.parametrize("place", [(10, cql.ReplayBuffer, "sample"), (1, cql, "rollout")], ids=["before", "at"])
 def test_row_at_the_switch_is_the_same_after_a_stop(place, run, tiny):
-    """Without a penalty online, which the held-out metrics of that row still have."""
+    """There is no penalty online, but the held-out metrics of that row still have one."""
     options = {"max_timesteps": 10, "online_iterations": 6, "holdout_fraction": 0.2, "cql_alpha_online": 0.0}
     expected = run(run_id="whole", **options)
     assert n_updates(stopped(tiny, *place, **options)) == 10
@@ -583,7 +588,7 @@ def test_row_at_the_switch_is_the_same_after_a_stop(place, run, tiny):
 
 
 @pytest.mark.parametrize("options", [{}, {"calibrate": True, "n_online_envs": 2}], ids=str)
-def test_an_episode_that_plays_otherwise_on_resume_is_dropped(options, run, tiny, added, monkeypatch, capsys):
+def test_an_episode_that_plays_differently_on_resume_is_dropped(options, run, tiny, added, monkeypatch, capsys):
     options = options | {"max_timesteps": 5, "online_iterations": 40, "eval_freq": 99}
     folder = stopped(tiny, 9, **options)
     before = read(folder)
@@ -705,7 +710,7 @@ def test_fine_tuning_starts_from_a_checkpoint_of_the_offline_script(options, run
 
 
 def test_a_run_folder_of_the_offline_script_is_not_resumed(tiny, tmp_path):
-    """Not even where all options that both have are the same."""
+    """Not even if all options that both scripts have are the same."""
     config = tiny_config(offline_cql, tmp_path / "runs", reward_scale=1.0, reward_bias=0.0)
     offline_cql.train(config)
     before = contents(tmp_path / "runs")
@@ -713,7 +718,7 @@ def test_a_run_folder_of_the_offline_script_is_not_resumed(tiny, tmp_path):
     assert status in (1, 2) and "run" in line and contents(tmp_path / "runs") == before
 
 
-# Online alone, and options that do not fit
+# Learning online only, and options that do not fit
 
 SAC = {
     "env": "none", "eval_env": "Counter-v0", "normalize": False, "offline_iterations": 0, "online_iterations": 30,
@@ -724,8 +729,8 @@ SAC = {
 @pytest.mark.parametrize(
     "options", [{}, {"n_online_envs": 3, "warmup_steps": 9}, {"calibrate": True, "failure_reward": 0.0}], ids=str
 )
-def test_online_alone(options, run):
-    """Nothing is learned from but what was played; to calibrate, from whole episodes."""
+def test_online_only(options, run):
+    """Learns only from what was played; to calibrate, only from whole episodes."""
     folder = run(**SAC | options)
     rows = table(folder)
     assert [row["step"] for row in rows][0] == "0" and rows[-1]["step"] == "30" and float(rows[-1]["qf1_loss"]) > 0
@@ -738,7 +743,7 @@ def test_online_alone(options, run):
 
 
 class Faint(Counter):
-    """Shows numbers below float32's normal ones, which a run rounds to 0; reports a success when there is one alone."""
+    """Counter with numbers below float32's normal ones, which a run rounds to 0, which only reports successes."""
 
     def observe(self):
         return np.array([self.number, self.t, 1e-40 * self.t], np.float32)
@@ -749,7 +754,7 @@ class Faint(Counter):
 
 
 def test_faint_numbers_and_rare_success(run, monkeypatch, capsys):
-    """A resume replays as it played; episodes that report no success had none."""
+    """A resumed run replays what it played; episodes without a report of success count as failures."""
     gym.register("Faint-v0", entry_point=Faint)
     monkeypatch.setattr(Faint, "action_space", Counter.action_space)
     options = SAC | {"eval_env": "Faint-v0", "n_episodes": 3}
@@ -762,8 +767,8 @@ def test_faint_numbers_and_rare_success(run, monkeypatch, capsys):
     assert 0 < float(row["train_regret"]) < 1 and 0 <= float(row["online_success"]) <= 1 and row["eval_success"]
 
 
-def test_what_was_met_online_is_a_dataset(run, script, new_dataset, capsys):
-    """By benchmarks/collect.py --replay: every transition of the first steps, where 3 environments play in turn."""
+def test_online_transitions_become_a_dataset(run, script, new_dataset, capsys):
+    """benchmarks/collect.py --replay keeps every transition of the first steps of 3 environments that take turns."""
     folder, n = run(**SAC, n_online_envs=3), 20
     for options in ([], ["--env", "Counter-v0"]):
         collect.main(["--replay", str(folder), "--steps", str(n), "--id", "toy/replay-v0", "--force", *options])
@@ -786,7 +791,7 @@ def test_what_was_met_online_is_a_dataset(run, script, new_dataset, capsys):
      {"eval_env": "NoSuchEnvironment-v0"}],
     ids=str,
 )  # fmt: skip
-def test_what_does_not_fit_online_alone_is_one_line(changes, tiny, tmp_path):
+def test_options_that_do_not_fit_online_only_are_one_line(changes, tiny, tmp_path):
     status, line = refusal(lambda: cql.train(tiny(**SAC | changes)))
     assert status == (1 if "Words-v0" in changes.values() else 2) and "--e" in line or "Words-v0" in line
     assert not (tmp_path / "runs").exists()
@@ -825,7 +830,7 @@ def test_options_of_cal_ql_without_it_are_said(options, said, run, capsys):
     assert len(lines) == said and (not said or "mixing_ratio" in lines[0] and "is_sparse_reward" in lines[0])
 
 
-# Keys and values that CORL's files have for Cal-QL: of AntMaze, and of Adroit's pen.
+# Keys and values of CORL's files for Cal-QL, for AntMaze and Adroit's pen.
 ANTMAZE = """
 alpha_multiplier: 1.0
 backup_entropy: false

@@ -1,5 +1,5 @@
-"""What only a GPU does: compiled updates in CUDA graphs, several types, runs that change the device. Skipped without
-one; DEVICE=cpu runs the same tests there, without graphs:
+"""Compiled updates in CUDA graphs, several types, and runs that change the device. Skipped without a GPU; DEVICE=cpu
+runs the same tests on a CPU, without graphs:
 
     DEVICE=cpu pytest tests/test_gpu.py
 """
@@ -24,7 +24,7 @@ VARIANTS = [("algorithms.offline.cql", x) for x in CONTINUOUS] + [("algorithms.d
 
 
 def make_buffer(script, config):
-    """A thousand transitions of random numbers, of Counter's sizes."""
+    """A thousand random transitions, in Counter's sizes."""
     rng = np.random.default_rng(0)
     data = {name: rng.standard_normal((1000, 3)) for name in ("observations", "next_observations")}
     data["returns"] = rng.standard_normal(1000)
@@ -39,7 +39,7 @@ def make_buffer(script, config):
 
 
 def updated(script, tiny, seed=0, **options):
-    """All parameters after 60 updates, the numbers of updates done at once, and the mean of each metric."""
+    """Returns all parameters after 60 updates, the numbers of updates done at once, and the mean of each metric."""
     steps = []
     config = tiny(device=DEVICE, hidden_dim=64, **options)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def updated(script, tiny, seed=0, **options):
 
 @pytest.mark.parametrize(("script", "options"), VARIANTS, indirect=["script"])
 def test_compiled_updates_and_graphs_are_eager_updates(options, script, tiny):
-    """The same random numbers, so that parameters differ by rounding alone; with others they would by far more."""
+    """With the same random numbers, parameters differ by rounding only; with others they would differ far more."""
     eager, _, expected = updated(script, tiny, compile=False, **options)
     fast, steps, means = updated(script, tiny, compile=True, **options)
     others, *_ = updated(script, tiny, seed=1, compile=False, **options)
@@ -71,7 +71,7 @@ def test_compiled_updates_and_graphs_are_eager_updates(options, script, tiny):
 
 @offline
 def test_resumed_run_is_the_uninterrupted_one(script, run, tiny):
-    """Where the graphs start differs, and with it the rounding."""
+    """Except for rounding, since the graphs start elsewhere."""
     options = {"device": DEVICE, "compile": True, "max_timesteps": 60, "eval_freq": 30}
     whole = run(run_id="whole", **options)
     half = run(run_id="half", **options | {"max_timesteps": 30})

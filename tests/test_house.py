@@ -1,9 +1,9 @@
-"""The house rules that a program can check: repeated names have one text, budgets, the order of a file's sections.
+"""House rules that a program can check: repeated names have one text, files keep to budgets and an order of sections.
 
     python tests/test_house.py                    # lists the differences; exit status 1 where there are any
     python tests/test_house.py --fix FILE NAME... # copies FILE's version of the names over all others
 
-`TrainConfig` and `train` are each script's own, and so is what has the comment `# local: <reason>` right above it.
+Each script has its own `TrainConfig` and `train`, and its own version of what follows a comment `# local: <reason>`.
 """
 
 import ast
@@ -27,7 +27,7 @@ BUDGETS = {
     "finetune/cql.py": (810, 8_400, 1_600, 16_300),
     "discrete/cql_dqn.py": (460, 4_300, 1_275, 12_000),
 }
-# Agents for continuous actions: how many methods that several have are of one text, at least.
+# Agents for continuous actions: the smallest number of methods that several have and that share one text.
 SHARED_METHODS = 13
 
 
@@ -77,7 +77,7 @@ def differences(paths):
 
 
 def spread(source, names, paths):
-    """Gives every file the version of `source`."""
+    """Copies the version of `source` into every other file."""
     for name in names:
         block = blocks(source).get(name)
         if block is None or block.local:
@@ -207,7 +207,7 @@ def length(node):
 
 
 def count_tokens(text):
-    """Without comments, docstrings and line ends: names, numbers, operators."""
+    """Counts names, numbers, operators and strings; without comments, docstrings and line ends."""
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [x for x in ast.walk(ast.parse(text)) if isinstance(x, kinds)]
@@ -258,7 +258,7 @@ def test_methods_of_the_agents_have_one_text_or_say_why_not():
         ]
         of_one_text += len(continuous) > 1 and len({text for text, _ in continuous}) == 1
         versions = [found[name] for found in methods.values() if name in found]
-        versions.sort(key=lambda x: "# local: " in x[1])  # of two that are as common, that without a comment
+        versions.sort(key=lambda x: "# local: " in x[1])  # of two that are equally common, the one without a comment
         commonest = max(versions, key=lambda x: sum(x[0] == y[0] for y in versions))[0]
         for path, found in methods.items():
             if name in found and found[name][0] != commonest:
@@ -300,7 +300,8 @@ def test_every_field_has_a_comment_and_is_read(path):
 
 
 def test_readme_is_short():
-    assert (ROOT / "README.md").read_text().count("\n") <= 150
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
 
 
 if __name__ == "__main__":

@@ -372,7 +372,7 @@ def test_names_are_text(make, tmp_path):
 def test_two_runs_of_a_seed(make, tmp_path):
     folder(tmp_path / "runs/a", lines(1, 2))
     folder(tmp_path / "runs/b", lines(1), max_timesteps=20)  # an attempt that was stopped
-    folder(tmp_path / "runs/c", lines(1, 9))  # the same again, on another machine
+    folder(tmp_path / "runs/c", lines(1, 9))  # the same run, repeated on another machine
     _, _, err = make("runs", "--out", "out")
     assert "exists twice: runs/a and runs/b; the longer one counts" in err
     assert "exists twice: runs/a and runs/c; the first one counts" in err

@@ -8,9 +8,10 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
-import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from conftest import (
     weights,
 )
 
-FILES = {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}  # and online.bin, where there is an online phase
+FILES = {"config.yaml", "metrics.csv", "checkpoint.pt", "policy.pt"}  # and online.bin if there is an online phase
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -56,7 +57,7 @@ def files(script):
 
 
 def at_call(patch, owner, name, n, action):
-    """`action` happens at the n-th call of a function, before it."""
+    """Calls `action` before the n-th call of a function."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def watched(*args, **options):
@@ -65,6 +66,32 @@ def at_call(patch, owner, name, n, action):
         return function(*args, **options)
 
     patch.setattr(owner, name, watched)
+
+
+@pytest.fixture(scope="module")
+def finished(script, tmp_path_factory):
+    """Folders of runs by their options, each trained once in this file."""
+    runs = {}
+
+    def finished(**options):
+        if (key := str(options)) not in runs:
+            path = tmp_path_factory.mktemp("finished")
+            script.train(tiny_config(script, path, **options))
+            runs[key] = path / "run"
+        return runs[key]
+
+    return finished
+
+
+@pytest.fixture
+def trained_for(finished, tiny):
+    """A copy of a run of so many updates, as the run folder of that name in this test; a later start continues it."""
+
+    def trained_for(max_timesteps, run_id="run", **options):
+        folder = Path(tiny().checkpoints_path, run_id)
+        return Path(shutil.copytree(finished(max_timesteps=max_timesteps, **options), folder))
+
+    return trained_for
 
 
 # Names, rows and lines
@@ -107,7 +134,7 @@ def test_last_line_has_score_and_folder_and_row_is_what_stands_in_the_table(
 
 @once
 def test_updates_per_second_are_those_of_updates_alone(script, tiny, tmp_path, monkeypatch):
-    """By a clock that goes on by one in each update, and by a lot in all else, also between two starts."""
+    """The clock moves by one in each update, and by a lot in everything else, also between two starts."""
     clock, takes = slow_clock(monkeypatch, script)
     takes(script.ReplayBuffer, "sample", 1.0)
     for owner, name in ((Counter, "step"), (os, "fsync"), (script.wandb, "init"), (script, "load_dataset")):
@@ -147,8 +174,8 @@ def test_training_moves_every_parameter_and_metrics_are_finite(script, tiny, run
 
 
 @continuous
-def test_cloning_alone_learns_the_datas_actions_and_has_no_critics(script, run, new_dataset):
-    """Data whose second action is the time's sign; the likelihood is a density in [-1, 1]."""
+def test_pure_cloning_learns_the_datas_actions_and_has_no_critics(script, run, new_dataset):
+    """The data's second action depends on the time; the likelihood is a density in [-1, 1]."""
     clean = record("Counter-v0", range(30), lambda env, observation: np.float32([-1, 0.4 * (observation[1] > 1)]))
     name = new_dataset(clean, env="Counter-v0")
     options = {"env": name, "bc_only": True, "holdout_fraction": 0.2, "policy_lr": 1e-2, "hidden_dim": 32}
@@ -181,7 +208,7 @@ def outcome(seed, discount, factor=1.0, bias=0.0):
 @pytest.mark.parametrize("normalize_reward", [False, True])
 @once
 def test_evaluation_is_over_one_episode_from_each_seed(n_episodes, eval_seed, normalize_reward, run):
-    """What the environments play between an episode's end and the last one's does not count."""
+    """Environments go on after their episode until the last one ends; that does not count."""
     options = {"n_episodes": n_episodes, "eval_seed": eval_seed, "normalize_reward": normalize_reward}
     row = table(run(**options, discount=0.8, reward_scale=0.5, reward_bias=0.25, max_timesteps=2))[-1]
     change = (0.5, 0.25) if normalize_reward else (1, 0)
@@ -210,7 +237,7 @@ def test_predicted_value_is_of_the_start_states(script, run, monkeypatch):
 
 @pytest.fixture
 def trained(script, tiny, run):
-    """An agent whose critics differ widely, observations, the same scaled, and the actions that it takes there."""
+    """An agent whose critics differ widely; observations, raw and scaled, and its actions there."""
     folder = run(policy_lr=1e-2, qf_lr=1e-2)
     agent = make_agent(script, tiny())
     agent.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
@@ -223,7 +250,7 @@ def trained(script, tiny, run):
 def test_start_values_are_the_smaller_critics_for_the_deterministic_action(trained):
     agent, observations, scaled, actions = trained
     torch.manual_seed(0)
-    for parameter in agent.critic.parameters():  # so that each critic is the smaller one somewhere
+    for parameter in agent.critic.parameters():  # so that each critic is smaller somewhere
         torch.nn.init.normal_(parameter)
     low, high = Counter.action_space.low, Counter.action_space.high
     with torch.no_grad():
@@ -245,7 +272,7 @@ def test_start_values_are_those_of_the_action_that_is_taken(trained):
 
 @kinds
 def test_policy_acts_on_raw_observations_in_the_units_of_the_environment(script, run, monkeypatch):
-    """The evaluation's actions are those of load_policy, one episode after the other."""
+    """The evaluation takes the same actions as load_policy, one episode after the other."""
     step, log = Counter.step, []
 
     def logged(self, action):
@@ -346,10 +373,10 @@ FOREIGN = {
 
 @once
 @pytest.mark.parametrize("kind", [*FOREIGN, "folder", "cut", "policy"])
-def test_bad_checkpoint_is_one_line_and_runs_nothing(kind, script, tiny, run, tmp_path, monkeypatch):
-    """Given to --load_model, and in the place of the checkpoint of a run that is resumed."""
+def test_bad_checkpoint_is_one_line_and_runs_nothing(kind, script, tiny, trained_for, tmp_path, monkeypatch):
+    """As --load_model, and in place of the checkpoint of a run that is resumed."""
     monkeypatch.chdir(tmp_path)
-    path, good, broken = tmp_path / "checkpoint.pt", run(run_id="good"), run(run_id="broken", max_timesteps=10)
+    path, good, broken = tmp_path / "checkpoint.pt", trained_for(10, "good"), trained_for(10, "broken")
     content = FOREIGN.get(kind)
     if isinstance(content, bytes) or kind in ("cut", "policy"):
         rest = {"cut": (good / "checkpoint.pt").read_bytes()[:-99], "policy": (good / "policy.pt").read_bytes()}
@@ -369,7 +396,7 @@ def test_bad_checkpoint_is_one_line_and_runs_nothing(kind, script, tiny, run, tm
 
 
 @kinds
-def test_policy_takes_finite_observations_of_its_size_alone(script, run):
+def test_policy_only_takes_finite_observations_of_its_size(script, run):
     policy = script.load_policy(run() / "policy.pt")
     nan, inf = [0, math.nan, 0], [[0, 0, 0], [0, math.inf, 0]]
     for wrong in (
@@ -477,13 +504,13 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize(  # the other scripts' folders are written by the same text
+@pytest.mark.parametrize(  # the same text writes the other scripts' folders
     ("script", "event", "places"),
     [
         (name, *kill)
         for name in SCRIPTS
         if "finetune" not in name
-        for kill in (KILLS if "offline" in name else KILLS[:2])
+        for kill in KILLS[: None if "offline.cql" in name else 2]
     ],
     indirect=["script"],
 )
@@ -528,20 +555,24 @@ def test_every_variant_goes_on_where_it_was(options, run):
     assert equal(weights(folder, "checkpoint.pt"), weights(whole, "checkpoint.pt")) and table(folder) == table(whole)
 
 
+STOPS = [
+    ("sample", 13, 13, 1),
+    ("step", 60, 20, 2),  # in an evaluation, which is finished
+    ("sample", 1, 1, 0),
+    ("sample", 10, 10, 0),  # at a row, which is left to the next start
+    ("sample", 25, 25, 2),  # after the last update
+    ("step", 2, 10, 1),
+    ("step", 100, 25, 3),  # in the last evaluation: the run is complete
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "n", "updates", "rows"),
-    [
-        ("sample", 1, 1, 0),
-        ("sample", 10, 10, 0),  # at a row, which is left to the next start
-        ("sample", 13, 13, 1),
-        ("sample", 25, 25, 2),  # after the last update
-        ("step", 2, 10, 1),  # in the first evaluation, which is finished
-        ("step", 60, 20, 2),
-        ("step", 100, 25, 3),  # in the last: the run is complete
-    ],
+    ("script", "name", "n", "updates", "rows"),
+    [(name, *stop) for name in SCRIPTS for stop in STOPS[: None if "offline.cql" in name else 2]],
+    indirect=["script"],
 )
-def test_signal_saves_between_updates_and_ends_the_run(name, n, updates, rows, script, tiny, run):
-    expected = run(run_id="whole", n_episodes=7)
+def test_signal_saves_between_updates_and_ends_the_run(name, n, updates, rows, script, tiny, finished):
+    expected = finished(n_episodes=7)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         at_call(
             patch,
@@ -553,7 +584,7 @@ def test_signal_saves_between_updates_and_ends_the_run(name, n, updates, rows, s
         end = stack.enter_context(pytest.raises(SystemExit)) if rows < 3 else None
         script.train(tiny(n_episodes=7))
     script.Signals.received = 0
-    folder = expected.with_name("run")
+    folder = Path(tiny().checkpoints_path, "run")
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (end is None or end.value.code == 143) and len(state["rows"]) == rows
     assert state["agent"]["_extra_state"]["n_updates"] == updates
@@ -562,71 +593,51 @@ def test_signal_saves_between_updates_and_ends_the_run(name, n, updates, rows, s
     check_end(folder, expected)
 
 
+# Signals of a scheduler, to programs.
+
 PROGRAM = """
-import importlib, os, signal, subprocess, sys, time
-sys.path.insert(0, {tests!r})
-import conftest
-script = importlib.import_module({script!r})
+import os, signal, subprocess, sys, time
+sys.path += {paths!r}
+import conftest, pytest
+from test_runs import at_call
+from {package} import {module} as script
 
-def at_call(owner, name, n, action):
-    function, calls = getattr(owner, name), []
-
-    def watched(*args, **options):
-        calls.append(1)
-        if len(calls) == n:
-            action()
-        return function(*args, **options)
-
-    setattr(owner, name, watched)
-
+patch = pytest.MonkeyPatch()
 {plan}
 script.main(script.TrainConfig, script.train)
 """
 
 
 @pytest.fixture
-def program(script, tmp_path):
-    """Starts a program that runs a line at a certain call, in a session of its own."""
-    processes = []
+def start(script, program):
+    """Starts the script as a program, after the lines of a plan."""
 
     def start(plan, **options):
-        arguments = tiny_arguments(script, eval_env="none", **options)
-        text = PROGRAM.format(tests=str(Path(__file__).parent), script=script.__name__, plan=plan)
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", text, *arguments],
-                **{"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "text": True},
-                start_new_session=True,
-            )
-        )
-        return processes[-1]
+        package, module = script.__name__.rsplit(".", 1)
+        paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+        text = PROGRAM.format(paths=paths, package=package, module=module, plan=plan)
+        return program(text, *tiny_arguments(script, eval_env="none", **options))
 
-    yield start
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    return start
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 @once
-def test_program_saves_at_a_signal_and_exits_with_128_and_it(number, program, run, tmp_path):
-    """As a scheduler does it."""
-    plan = f"at_call(script.ReplayBuffer, 'sample', 5, lambda: os.kill(os.getpid(), {int(number)}))"
-    process = program(plan, max_timesteps=20, run_id="0042")
-    printed, _ = process.communicate()
-    assert process.returncode == 128 + number and "runs/0042" in printed.splitlines()[-1]
-    state = torch.load(tmp_path / "runs/0042/checkpoint.pt", weights_only=True)
+def test_program_saves_at_a_signal_and_exits_with_128_and_its_number(number, start, run, tmp_path):
+    plan = f"at_call(patch, script.ReplayBuffer, 'sample', 5, lambda: os.kill(os.getpid(), {int(number)}))"
+    folder = tmp_path / "runs/0042"
+    process = start(plan, max_timesteps=20, run_id="0042", checkpoints_path=folder.parent)
+    process.join()
+    assert process.exitcode == 128 + number and str(folder) in (tmp_path / "out").read_text().splitlines()[-1]
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["agent"]["_extra_state"]["n_updates"] == 5
     options = {"max_timesteps": 20, "eval_env": "none"}
     check_end(run(run_id="0042", **options), run(run_id="whole", **options))
 
 
 @once
-def test_process_group_that_is_signalled_while_it_compiles_ends(program):
-    """Where torch would wait for answers of processes that the signal ended, and lose an exception."""
+def test_process_group_that_is_signalled_while_it_compiles_ends(start):
+    """Torch would wait for answers of processes that the signal ended, and lose an exception."""
     plan = """
 def compile(*_, **__):
     while True:
@@ -638,13 +649,13 @@ def compile(*_, **__):
 
 script.torch.compile = compile
 """
-    process = program(plan, compile=True)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
+    process = start(plan, compile=True)
+    process.join(600)  # it would sleep for longer
+    assert process.exitcode == 143
 
 
 @once
-def test_run_folder_is_one_processes_until_it_is_killed(program, script, tiny, run, tmp_path):
+def test_run_folder_belongs_to_one_process_until_that_is_killed(start, script, tiny, run, tmp_path):
     """Whatever children it leaves."""
     plan = """
 def stay():
@@ -653,18 +664,23 @@ def stay():
         print(*children, flush=True)
     time.sleep(1000)
 
-at_call(script.ReplayBuffer, "sample", 15, stay)
+at_call(patch, script.ReplayBuffer, "sample", 15, stay)
 """
-    process, options = program(plan), {"eval_env": "none"}
-    line = next(line for line in process.stdout if re.fullmatch(r"\d+ \d+\n", line))
+    options = {"eval_env": "none"}
+    process, children = start(plan, checkpoints_path=tmp_path / "runs"), None
+    while not children:
+        assert process.is_alive()
+        time.sleep(0.02)
+        with contextlib.suppress(FileNotFoundError):
+            children = re.search(r"^(\d+) (\d+)$", (tmp_path / "out").read_text(), re.MULTILINE)
     before = contents(tmp_path / "runs")
-    status, line_of_second = refusal(script.train, tiny(**options))
-    assert status == 1 and "another process" in line_of_second and str(tmp_path / "runs/run") in line_of_second
+    status, line = refusal(script.train, tiny(**options))
+    assert status == 1 and "another process" in line and str(tmp_path / "runs/run") in line
     assert contents(tmp_path / "runs") == before
     process.kill()
-    process.wait()
+    process.join()
     folder = run(**options)
-    for child in map(int, line.split()):
+    for child in map(int, children.groups()):
         os.kill(child, signal.SIGKILL)  # it lived
     check_end(folder, run(run_id="whole", **options))
 
@@ -693,7 +709,7 @@ def test_second_signal_and_one_before_training_end_the_program_at_once(waits, sc
 def test_checkpoint_at_a_record_where_the_last_is_old_and_writing_takes_little(
     seconds, expected, script, tiny, monkeypatch
 ):
-    """By a clock that goes on by 25 s in an update, and by some in writing a file, as config.yaml at the start."""
+    """The clock moves by 25 s in an update, and by a while in writing a file, such as config.yaml at the start."""
     saved, save = [], script.save
     _, takes = slow_clock(monkeypatch, script)
     takes(script.ReplayBuffer, "sample", 25.0)
@@ -742,8 +758,8 @@ def test_finished_run_ends_at_once(script, run, monkeypatch, capsys):
 
 @once
 @pytest.mark.parametrize("content", [None, b"", b"step,eval_return\nten,\xff\n", b"1," * 999])
-def test_no_other_file_than_the_checkpoint_matters_to_a_resume(content, run):
-    whole, folder = run(run_id="whole"), run(max_timesteps=10)
+def test_no_other_file_than_the_checkpoint_matters_to_a_resume(content, run, finished, trained_for):
+    whole, folder = finished(), trained_for(10)
     for name in FILES - {"checkpoint.pt"}:
         (folder / name).unlink()
         if content is not None:
@@ -811,7 +827,7 @@ def test_run_id_of_an_agent(script, tiny, monkeypatch, tmp_path):
 
 
 def check_full_disk(script, tiny, folder, full):
-    """Training fails in one line while `full` lasts, leaves every file whole, and later goes on."""
+    """Training fails in one line while `full` lasts, leaves every file whole, and later continues."""
     before = {name: content for name, (content, _) in contents(folder).items()}
     with full:
         status, line = refusal(script.train, tiny(max_timesteps=30, checkpoints_path=str(folder.parent)))
@@ -827,8 +843,8 @@ def check_full_disk(script, tiny, folder, full):
 @pytest.mark.parametrize("place", ["open", "fsync", "replace"])
 @pytest.mark.parametrize("n", range(4))  # config.yaml, and the three files of the row
 @once
-def test_failing_write_leaves_whole_files(place, n, script, tiny, run):
-    whole, folder, calls = run(max_timesteps=30, run_id="whole"), run(max_timesteps=20), []
+def test_failing_write_leaves_whole_files(place, n, script, tiny, finished, trained_for):
+    whole, folder, calls = finished(max_timesteps=30), trained_for(20), []
 
     def failing(function):
         def call(*arguments):
@@ -861,7 +877,7 @@ def test_folder_that_cannot_be_made_is_one_line(script, tiny, tmp_path):
 
 @pytest.fixture
 def diverge(script, monkeypatch):
-    """From the given update on, updates report this value of a metric."""
+    """Makes updates report this value of a metric from the given update on."""
 
     def diverge(metric, value, first):
         agent = getattr(script, WORLDS[script.__name__].agent)
@@ -880,21 +896,21 @@ def diverge(script, monkeypatch):
     ("metric", "value", "log_interval"),
     [("critic_grad_norm", math.nan, 2), ("critic_grad_norm", -math.inf, 1000), ("average_target_q", -1e7, 2)],
 )
-@offline
-def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval, script, tiny, run, diverge):
-    options = {"log_interval": log_interval, "run_id": "same"}
-    good = contents(run(**options, max_timesteps=20))
+@once
+def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval, script, tiny, trained_for, diverge):
+    options = {"log_interval": log_interval}
+    good = contents(trained_for(20, **options))
     diverge(metric, value, 23)
     status, line = refusal(script.train, tiny(**options, max_timesteps=30))
     step = 24 if log_interval == 2 else 30
     assert status == 1 and f"{metric} is " in line and f"at update {step}" in line and "learning rates" in line
-    now = contents(tiny(**options).checkpoints_path + "/same")
+    now = contents(tiny(**options).checkpoints_path + "/run")
     assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
 
 
 @offline
-def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, run, diverge, monkeypatch, capsys):
-    good = contents(run(max_timesteps=10))
+def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, trained_for, diverge, monkeypatch, capsys):
+    good = contents(trained_for(10))
     diverge("critic_grad_norm", math.nan, 12)
     at_call(monkeypatch, script.ReplayBuffer, "sample", 5, lambda: setattr(script.Signals, "received", 15))
     assert "at update 15" in refusal(script.train, tiny(max_timesteps=20))[1]
@@ -914,8 +930,8 @@ def test_rates_that_are_far_too_large_end_a_run(options, script, tiny, tmp_path)
 
 @pytest.mark.parametrize("place", ["step", "reset", "reward", "observation"])
 @once
-def test_environment_that_fails_costs_an_evaluation(place, run, monkeypatch, capsys):
-    expected = run(run_id="expected")
+def test_environment_that_fails_costs_an_evaluation(place, run, finished, monkeypatch, capsys):
+    expected = finished()
     name, calls = {"reset": "reset", "observation": "observe"}.get(place, "step"), itertools.count(1)
     original, resets = getattr(Counter, name), []
 

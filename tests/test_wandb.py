@@ -1,5 +1,5 @@
-"""Weights & Biases: what a script tells it, and that no fault of account, network or server changes a run's folder or
-stops the run. First a recorder in its place, then the real client against a stand-in for its server on this machine."""
+"""Weights & Biases: scripts tell it everything, and no fault of account, network or server stops a run or changes its
+folder. First with a recorder in its place, then with the real client and a stand-in for its server on this machine."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import wandb
 from conftest import ROOT, SPEEDS, equal, interrupt, once, table, weights
 from wandb_server import Server
 
-# A recorder in the place of W&B
+# A recorder in place of W&B
 
 
 def check_same(folder, expected):
@@ -20,7 +20,7 @@ def check_same(folder, expected):
 
 
 class Wandb:
-    """Records what a script tells W&B; fails where `broken` says so."""
+    """Records what a script tells W&B; the calls in `broken` fail."""
 
     Settings = dict
 
@@ -91,7 +91,7 @@ def test_wandb_never_stops_a_run(broken, recorder, script, tiny, run, capsys):
     capsys.readouterr()
     script.train(tiny(log_interval=3))
     check_same(expected.with_name("run"), expected)
-    assert capsys.readouterr().err.count("\n") <= 1  # a warning, in a line
+    assert capsys.readouterr().err.count("\n") <= 1  # one line of warning
 
 
 @once
@@ -118,7 +118,7 @@ def test_resumed_run_tells_wandb_nothing_twice(recorder, run):
 # The real client
 
 
-SECONDS = 2  # the limit of waiting in these tests
+SECONDS = 2  # of waiting for a server that will not answer, in these tests
 
 
 @pytest.fixture
@@ -129,13 +129,13 @@ def expected(run):
 
 @pytest.fixture
 def alarm():
-    """A test that hangs fails after 100 s."""
+    """A test that hangs fails after ten minutes."""
 
     def hangs(*_):
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, hangs)
-    signal.setitimer(signal.ITIMER_REAL, 100, 5)
+    signal.setitimer(signal.ITIMER_REAL, 600, 5)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
@@ -143,7 +143,7 @@ def alarm():
 
 @pytest.fixture
 def server(alarm, expected, tmp_path, monkeypatch):
-    """Starts a stand-in, which W&B uses from then on; in the end nothing of W&B is left in this process."""
+    """Starts a stand-in, which W&B uses from then on; at the end nothing of W&B is left in this process."""
     servers = []
 
     def start(**options):
@@ -151,7 +151,7 @@ def server(alarm, expected, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_BASE_URL", servers[-1].address)
         return servers[-1]
 
-    wandb.teardown()  # else it stays disabled
+    wandb.teardown()  # otherwise it stays disabled
     monkeypatch.chdir(tmp_path)  # it writes to ./wandb
     for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
         monkeypatch.delenv(name)
@@ -165,19 +165,26 @@ def server(alarm, expected, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def limited(monkeypatch):
+def wait(monkeypatch):
+    """Limits the start and the end of a record; what will succeed may take its time on a busy machine."""
     settings = wandb.Settings
-    monkeypatch.setattr(wandb, "Settings", lambda **limits: settings(**dict.fromkeys(limits, SECONDS)))
+
+    def wait(start=300, end=300):
+        limits = {"init_timeout": start, "finish_timeout": end}
+        monkeypatch.setattr(wandb, "Settings", lambda **given: settings(**given | limits))
+
+    return wait
 
 
 def history(told, run="run"):
-    """Step and metrics of each row that arrived, without what W&B adds and the metric that two equal runs differ in."""
+    """Step and metrics of each row that arrived, without what W&B adds and what differs between equal runs."""
     extra = {"_step", "_timestamp", "_runtime", "step", "updates_per_second"}
     return [(row["_step"], {key: x for key, x in row.items() if key not in extra}) for row in told.history[run]]
 
 
 @once
-def test_arrives_as_it_stands_in_the_folder(server, run, expected, tiny, capfd):
+def test_arrives_as_it_stands_in_the_folder(server, run, expected, wait, tiny, capfd):
+    wait()
     told, options = server(), {"log_interval": 10, "project": "p", "group": "g"}
     folder = run(**options)
     check_same(folder, expected)
@@ -201,7 +208,8 @@ def test_no_account(server, run, expected, monkeypatch, capfd):
 
 
 @once
-def test_offline(server, run, expected, monkeypatch):
+def test_offline(server, run, expected, wait, monkeypatch):
+    wait()
     told = server()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", "logs")
@@ -214,7 +222,8 @@ def test_offline(server, run, expected, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["refused", "silent", "garbage"])
 @once
-def test_server_fails_from_the_start(fault, server, run, expected, limited, capfd):
+def test_server_fails_from_the_start(fault, server, run, expected, wait, capfd):
+    wait(start=SECONDS)
     told = server(fault=fault)
     capfd.readouterr()
     check_same(run(), expected)
@@ -224,7 +233,8 @@ def test_server_fails_from_the_start(fault, server, run, expected, limited, capf
 
 @pytest.mark.parametrize("fault", ["refused", "silent", "error"])
 @once
-def test_server_fails_in_mid_run(fault, server, run, expected, limited, capfd):
+def test_server_fails_in_mid_run(fault, server, run, expected, wait, capfd):
+    wait(end=SECONDS)
     told = server(later=fault)
     capfd.readouterr()
     check_same(run(), expected)

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Handler(BaseHTTPRequestHandler):
-    """HTTP 1.0, a connection a request: where the server is gone, the next request fails."""
+    """HTTP 1.0, one connection per request: once the server is gone, the next request fails."""
 
     def do_POST(self):
         server, body = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -45,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """runs: what each run is called and configured as; history: its rows; exit_codes: how often and how it ended.
+    """runs: name and configuration of each run; history: its rows; exit_codes: those with which it ended.
 
     fault: "" or "refused", "silent" (accepts connections but never answers), "error" (HTTP 500), "garbage"; later: the
     fault that comes once a run has started.
@@ -74,20 +74,20 @@ class Server(ThreadingHTTPServer):
         self.fail("refused")
 
     def stream(self, run, told):
-        """Rows of the history, by their place in it; at the end the exit code."""
+        """Takes rows of the history, by their place in it; at the end the exit code."""
         if rows := told.get("files", {}).get("wandb-history.jsonl"):
             self.history[run][rows["offset"] :] = map(json.loads, rows["content"])
         if told.get("complete"):
             self.exit_codes[run].append(told["exitcode"])
 
-    # Answers, by the name of the question
+    # Answers, by the name of the query
 
     def Viewer(self):
         return {"viewer": {"id": "1", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
 
     def RunResumeStatus(self, name, **_):
         bucket, rows = None, [json.dumps(row) for row in self.history[name]]
-        if name in self.runs:  # the client takes a run without "t" for one that never started
+        if name in self.runs:  # without "t" the client thinks that the run never started
             bucket = {"id": name, "name": name, "config": self.runs[name]["config"], "wandbConfig": '{"t": 1}'}
             bucket |= {"historyTail": json.dumps(rows[-1:]), "historyLineCount": len(rows), "eventsTail": "[]"}
             bucket |= {"summaryMetrics": "{}", "eventsLineCount": 0, "logLineCount": 0, "tags": []}
@@ -107,7 +107,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Sweep(Server):
-    """Hands the runs of a grid to agents, each to one, and a run that was preempted once more to the next that asks.
+    """Hands each run of a grid to one agent, and a run that was preempted again to the next agent that asks.
 
     handed: the agent and the run of each command, in order. Its methods run one at a time, under `lock`.
     """

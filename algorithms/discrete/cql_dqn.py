@@ -1,5 +1,5 @@
 """Conservative Q-Learning (CQL), offline, for discrete actions: a deep Q-network (double DQN, C51 or QR-DQN) whose
-values are pushed down where they are high, and up on the data's actions, by an exact log-sum-exp.
+values are pushed down where they are high and up on the data's actions, by an exact log-sum-exp.
 CQL: https://arxiv.org/abs/2006.04779; C51: https://arxiv.org/abs/1707.06887; QR-DQN: https://arxiv.org/abs/1710.10044;
 DR3: https://arxiv.org/abs/2112.04716.
 
@@ -10,11 +10,11 @@ returns 225.9 ± 29.7 after 10,000 updates (five seeds; 35 s each on 2 CPU cores
 Differs from the papers
 1. The TD error is the square without 1/2 (Huber's doubled), and the quantile loss is the mean over quantiles, doubled:
    the paper's alpha is cql_alpha / 2, for dqn and for tied quantiles. C51's cross-entropy keeps its own scale.
-2. One Adam step a minibatch of logged data; target networks follow softly unless soft_target_update_rate is 1.
+2. One Adam step per minibatch of logged data; target networks follow softly unless soft_target_update_rate is 1.
 3. C51's atoms span the data's discounted returns unless v_min and v_max are given.
 
-Known failures: from random actions alone no head learns to land; on mixed data values exceed what is realised, and a
-last policy of c51 may crash. docs/discrete_cql.md explains each option and metric.
+Known failures: no head learns to land from random actions alone. On mixed data, values exceed the realised returns,
+and the last policy of c51 may crash. docs/discrete_cql.md explains the options and metrics.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, get_args
 
-if "OMP_WAIT_POLICY" not in os.environ:  # else waiting threads spin so long that a busy neighbour costs most updates
+if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads would spin, and a busy neighbour would cost most updates
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import gymnasium as gym
@@ -64,41 +64,41 @@ class TrainConfig:
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
     eval_freq: int = 5000  # updates between two evaluations
     eval_epsilon: float = 0.0  # share of random actions in evaluation
-    n_episodes: int = 10  # episodes an evaluation
-    max_timesteps: int = 50_000  # updates in all
-    checkpoints_path: Optional[str] = "runs"  # folder that run folders go to
-    run_id: Optional[str] = None  # name of the run folder; the same name again resumes it (default: $WANDB_RUN_ID)
-    load_model: str = ""  # checkpoint.pt whose networks to start from; "" starts afresh
+    n_episodes: int = 10  # episodes per evaluation
+    max_timesteps: int = 50_000  # total number of updates
+    checkpoints_path: Optional[str] = "runs"  # parent folder of the run folders
+    run_id: Optional[str] = None  # name of the run folder; an unfinished one is resumed (default: $WANDB_RUN_ID)
+    load_model: str = ""  # checkpoint.pt to take the first networks from; "": new networks
     keep_policies: bool = False  # keep the policy of each evaluation, as policy-<step>.pt
     log_interval: int = 1000  # updates between two W&B records
-    compile: Optional[bool] = None  # torch.compile the losses, and replay CUDA graphs; None: on a GPU only
-    precision: str = "float32"  # float32, tf32 (NVIDIA GPUs), or bfloat16: of the hidden layers' matrix products
+    compile: Optional[bool] = None  # compile the losses and replay CUDA graphs; None: on a GPU only
+    precision: str = "float32"  # of the hidden layers' matrix products: float32, tf32 (NVIDIA GPUs) or bfloat16
 
-    buffer_size: int = 2_000_000  # most transitions that are accepted; memory follows the data
-    batch_size: int = 256  # transitions a minibatch
+    buffer_size: int = 2_000_000  # largest number of transitions accepted; memory follows the data
+    batch_size: int = 256  # transitions per minibatch
     normalize: bool = True  # shift and scale observations by the data's mean and standard deviation
-    normalize_reward: bool = False  # change rewards: return range (locomotion only), then reward_scale and reward_bias
+    normalize_reward: bool = False  # rescale rewards: return range (locomotion only), then reward_scale, reward_bias
     reward_scale: float = 5.0  # factor on rewards (only with normalize_reward)
     reward_bias: float = -1.0  # added to scaled rewards (only with normalize_reward)
     reward_clip: float = math.inf  # training rewards are clipped to [-reward_clip, reward_clip]
-    holdout_fraction: float = 0.0  # share of episodes kept from training, for the holdout metrics
+    holdout_fraction: float = 0.0  # share of episodes held out from training, for the holdout metrics
 
-    head: str = "dqn"  # dqn: a value an action; c51: a distribution over atoms; qr: quantiles
-    n_atoms: int = 51  # atoms of c51
+    head: str = "dqn"  # per action, dqn: a value; c51: a distribution over atoms; qr: quantiles
+    n_atoms: int = 51  # number of atoms of c51
     v_min: Optional[float] = None  # lowest atom of c51; None: from the data's discounted returns
     v_max: Optional[float] = None  # highest atom of c51; None: from the data's discounted returns
-    n_quantiles: int = 51  # quantiles of qr
+    n_quantiles: int = 51  # number of quantiles of qr
     hidden_dim: int = 256  # width of hidden layers
     q_n_hidden_layers: int = 2  # hidden layers of the network
     orthogonal_init: bool = True  # orthogonal initialisation of the network
-    normalize_features: bool = False  # the last hidden layer's output is scaled to norm 1
+    normalize_features: bool = False  # scale the last hidden layer's output to norm 1
 
     discount: float = 0.99  # discount factor
-    n_step: int = 1  # rewards in a TD target, all of one episode
+    n_step: int = 1  # rewards in a TD target, all from one episode
     target: str = "double"  # next action: double (online network's choice), max (target network's), sarsa (the data's)
     td_error: str = "huber"  # squared, or huber: linear beyond 1
     qf_lr: float = 1e-3  # learning rate
-    max_grad_norm: float = math.inf  # gradients of a larger norm are scaled down to it
+    max_grad_norm: float = math.inf  # gradients with a larger norm are scaled down to it
     soft_target_update_rate: float = 5e-3  # Polyak rate of the target network; 1 with a longer period: hard updates
     target_update_period: int = 1  # updates between two target updates
 
@@ -118,14 +118,14 @@ class TrainConfig:
 
 
 class QNetwork(nn.Module):
-    """Q(s, a) of all actions, as Z numbers each, with the scaling of observations and numbering of actions to act."""
+    """Q(s, a) as Z numbers per action, with the scaling of observations and numbering of actions that acting needs."""
 
     def __init__(
         self, observation_dim: int, action_sizes: list[int], hidden_dim: int, n_hidden_layers: int, head: str,
         n_outputs: int, normalize_features: bool = False, orthogonal_init: bool = True,
         dtype: Optional[torch.dtype] = None,
     ):  # fmt: skip
-        """action_sizes: of a MultiDiscrete space, one for a Discrete one. dtype: of the hidden layers' products."""
+        """action_sizes: those of a MultiDiscrete space, or one number. dtype: that of the hidden layers' products."""
         super().__init__()
         self.sizes = (observation_dim, action_sizes, hidden_dim, n_hidden_layers, head, n_outputs, normalize_features)
         self.head, self.normalize_features, self.dtype = head, normalize_features, dtype
@@ -133,14 +133,14 @@ class QNetwork(nn.Module):
         sizes = [observation_dim] + [hidden_dim] * n_hidden_layers + [math.prod(action_sizes) * n_outputs]
         *hidden, self.last = linear_layers(sizes, orthogonal_init)
         self.hidden = nn.Sequential(*[module for layer in hidden for module in (layer, nn.ReLU())])
-        self.register_buffer("atoms", torch.zeros(n_outputs))  # values of c51's Z
+        self.register_buffer("atoms", torch.zeros(n_outputs))  # the values of c51's atoms
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
         self.register_buffer("action_low", torch.zeros(len(action_sizes)))
         self.register_buffer("action_high", torch.tensor(action_sizes) - 1.0)
 
     def features(self, observations: Tensor) -> Tensor:
-        """[..., O] -> [..., H]."""
+        """Last hidden layer: [..., O] -> [..., H]."""
         with torch.autocast(observations.device.type, self.dtype, enabled=self.dtype is not None):
             features = self.hidden(observations)
         features = features.to(observations.dtype)
@@ -163,8 +163,8 @@ class QNetwork(nn.Module):
         return (observations - self.observation_mean) / self.observation_std
 
     def actions(self, observations: Tensor) -> Tensor:
-        """Greedy actions in the environment's numbers for raw observations: [..., O] -> [...], or [..., k] where an
-        action has k > 1 parts."""
+        """Greedy actions in the environment's numbers for raw observations: [..., O] -> [...], or [..., k] for actions
+        of k > 1 parts."""
         best = self.values(self(self.normalise(observations))).argmax(dim=-1)
         if self.epsilon:
             random = torch.randint_like(best, math.prod(self.action_sizes))
@@ -174,7 +174,7 @@ class QNetwork(nn.Module):
 
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """The same for arrays. Raises ValueError."""
+        """Same as `actions`, for arrays. Raises ValueError."""
         return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()[()]
 
 
@@ -182,15 +182,15 @@ class QNetwork(nn.Module):
 class Batch(NamedTuple):
     observations: Tensor  # [B, O]
     actions: Tensor  # [B], index of the action
-    rewards: Tensor  # [B], discounted sum of n_step rewards, or of those up to the episode's end
+    rewards: Tensor  # [B], discounted sum of n_step rewards, or fewer at the end of the episode
     next_observations: Tensor  # [B, O], after them
-    terminals: Tensor  # [B], 1 where they end in a terminal state, 0 elsewhere and at time-outs
-    discounts: Tensor  # [B], of the value after them: discount ** (their number), 0 after a terminal state
-    next_actions: Tensor  # [B], index of the data's action after them; any where there is none
+    terminals: Tensor  # [B], 1 if they end in a terminal state, 0 elsewhere and at time-outs
+    discounts: Tensor  # [B], factor on the value after them: discount ** (their number), 0 after a terminal state
+    next_actions: Tensor  # [B], index of the data's action after them; any if there is none
 
 
 def of_actions(outputs: Tensor, actions: Tensor) -> Tensor:
-    """Outputs of one action a state: [B, A, Z], [B] -> [B, Z]."""
+    """Outputs of one action per state: [B, A, Z], [B] -> [B, Z]."""
     return outputs[torch.arange(len(actions), device=actions.device), actions]
 
 
@@ -205,8 +205,8 @@ def quantile_loss(quantiles: Tensor, targets: Tensor, huber: bool) -> Tensor:
 
 
 def project(probabilities: Tensor, atoms: Tensor, rewards: Tensor, discounts: Tensor) -> Tensor:
-    """C51's projection: each r + gamma z is clipped to the atoms' range, and its mass shared by its two neighbours in
-    proportion to their nearness: [B, Z], [Z], [B], [B] -> [B, Z]."""
+    """C51's projection: each r + gamma z is clipped to the atoms' range, and its mass is split between its two
+    neighbours in proportion to their nearness: [B, Z], [Z], [B], [B] -> [B, Z]."""
     moved = (rewards.unsqueeze(1) + discounts.unsqueeze(1) * atoms).clamp(atoms[0], atoms[-1])  # [B, Z]
     distance = (moved.unsqueeze(1) - atoms.unsqueeze(1)).abs() / (atoms[1] - atoms[0])  # [B, Z to, Z from]
     return torch.einsum("bij,bj->bi", (1 - distance).clamp(min=0), probabilities)
@@ -226,14 +226,14 @@ class DiscreteCQL(nn.Module):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(config.device)
         self.parameter_groups = {"critic": list(self.critic.parameters())}
-        on_gpu = "cuda" in config.device  # where steps are recorded in CUDA graphs
+        on_gpu = "cuda" in config.device  # steps are recorded in CUDA graphs there
         self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.qf_lr, fused=True, capturable=on_gpu)
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 
     @property
     def actor(self) -> QNetwork:
-        """What acts: greedily, the network itself."""
+        """The network itself, which acts greedily."""
         return self.critic
 
     # local: values of all actions, or distributions
@@ -269,7 +269,7 @@ class DiscreteCQL(nn.Module):
         return ((features * next_features).sum(dim=1) * (1 - batch.terminals)).mean()
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """TD loss + cql_alpha gap + dr3_coefficient dr3, or the gap alone (behaviour cloning), and metrics."""
+        """TD loss + cql_alpha gap + dr3_coefficient dr3, or only the gap (behaviour cloning), and metrics."""
         config = self.config
         features = self.critic.features(batch.observations)  # [B, H]
         outputs = self.critic.outputs(features)  # [B, A, Z]
@@ -296,7 +296,7 @@ class DiscreteCQL(nn.Module):
 
     @torch.no_grad()
     def action_metrics(self, q: Tensor, actions: Tensor) -> dict[str, Tensor]:
-        """q [B, A], actions [B]."""
+        """Metrics of the values: q [B, A], actions [B] -> scalars."""
         best, q_data = q.max(dim=1), q.gather(1, actions.unsqueeze(1))
         return {
             "average_qf": q_data.mean(),
@@ -308,7 +308,7 @@ class DiscreteCQL(nn.Module):
 
     # local: one network, one loss
     def gradients(self, batch: Batch) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
-        """Gradients of the loss, and metrics. It changes nothing."""
+        """Returns gradients of the loss, and metrics. Changes nothing."""
         loss, metrics = self.loss(batch)
         gradients = torch.autograd.grad(loss, self.parameter_groups["critic"])
         metrics["critic_grad_norm"] = nn.utils.get_total_norm(gradients)
@@ -316,12 +316,12 @@ class DiscreteCQL(nn.Module):
 
     # local: the policy is the network itself, and clones from the first update on
     def phases(self) -> list[tuple]:
-        """What `gradients` takes beside a batch, now and later."""
+        """Further arguments of `gradients`, now and later."""
         return [()]
 
     # local: one network, whose gradients are clipped
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """A step of the network, then of its target."""
+        """Takes a step of the network, then of its target."""
         gradients, metrics = self.compute_gradients(batch)
         for parameter, gradient in zip(self.parameter_groups["critic"], gradients["critic"]):
             parameter.grad = gradient
@@ -339,7 +339,7 @@ class DiscreteCQL(nn.Module):
     # local: the value of the greedy action
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """What the network promises: max_a Q(s, a) for raw observations [B, O] -> [B]; NaN for a clone."""
+        """Returns what the network predicts: max_a Q(s, a) for raw observations [B, O] -> [B]; NaN for a clone."""
         if self.config.bc_only:
             return np.full(len(observations), np.nan)
         observations = self.critic.normalise(as_observations(observations, self.critic.observation_mean))
@@ -349,14 +349,14 @@ class DiscreteCQL(nn.Module):
     # local: the loss has other parts
     @torch.no_grad()
     def holdout_metrics(self, batch: Batch) -> dict[str, float]:
-        """Losses and data Q on transitions that are not trained on."""
+        """Losses and data Q on held-out transitions."""
         _, metrics = self.loss(batch)
         names = {"qf_loss": "holdout_td_error", "cql_qf_diff": "holdout_gap", "average_qf": "holdout_q"}
         return {new: metrics[name].item() for name, new in names.items() if name in metrics}
 
     @torch.no_grad()
     def feature_metrics(self, batch: Batch) -> dict[str, float]:
-        """What DR3 looks at. The rank is the number of singular values that hold 99 % of their sum."""
+        """Metrics of what DR3 acts on. The rank is the number of singular values that make up 99 % of their sum."""
         features, following = (self.critic.features(x) for x in (batch.observations, batch.next_observations))
         share = torch.linalg.svdvals(features).cumsum(dim=0)
         return {
@@ -375,15 +375,15 @@ class DiscreteCQL(nn.Module):
 
 
 def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
-    """The columns of a Batch, with n-step rewards that end where the episode does. With target sarsa a time-out's last
-    step only lends its action: what follows it in the data is another episode's."""
+    """The columns of a Batch, with n-step rewards that end with the episode. With target sarsa, the last step before a
+    time-out only lends its action: what follows it in the data belongs to another episode."""
     ends = data["terminals"] | data["timeouts"]
     ends[-1:] = True
     next_actions = np.append(data["actions"][1:], data["actions"][:1])
     if config.target == "sarsa":
         known = ~ends | data["terminals"]
         if len(known) and not known.any():
-            raise DataError(f"--env {config.env} holds no transition with a known next action, as --target sarsa needs")
+            raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
         data = {key: data[key][known] for key in COLUMNS}
         ends = (ends | np.append(~known[1:], False))[known]
         next_actions = next_actions[known]
@@ -402,23 +402,23 @@ def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np
 
 def support(data: dict[str, np.ndarray], config: TrainConfig) -> Tensor:
     """Atoms of c51, from v_min to v_max: by default the range of the data's discounted returns, which end at time-outs,
-    and a quarter of it on either side."""
+    with a quarter of it added on either side."""
     returns = episodes(data, config.discount)[1]
     low, high = returns.min(), returns.max()
     margin = (high - low) / 4 or max(1.0, abs(high) / 100)
     low = low - margin if config.v_min is None else config.v_min
     high = high + margin if config.v_max is None else config.v_max
     if not low < high:
-        raise ConfigError(f"--v_min {low:g} is not below --v_max {high:g}, by the data's returns; give both")
+        raise ConfigError(f"--v_min {low:g} is not below --v_max {high:g} (one follows from the data); give both")
     atoms = torch.linspace(float(low), float(high), config.n_atoms)
     if not (atoms.float().diff() > 0).all():
-        raise ConfigError(f"--v_min {low:g} and --v_max {high:g} are too near for {config.n_atoms} atoms in float32")
+        raise ConfigError(f"--v_min {low:g} and --v_max {high:g} are too close for {config.n_atoms} atoms in float32")
     return atoms
 
 
 def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[str, Any]:
     """Trains on `data` (what load_dataset returns; by default that of config.env), evaluates, and returns the last row
-    of metrics.csv. A run folder that holds part of the run is continued. Raises ConfigError and DataError."""
+    of metrics.csv. If the run folder holds a part of the run, that is continued. Raises ConfigError and DataError."""
     run = Run(config, config.max_timesteps)
     if run.is_complete:
         print(f"{run.path} is complete: {describe(run.rows[-1])}")
@@ -433,7 +433,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
         scaling["atoms"] = support(data, config)
     buffer = ReplayBuffer(td_columns(data, config), config.device)
     holdout = holdout_batch(config, td_columns(holdout, config))
-    sample = buffer.rows(slice(None, None, 1 + buffer.size // 2048))  # for the features' metrics
+    sample = buffer.rows(slice(None, None, 1 + buffer.size // 2048))  # for the metrics of the features
     run.restore(agent)
     agent.actor.load_state_dict(scaling, strict=False)
     run.begin(task, agent.n_updates)
@@ -462,15 +462,15 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
 
 
 class DataError(ValueError):
-    status = 1  # exit status of the program for data and files that cannot be used
+    status = 1  # exit status of the program if data or files cannot be used
 
 
 class ConfigError(DataError):
-    status = 2  # and for options
+    status = 2  # and if an option cannot
 
 
 class SimulatorError(DataError):
-    """An environment failed, which costs an evaluation."""
+    """An environment failed: an evaluation is skipped."""
 
 
 def name_error(error: BaseException) -> str:
@@ -482,7 +482,7 @@ def name_error(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explain(problem: str, kind: type = DataError) -> Iterator[None]:
-    """Tells in one line what a file, a package or a device raises. Our own code stands outside: bugs keep their
+    """Turns what a file, a package or a device raises into one line. Our own code stands outside: bugs keep their
     traceback."""
     try:
         yield
@@ -493,18 +493,18 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
-GRAPH_UPDATES = 10  # in a CUDA graph
+MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; most steps of one, as a policy may stand still
+GRAPH_UPDATES = 10  # updates in one CUDA graph
 EVALUATION = (
     "eval_return eval_return_std d4rl_normalized_score updates_per_second "
     "eval_length eval_success eval_predicted_value eval_discounted_return"
 )
-# Wrappers of a recording that its policy is played in, and those that change nothing.
+# Wrappers of a recording in which a policy is played too, and those that change nothing.
 WRAPPERS = "RescaleAction ClipAction RescaleObservation FlattenObservation ClipReward TimeAwareObservation StickyAction"
 IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvChecker"
 # local: the network that acts, and that policy.pt holds
 Policy = QNetwork
-# local: limits of the options, both ends included, or the words that one takes
+# local: limits of the options, both ends included, or the words that an option takes
 LIMITS = {
     "seed eval_seed qf_lr cql_alpha dr3_coefficient": (0, 1e12),
     "max_timesteps eval_freq n_episodes batch_size buffer_size log_interval": (1, 1e12),
@@ -522,7 +522,7 @@ LIMITS = {
 
 
 def check_config(config: Any) -> None:
-    """Fills in what depends on the machine. Raises ConfigError for a value out of its limits."""
+    """Fills in what depends on the machine. Raises ConfigError for a value outside its limits."""
     config.checkpoints_path = config.checkpoints_path or "runs"
     config.run_id = config.run_id or os.environ.get("WANDB_RUN_ID") or None
     for names, limits in LIMITS.items():
@@ -540,30 +540,30 @@ def check_config(config: Any) -> None:
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """An option's value from its text on the command line or in YAML. Raises ConfigError where it is none."""
+    """An option's value from its text on the command line or in YAML. Raises ConfigError for any other text."""
     kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
     if optional and text in ("None", "null", "~", ""):
         return None
-    text = text if isinstance(text, str) else "--"  # argparse makes a list of it
+    text = text if isinstance(text, str) else "--"  # argparse made a list of it
     with contextlib.suppress(OverflowError, ValueError):
         if kind is bool:
             return ["false", "true"].index(text.lower()) == 1
         value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
         if kind(value) == value:
             return kind(value)
-    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    takes = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
     raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {text[:100]!r}")
 
 
 def parse_arguments(config_class: type) -> Any:
-    """The configuration of the command line, and of the YAML file that --config_path names: pyrallis without its silent
+    """The configuration from the command line and the YAML file that --config_path names: pyrallis without its silent
     conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed). Raises ConfigError."""
 
     def fail(message: str) -> None:
-        raise ConfigError(f"{message} (as --option=value); --help lists the options")
+        raise ConfigError(f"{message} (write --option=value); --help lists the options")
 
     kinds = {field.name: field.type for field in fields(config_class)}
-    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else read for each option
+    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else it runs once per option
     parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
     inspect.getsource = getsource
     parser.error, parser._postprocessing = fail, vars
@@ -572,21 +572,21 @@ def parse_arguments(config_class: type) -> Any:
             action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
     options = parser.parse_args()
     if path := options.pop("config_path", None):
-        problem = f"--config_path {path} is no YAML of lines `option: value`"
+        problem = f"--config_path {path} is not a YAML file of lines `option: value`"
         with explain(problem, ConfigError):
-            content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # texts, as on the command line
+            content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings, as on the command line
         if not isinstance(content, dict):
             raise ConfigError(problem)
         for name, value in content.items():
             if name not in kinds or not isinstance(value, str):
-                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is no option with one value")
+                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is not an option with one value")
         options = content | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
 
 def flatten(observations: Any, space: gym.Space) -> np.ndarray:
-    """A float32 vector an observation, [N, ...] -> [N, O]: parts of Dict ones (goal environments) in sorted order of
-    keys and without texts, Discrete ones one-hot. Raises DataError for other kinds, and for images."""
+    """One float32 vector per observation, [N, ...] -> [N, O]: parts of Dicts (goal environments) in the sorted order of
+    their keys, without texts; Discrete ones one-hot. Raises DataError for other kinds and for images."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flatten(observations[key], part) for key, part in sorted(space.items())], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
@@ -599,11 +599,11 @@ def flatten(observations: Any, space: gym.Space) -> np.ndarray:
 
 
 def load_dataset(name: str) -> dict[str, Any]:
-    """The transitions of a Minari dataset, local or else downloaded, in order; a name of D4RL stands for d4rl/<name>.
-    It is the one function to replace for other data. Raises DataError.
+    """The transitions of a Minari dataset in order, local or else downloaded; a name of D4RL stands for d4rl/<name>.
+    This is the one function to replace for other data. Raises DataError.
 
     observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
-    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
+    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends for another reason). Optional:
     action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes,
     and `wrappers`: names and arguments).
     """
@@ -617,7 +617,7 @@ def load_dataset(name: str) -> dict[str, Any]:
         if not path.exists():
             minari.download_dataset(name)
         metadata = json.loads((path / "data/metadata.json").read_text())
-    # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
+    # If spaces are missing, Minari makes the environment, by an entry point that could name any code.
     if not {"observation_space", "action_space"} <= metadata.keys():
         raise DataError(f"{problem} (its metadata lacks the spaces)")
     with explain(problem):
@@ -629,7 +629,7 @@ def load_dataset(name: str) -> dict[str, Any]:
         observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
         lengths = {n, len(observations) - 1, len(episode.actions), len(episode.terminations), len(episode.truncations)}
         if len(lengths) > 1 or not n or (parts and observations.shape[1] != parts[0][0].shape[1]):
-            raise DataError(f"{problem} (episode {i} has parts of other sizes)")
+            raise DataError(f"{problem} (the parts of episode {i} differ in length or size)")
         # The next observation is known at time-outs too, so that they bootstrap.
         timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
         actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
@@ -647,10 +647,10 @@ def load_dataset(name: str) -> dict[str, Any]:
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
-    """Makes its columns float32, and flags bool. Raises DataError for data that cannot be trained on."""
+    """Converts the columns to float32, and flags to bool. Raises DataError for data that cannot be trained on."""
     known = {*COLUMNS, "action_low", "action_high", "reference_scores", "environment"}
     if unknown := data.keys() - known:
-        raise DataError(f"--env {config.env}: data hold {sorted(unknown)}, and may hold {sorted(known)}")
+        raise DataError(f"--env {config.env}: unknown columns {sorted(unknown)}; known are {sorted(known)}")
     n = len(data.get("rewards", ()))
     for key in COLUMNS:
         column = np.asarray(data.get(key, ()), dtype=np.float32)
@@ -669,8 +669,8 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each transition the number of its episode and the discounted return from there, [T]; and the return of each
-    episode, but for a last one that is cut short."""
+    """Returns each transition's episode number and its discounted return to the end of the episode, [T], and the return
+    of each episode, except for a last one that was cut short."""
     ends, to_go, following = data["terminals"] | data["timeouts"], [], 0.0
     numbers = np.append(0, ends.cumsum()[:-1])
     for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1].tolist()):
@@ -683,7 +683,7 @@ def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, n
 
 # local: discrete actions
 def action_bounds(space: gym.Space, name: str) -> dict[str, Any]:
-    """Lowest and highest number of each part of an action. Raises DataError."""
+    """Lowest and highest number of each part of an action, [k]. Raises DataError."""
     if not isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
         kinds = "Discrete and MultiDiscrete ones; algorithms/offline/cql.py takes Box ones"
         raise DataError(f"{name} has actions {space}, this script takes {kinds}")
@@ -693,15 +693,15 @@ def action_bounds(space: gym.Space, name: str) -> dict[str, Any]:
 
 # local: discrete actions
 def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Index of each action among all combinations of its parts, [T, k] -> [T]; with the bounds of the parts, [k].
+    """Index of each action among all combinations of its parts, [T, k] -> [T]; and the bounds of the parts, [k].
 
-    Bounds that are not known are 0 and the largest in the data. Raises DataError.
+    Unknown bounds are taken as 0 and the largest number in the data. Raises DataError.
     """
     actions = data["actions"]
     low, high = data.get("action_low", np.zeros(actions.shape[1])), data.get("action_high", actions.max(axis=0))
     low, high = np.asarray(low, np.int64), np.asarray(high, np.int64)
     if (wrong := (actions != np.rint(actions)) | (actions < low) | (actions > high)).any():
-        raise DataError(f"--env {name}: an action is {actions[wrong][0]:g}, no whole number from {low} to {high}")
+        raise DataError(f"--env {name}: an action is {actions[wrong][0]:g}, not a whole number from {low} to {high}")
     sizes = high - low + 1
     if len(sizes) > 32 or np.prod(sizes.astype(np.float64)) > 100_000:
         raise DataError(f"--env {name} has {' x '.join(map(str, sizes))} actions; this script takes up to 100,000")
@@ -709,7 +709,7 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
 
 
 def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
-    """Layers from size to size; the last starts near zero, so that first values and action means do."""
+    """Layers from size to size. The last one starts near zero, and so do values and mean actions."""
     layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
     for layer in layers[:-1] if orthogonal else ():
         nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
@@ -721,7 +721,7 @@ def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
 
 
 class ReplayBuffer:
-    """All transitions, on the device; memory of the CPU is shared with the arrays."""
+    """All transitions, on the device; on the CPU, memory is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
         columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields]
@@ -736,7 +736,7 @@ class ReplayBuffer:
 
 
 def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
-    """The same held-out transitions at each evaluation: ten minibatches, or less."""
+    """The same held-out transitions for each evaluation: at most ten minibatches."""
     rows = np.random.default_rng(config.seed).permutation(len(data["rewards"]))[: 10 * config.batch_size]
     return ReplayBuffer(data, config.device).rows(rows)
 
@@ -751,14 +751,14 @@ class Task:
         check_dataset(data, config)
         self.config, self.reference = config, data.get("reference_scores")
         if self.reference is not None and not -math.inf < self.reference[0] < self.reference[1] < math.inf:
-            print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot be 0 and 100")
+            print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot score 0 and 100")
             self.reference = None
         self.arguments = recorded = data.get("environment", {"id": "none"})
         if config.eval_env not in (None, recorded["id"]):
             self.arguments = {"id": config.eval_env}
             left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
             if left and config.eval_env != "none":
-                print(f"{config.eval_env} is made as it is, {recorded['id']} was recorded with {left}")
+                print(f"{config.eval_env} is made with its defaults; {recorded['id']} was recorded with {left}")
         n = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))  # so that all waves are alike
         self.envs = make_environments(config.eval_env, n, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
@@ -778,7 +778,7 @@ class Task:
         return np.clip(rewards * self.factor + self.offset, -self.config.reward_clip, self.config.reward_clip)
 
     def score(self, returns: np.ndarray) -> dict[str, Optional[float]]:
-        """Of episodes; the score is 0 and 100 at the reference returns, where those are known."""
+        """Mean, spread and score of episodes; the reference returns, if known, score 0 and 100."""
         mean, std, score = float(returns.mean()), float(returns.std()), None
         if self.reference is not None:
             low, high = self.reference
@@ -786,7 +786,7 @@ class Task:
         return {"eval_return": mean, "eval_return_std": std, "d4rl_normalized_score": score}
 
     def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
-        """The metrics. Raises DataError for what is no finite number, and for mean values beyond any possible one."""
+        """Returns the metrics. Raises DataError for NaN and infinity, and for mean values beyond any possible one."""
         norm = nn.utils.get_total_norm(agent.parameters()).item()
         for name, value in (metrics | {"the norm of all weights": norm}).items():
             limit = self.value_limit if name.startswith(("average_", "eval_predicted")) else sys.float_info.max
@@ -796,7 +796,7 @@ class Task:
         return metrics
 
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
-        """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
+        """The evaluation's columns of metrics.csv: empty without an environment and, with a warning, if it fails."""
         row, config = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}, self.config
         agent.eval()
         with torch.random.fork_rng([config.device] if "cuda" in config.device else []):
@@ -858,7 +858,7 @@ def rollout(policy: Callable, envs: Any, n_episodes: int, seed: int) -> dict[str
 
 
 class Success(gym.Wrapper):
-    """Makes `info` the success alone: a number, NaN where the environment reports none."""
+    """Replaces `info` by the success: a number, NaN if the environment reports none."""
 
     def reset(self, **options: Any) -> tuple[Any, dict]:
         observation, _ = self.env.reset(**options)
@@ -868,7 +868,7 @@ class Success(gym.Wrapper):
         *result, info = self.env.step(action)
         reported = [math.nan]
         for key in {"success", "is_success", "goal_achieved"} & info.keys():
-            with contextlib.suppress(TypeError, ValueError):  # None, a text, several numbers
+            with contextlib.suppress(TypeError, ValueError):  # None, a string, several numbers
                 reported.append(float(np.asarray(info[key]).item()))
         return *result, {"success": float(np.fmax.reduce(reported))}
 
@@ -876,7 +876,7 @@ class Success(gym.Wrapper):
 def make_environments(
     eval_env: Optional[str], n: int, /, id: str, wrappers: Any = (), **arguments: Any
 ) -> Optional[gym.vector.SyncVectorEnv]:
-    """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
+    """Returns None if none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
     kind = ConfigError if eval_env else DataError
     problem = f"the environment {id} cannot be made; --eval_env takes another, or none"
     if id not in gym.registry and id != "none":
@@ -889,7 +889,7 @@ def make_environments(
         if name in WRAPPERS.split() and options is not None:
             makers.append(functools.partial(getattr(gym.wrappers, name), **options))
         elif name in IDLE_WRAPPERS.split():
-            print(f"{id}: the recording's {name} changes nothing, and is left out")
+            print(f"{id}: the recording's {name} changes nothing and is left out")
         else:
             raise kind(f"{problem} (it was recorded through {name}, which this script does not know)")
     with explain(problem, kind):
@@ -902,7 +902,7 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
     first = flatten(envs.observation_space.sample(), envs.single_observation_space)
     sizes, own_sizes = [data[x].shape[1] for x in COLUMNS[:2]], [first.shape[1], own["action_low"].size]
     if sizes != own_sizes:
-        raise DataError(f"{name} has sizes {sizes} of observation and action, {id} {own_sizes}")
+        raise DataError(f"{name} has sizes {sizes} of observation and action, {id} has {own_sizes}")
     for key, narrower in (("action_low", np.maximum), ("action_high", np.minimum)):
         bound = data.get(key, own[key])
         data[key] = narrower(bound, own[key])
@@ -911,7 +911,7 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
 
 
 def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """In the shape and the type of a space: rounded where it takes whole numbers. Raises DataError for another size."""
+    """Actions in shape and type of a space, rounded if it takes whole numbers. Raises DataError for another size."""
     if np.issubdtype(space.dtype, np.integer):
         actions = np.rint(actions)
     with explain(f"actions do not fit the environment's, {space}"):
@@ -919,7 +919,7 @@ def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The score, else held-out metrics, else those of training."""
+    """The score as text; without one, held-out metrics, or else those of training."""
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
@@ -929,8 +929,8 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any) -> tuple[dict, dict, dict]:
-    """Transitions to train on and held-out ones, as the networks see them, and the scaling of observations (that of the
-    checkpoint, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
+    """Transitions to train on and held-out ones, as the networks see them, and the scaling of actions and observations
+    (the checkpoint's, if there is one). Arrays in `data` are replaced one by one, to save memory."""
     numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
@@ -949,7 +949,7 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
         mean = data["observations"].mean(0, dtype=np.float64).astype(np.float32)
         std = np.float32([column.std(dtype=np.float64) + 1e-3 for column in data["observations"].T])
     if len(mean) != size:
-        raise DataError(f"{config.env} has observations of another size than the checkpoint's {len(mean)}")
+        raise DataError(f"{config.env} has observations that are not of the checkpoint's size {len(mean)}")
     for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
         part[key] = part[key] - mean
         part[key] /= std
@@ -958,7 +958,7 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
 
 
 def save(path: Path, content: str | dict[str, Any]) -> None:
-    """Text, or tensors and plain values. The file holds the old content or the new, whenever the process is killed or
+    """Writes text, or tensors and plain values. The file holds the old or the new content, even if the process dies or
     the disk is full. Raises DataError."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
@@ -972,21 +972,21 @@ def save(path: Path, content: str | dict[str, Any]) -> None:
 
 
 def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
-    """A file of a run that holds these keys: tensors and plain values, nothing that could run. Raises DataError."""
+    """Reads a file of a run with these keys: tensors and plain values, nothing that could run. Raises DataError."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         return content | {key: content[key] for key in keys}
-    except Exception as error:  # torch's are pages of advice
+    except Exception as error:  # torch's messages are pages of advice
         kind = "checkpoint.pt" if keys else "checkpoint.pt or policy.pt"
-        fault = f"is no {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
+        fault = f"is not a {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
         raise DataError(f"{path} {fault}") from error
 
 
 def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
-    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
-    [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
+    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: from raw observations,
+    [O] or [B, O], to actions in the environment's units, [A] or [B, A]. Raises DataError."""
     state = load(path, device)
-    with explain(f"{path} is no policy.pt or checkpoint.pt of this script"):
+    with explain(f"{path} is not a policy.pt or checkpoint.pt of this script"):
         state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
@@ -994,7 +994,7 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
-    """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises DataError."""
+    """Raw observations, [O] or [B, O], as a tensor on the device of `like`, their means. Raises DataError."""
     with explain(f"an observation is {len(like)} finite numbers"):
         array = np.asarray(observations, dtype=np.float32)
     if array.shape[-1:] != like.shape or not np.isfinite(array).all():
@@ -1003,46 +1003,46 @@ def as_observations(observations: Any, like: Tensor) -> Tensor:
 
 
 class Signals:
-    """The first signal waits for `run_until`, which ends between two updates, so that the run is saved; the second one
-    ends the program at once, as the first does while nothing is trained (wait is False)."""
+    """The first signal waits until `run_until` ends between two updates, so that the run is saved. The second one ends
+    the program at once, and so does the first while nothing is trained (wait is False)."""
 
     wait, received = False, 0
 
     @classmethod
     def receive(cls, number: int, _: Any) -> None:
         if cls.received or not cls.wait:
-            with contextlib.suppress(RuntimeError):  # where the signal came while something was printed
+            with contextlib.suppress(RuntimeError):  # if the signal came while something was printed
                 sys.stdout.flush()
             os._exit(128 + number)  # an exception could get lost in the compiler
         cls.received = number
 
 
 def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Callable[[int], None]:
-    """Compiles the losses, and returns a function that updates the agent until a number of updates, or a signal: one by
-    one, or on a GPU GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels."""
+    """Compiles the losses, and returns a function that updates the agent up to a number of updates, or a signal. On a
+    GPU, GRAPH_UPDATES of them form one CUDA graph: a single launch for all their kernels."""
     on_gpu, graph, eager_until = "cuda" in config.device, None, math.inf
-    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
+    torch.set_flush_denormal(True)  # a CPU is several times slower on the tiny soft-max weights of bad actions
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees, for the next one
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees for the next one
         for parameter, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
             ctypes.CDLL(None).mallopt(parameter, value)
     if (config.compile or (config.compile is None and on_gpu)) and not Signals.received:
-        Signals.wait = False  # a signal to the whole group ends the compiler's processes, whose answers would not come
-        torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
+        Signals.wait = False  # a signal to the whole group ends the compiler's processes: nobody would answer
+        torch._dynamo.config.trace_autograd_ops = True  # losses and gradients in one graph
         compiled = torch.compile(agent.gradients, fullgraph=True, options={"fallback_random": True})  # eager's numbers
         with torch.random.fork_rng([config.device] if on_gpu else []):
             batch, phases = sample(config.batch_size), {*agent.phases()}
             for phase in phases:
-                agent.gradients(batch, *phase)  # a bug shows here, and is not taken for the compiler's failure
+                agent.gradients(batch, *phase)  # a bug shows here, not as the compiler's failure
             try:
                 for phase in phases:
                     compiled(batch, *phase)
                 agent.compute_gradients = compiled
                 if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
                     eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
-            except Exception as error:  # no compiler, no Triton, a GPU that is too old
-                reason = f"--compile False says so ({name_error(error)})"
-                print(f"warning: no compilation, slower; {reason}", file=sys.stderr)
+            except Exception as error:  # no compiler, no Triton, too old a GPU
+                reason = f"--compile False avoids this ({name_error(error)})"
+                print(f"warning: not compiled, so slower; {reason}", file=sys.stderr)
     Signals.wait = True
 
     def update() -> None:
@@ -1063,7 +1063,7 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
                         for _ in range(GRAPH_UPDATES):
                             update()
                 except Exception as error:
-                    print(f"warning: no CUDA graph, slower ({name_error(error)})", file=sys.stderr)
+                    print(f"warning: no CUDA graph, so slower ({name_error(error)})", file=sys.stderr)
                     graphed, eager_until = False, math.inf
                 agent.n_updates = before
             if graphed:
@@ -1080,19 +1080,19 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
 
 
 class Run:
-    """A run's folder, means of metrics and W&B record. A resume reads checkpoint.pt; other files are for people."""
+    """A run's folder, means of metrics and W&B record. A resume reads checkpoint.pt; the other files are for people."""
 
     log_failed = False
     may_change = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
 
     def __init__(self, config: Any, n_steps: int, *switches: int):
-        """Reads what the run starts from, and writes nothing. Rows are due at the `switches` too. Raises ConfigError or
+        """Reads what the run starts from, and writes nothing. Rows are due at `switches` too. Raises ConfigError and
         DataError."""
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
         self.config, self.n_steps, self.switches = config, n_steps, {n_steps, *switches}
         self.path, self.lock_file, self.checkpoint = Path(config.checkpoints_path, name), None, None
         self.rows, self.names, self.sums = [], [], torch.zeros(2, 1)  # [2, M + 1]: since the last record, and row
-        self.done, self.seconds = 0, 0.0  # step of the last record; of updates since the last row
+        self.done, self.seconds = 0, 0.0  # step of the last record; seconds of updates since the last row
         self.saved, self.save_seconds = time.perf_counter(), 0.0
         if self.path.exists():
             with contextlib.suppress(OSError):  # a finished run may be read-only
@@ -1114,12 +1114,12 @@ class Run:
                 raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(changed)}")
 
     def lock(self) -> None:
-        """For this process alone, until it ends. Raises DataError."""
+        """Takes the folder for this process until it ends. Raises DataError."""
         self.lock_file = open(self.path / ".lock", "a")  # noqa: SIM115, open for the whole run
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another process is at work in {self.path}; --run_id takes another name") from None
+            raise DataError(f"another process is working in {self.path}; --run_id takes another name") from None
         except OSError:  # a file system without locks
             pass
 
@@ -1132,7 +1132,7 @@ class Run:
         return bool(self.rows) and self.last_step >= self.n_steps
 
     def stops(self, *freqs: int) -> Iterator[int]:
-        """The steps at which a record or a row is due, and multiples of `freqs`, each after the last record."""
+        """Yields the steps after the last record at which a record or a row is due, and multiples of `freqs`."""
         freqs = (self.config.eval_freq, self.config.log_interval, *freqs)
         if 0 in self.switches and not self.rows:
             yield 0
@@ -1144,7 +1144,7 @@ class Run:
         return step in self.switches or step // freq > self.last_step // freq
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Of an update. They are summed on the device, so that no update waits for it."""
+        """Sums the metrics of an update on the device, so that no update waits for it."""
         values = F.pad(torch.stack(list(metrics.values())).double(), (0, 1), value=1.0)  # the last one counts
         if self.names != list(metrics):
             self.names, self.sums = list(metrics), values.new_zeros(2, len(values))
@@ -1155,7 +1155,7 @@ class Run:
         return {name: x / n for name, x in zip(self.names, sums)} if n else {}
 
     def next_record(self, step: int) -> dict[str, float]:
-        """Means since the last record; and begins the next one."""
+        """Returns the means since the last record, and begins the next one."""
         started = time.perf_counter()
         means, self.done = self.means(), step  # waits for the device
         self.seconds += time.perf_counter() - started
@@ -1164,7 +1164,7 @@ class Run:
         return means
 
     def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
-        """Adds the speed, and the means since the last row: those of its records, weighted by their counts."""
+        """Adds a row with the speed and the means since the last one, weighted by the counts of its records."""
         speed = self.sums[1, -1].item() / self.seconds if self.seconds else 0.0
         self.rows.append({"step": step} | row | {"updates_per_second": speed} | self.means(1))
         self.progress.set_postfix_str(describe(self.rows[-1]))
@@ -1174,23 +1174,23 @@ class Run:
         return self.rows[-1]
 
     def restore(self, agent: Any) -> None:
-        """Sets the agent to where the run starts, and of a resumed run all the rest. Raises DataError."""
+        """Sets the agent to where the run starts; a resumed run gets all the rest too. Raises DataError."""
         if not self.checkpoint:
             return
         sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
         if sizes != own:
-            raise DataError(f"{self.source} holds another network than this run's: {sizes} there, {own} here")
-        with explain(f"{self.source} holds another network than this run's"):
+            raise DataError(f"{self.source} holds a network of sizes {sizes}, and this run's has {own}")
+        with explain(f"{self.source} does not hold this run's network"):
             agent.load_state_dict(self.checkpoint["agent"])
         if not self.resumed:
             agent.n_updates = 0
             return
         self.names, self.sums, self.done, self.seconds = self.checkpoint["means"]
-        if len(self.checkpoint["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
+        if len(self.checkpoint["random"]) == len(self.rng.get_rng_state()):  # else the device is of another kind
             self.rng.set_rng_state(self.checkpoint["random"].cpu())
 
     def save(self, agent: Any, step: Optional[int] = None, **more: Any) -> None:
-        """At a record only where that costs little; always at a row, and without a step. Raises DataError."""
+        """Saves always at a row and without a step, at a record only if that costs little. Raises DataError."""
         started = time.perf_counter()
         if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
             return
@@ -1205,24 +1205,24 @@ class Run:
             writer.writeheader()
             writer.writerows(self.rows)
             save(self.path / "metrics.csv", text.getvalue())
-        save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
+        save(self.path / "checkpoint.pt", state)  # last: what it counts as done has been written
         self.saved = time.perf_counter()
         self.save_seconds = self.saved - started
 
     def begin(self, task: Task, step: int, unit: str = "update") -> None:
-        """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
+        """Says what will happen, and starts a W&B record if the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
         if not self.lock_file:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
         if not self.resumed and (self.path / "checkpoint.pt").exists():
-            raise DataError(f"another process made {self.path} in the meantime; start again to go on with its run")
+            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
-        # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
+        # Otherwise W&B takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
         asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
         try:
@@ -1240,7 +1240,7 @@ class Run:
         try:
             if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
                 self.wandb.log(values, step=step)
-        except Exception as error:  # W&B's failures are not the run's
+        except Exception as error:  # a failure of W&B does not end the run
             if not self.log_failed:
                 print(f"warning: W&B lacks step {step:,} ({name_error(error)})", file=sys.stderr)
             self.log_failed = True
@@ -1258,7 +1258,7 @@ class Run:
 
 
 def main(config_class: type, train: Callable) -> None:
-    """The program: an error of a person is a line and an exit status."""
+    """The program: errors of people become one line and an exit status."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, Signals.receive)
     try:

@@ -1,14 +1,14 @@
-"""Conservative Q-Learning (CQL), offline and then online, for continuous actions: offline/cql.py, whose critics go on
-with what the policy meets in the environment. With --calibrate True it is Cal-QL: values are pushed down no further
-than returns, so that going online does not unlearn the policy. Cal-QL: https://arxiv.org/abs/2303.05479.
+"""Conservative Q-Learning (CQL), offline and then online, for continuous actions: offline/cql.py, which then goes on
+learning in the environment. With --calibrate True it is Cal-QL: values are pushed down no further than the returns, so
+that the policy is not unlearned at the start of the online phase. Cal-QL: https://arxiv.org/abs/2303.05479.
 
     python algorithms/finetune/cql.py --config_path configs/finetune/cal_ql/lunarlander.yaml
 
-scores 92.6 ± 2.3 offline and 87.9 ± 4.7 after 10,000 steps online (three seeds; five minutes a run on a CPU core).
+scores 92.6 ± 2.3 offline and 87.9 ± 4.7 after 10,000 steps online (three seeds; five minutes per run on one CPU core).
 Differs from the papers as offline/cql.py does, and
-1. the return of an episode that was cut short goes on with the data's smallest reward for ever: no bound is too high;
-2. calibration stays on online, data are never overwritten, and of the online transitions the oldest make way.
-Known failures: without mixing, a large dataset outnumbers what is met online. docs/finetune_cql.md has the rest.
+1. an episode that was cut short counts as going on with the data's smallest reward for ever: no bound is too high;
+2. calibration stays on online; online transitions never overwrite the data, only the oldest online ones.
+Known failures: without mixing, a large dataset outnumbers the online data. docs/finetune_cql.md has the rest.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, get_args
 
-if "OMP_WAIT_POLICY" not in os.environ:  # else waiting threads spin so long that a busy neighbour costs most updates
+if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads would spin, and a busy neighbour would cost most updates
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import gymnasium as gym
@@ -52,33 +52,33 @@ from tqdm import tqdm
 @dataclass
 class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
-    env: str = "halfcheetah-medium-expert-v2"  # dataset: a Minari id, or a name of D4RL; none: online alone
-    eval_env: Optional[str] = None  # Gymnasium id to act and be evaluated in; None: the dataset's own
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a Minari id, or a name of D4RL; none: online only
+    eval_env: Optional[str] = None  # Gymnasium id of the environment to act and evaluate in; None: the dataset's own
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
-    eval_freq: int = 5000  # steps between two evaluations: updates offline, of the environment online
-    n_episodes: int = 10  # episodes an evaluation
-    offline_iterations: int = 1_000_000  # updates on the dataset alone
-    online_iterations: int = 1_000_000  # steps in the environment after them
-    checkpoints_path: Optional[str] = "runs"  # folder that run folders go to
-    run_id: Optional[str] = None  # name of the run folder; the same name again resumes it (default: $WANDB_RUN_ID)
-    load_model: str = ""  # checkpoint.pt, also of offline/cql.py, whose networks to start from; "" starts afresh
+    eval_freq: int = 5000  # steps between two evaluations: updates offline, environment steps online
+    n_episodes: int = 10  # episodes per evaluation
+    offline_iterations: int = 1_000_000  # updates on the dataset, before the online phase
+    online_iterations: int = 1_000_000  # environment steps of the online phase
+    checkpoints_path: Optional[str] = "runs"  # parent folder of the run folders
+    run_id: Optional[str] = None  # name of the run folder; an unfinished one is resumed (default: $WANDB_RUN_ID)
+    load_model: str = ""  # checkpoint.pt (also of offline/cql.py) to take the first networks from; "": new ones
     keep_policies: bool = False  # keep the policy of each evaluation, as policy-<step>.pt
     log_interval: int = 1000  # steps between two W&B records
-    compile: Optional[bool] = None  # torch.compile the losses, and replay CUDA graphs; None: on a GPU only
-    precision: str = "float32"  # float32, tf32 (NVIDIA GPUs), or bfloat16: of the critics' matrix products
-    n_online_envs: int = 1  # environments side by side online; each step of theirs is one of online_iterations
-    utd_ratio: int = 1  # updates a step in the environment
-    warmup_steps: int = 0  # first online steps without updates; with uniform actions where nothing was learned before
+    compile: Optional[bool] = None  # compile the losses and replay CUDA graphs; None: on a GPU only
+    precision: str = "float32"  # of the critics' matrix products: float32, tf32 (NVIDIA GPUs) or bfloat16
+    n_online_envs: int = 1  # environments side by side online; online_iterations counts the steps of all
+    utd_ratio: int = 1  # updates per environment step
+    warmup_steps: int = 0  # first online steps without updates; their actions are uniform if nothing was learned before
     mixing_ratio: float = -1.0  # share of the dataset in an online minibatch; -1: uniform over all transitions
-    buffer_size: int = 2_000_000  # most transitions that are kept; memory follows the data and online_iterations
-    batch_size: int = 256  # transitions a minibatch
+    buffer_size: int = 2_000_000  # largest number of transitions kept; memory follows the data and online_iterations
+    batch_size: int = 256  # transitions per minibatch
     normalize: bool = True  # shift and scale observations by the data's mean and standard deviation
-    normalize_reward: bool = False  # change rewards: return range (locomotion only), then reward_scale and reward_bias
+    normalize_reward: bool = False  # rescale rewards: return range (locomotion only), then reward_scale, reward_bias
     reward_scale: float = 1.0  # factor on rewards (only with normalize_reward)
     reward_bias: float = 0.0  # added to scaled rewards (only with normalize_reward)
     reward_clip: float = math.inf  # training rewards are clipped to [-reward_clip, reward_clip]
-    holdout_fraction: float = 0.0  # share of episodes kept from training, for the holdout metrics
+    holdout_fraction: float = 0.0  # share of episodes held out from training, for the holdout metrics
     hidden_dim: int = 256  # width of hidden layers
     policy_n_hidden_layers: int = 3  # hidden layers of the actor
     q_n_hidden_layers: int = 2  # hidden layers of each critic
@@ -89,25 +89,25 @@ class TrainConfig:
     qf_lr: float = 3e-4  # learning rate of the critics and alpha_prime
     soft_target_update_rate: float = 5e-3  # Polyak rate of the target critics
     target_update_period: int = 1  # updates between two target updates
-    alpha_multiplier: float = 1.0  # factor on the entropy coefficient; the coefficient itself where it is not tuned
-    use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient for an entropy of -A
+    alpha_multiplier: float = 1.0  # factor on the entropy coefficient, or the coefficient itself if it is not tuned
+    use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient towards an entropy of -A
     backup_entropy: bool = False  # subtract alpha log pi from the TD target's next value
-    bc_steps: int = 0  # first updates in which the policy clones the data's actions
+    bc_steps: int = 0  # number of first updates in which the policy clones the data's actions
 
     calibrate: bool = False  # Cal-QL: the penalty bounds policy actions' values from below by the data's returns
-    failure_reward: Optional[float] = None  # of each step that follows a time-out; None: the smallest of the data, or 0
-    is_sparse_reward: bool = False  # an episode of failure_reward alone counts as going on like that for ever
+    failure_reward: Optional[float] = None  # assumed for each step after a time-out; None: the data's smallest, or 0
+    is_sparse_reward: bool = False  # an episode that only has failure_reward counts as going on like that for ever
     cql_alpha: float = 10.0  # weight of the penalty; 0 is SAC
-    cql_alpha_online: float = 10.0  # the same, online
+    cql_alpha_online: float = 10.0  # weight of the penalty in the online phase
     cql_n_actions: int = 10  # actions sampled from each of the three proposals
-    cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all, exactly
+    cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all (exact)
     cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
     cql_temp: float = 1.0  # temperature T of T logsumexp(Q / T - log p)
-    cql_max_target_backup: bool = False  # TD target: largest value of cql_n_actions next actions
-    cql_clip_diff_min: float = -math.inf  # lower clip of the gap of each state
-    cql_clip_diff_max: float = math.inf  # upper clip of the gap of each state
-    cql_lagrange: bool = False  # tune alpha_prime, a factor on cql_alpha, for a gap of cql_target_action_gap
-    cql_target_action_gap: float = -1.0  # gap that the Lagrange multiplier aims at
+    cql_max_target_backup: bool = False  # the TD target takes the largest value of cql_n_actions next actions
+    cql_clip_diff_min: float = -math.inf  # lower limit of each state's gap
+    cql_clip_diff_max: float = math.inf  # upper limit of each state's gap
+    cql_lagrange: bool = False  # tune alpha_prime, a factor on cql_alpha, towards cql_target_action_gap
+    cql_target_action_gap: float = -1.0  # gap that alpha_prime is tuned for
     project: str = "CORL"  # W&B project
     group: str = "CQL-D4RL"  # W&B group
     name: str = "CQL"  # first part of the run's name
@@ -158,18 +158,18 @@ class TanhGaussianActor(nn.Module):
 
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """The same for arrays. Raises ValueError."""
+        """Same as `actions`, for arrays. Raises ValueError."""
         return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()
 
 
 class EnsembleCritic(nn.Module):
-    """Q(s, a) of E critics, a batched product a layer."""
+    """Q(s, a) of E critics, with one batched product per layer."""
 
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
     ):  # fmt: skip
-        """dtype: of the hidden layers' matrix products. The last layer's is the parameters': values need digits."""
+        """dtype: that of the hidden layers' products. The last layer keeps the parameters': values need digits."""
         super().__init__()
         self.dtype = dtype
         sizes = [observation_dim + action_dim] + [hidden_dim] * n_hidden_layers + [1]
@@ -178,7 +178,7 @@ class EnsembleCritic(nn.Module):
         self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """N actions for each state: [B, O] and [B, N, A], or [E, B, N, A] with a critic's own actions -> [E, B, N]."""
+        """N actions per state: [B, O] and [B, N, A], or [E, B, N, A] with actions per critic -> [E, B, N]."""
         *leading, n_actions, _ = actions.shape
         observations = observations.unsqueeze(-2).expand(*leading, n_actions, -1)
         x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
@@ -196,7 +196,7 @@ class Batch(NamedTuple):
     rewards: Tensor  # [B]
     next_observations: Tensor  # [B, O]
     terminals: Tensor  # [B], 1 where the episode ended in a terminal state, 0 elsewhere and at time-outs
-    returns: Tensor  # [B], discounted sum of the rewards to the episode's end: Cal-QL's bound
+    returns: Tensor  # [B], discounted sum of rewards to the end of the episode: Cal-QL's bound
 
 
 def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> 
 
 
 def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """N actions for each state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
+    """Draws N actions per state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
     mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
     noise = torch.randn(len(mean), n, mean.shape[-1], dtype=mean.dtype, device=mean.device)
     pre_tanh = mean + log_std.exp() * noise  # [B, N, A]
@@ -219,7 +219,7 @@ def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tenso
 
 # local: Cal-QL's bound, and actions to explore by
 class CQL(nn.Module):
-    """The agent: a loss a method, then `gradients` and `update`, the algorithm. Its state_dict is its checkpoint."""
+    """The agent: one method per loss, then `gradients` and `update`, the algorithm. Its state_dict is a checkpoint."""
 
     max_density_action = 0.999  # data actions are clipped to this before a log-density, which is infinite at 1
     max_log_alpha_prime = math.log(1e6)
@@ -247,13 +247,13 @@ class CQL(nn.Module):
         self.compute_gradients = self.gradients  # or compiled
 
     def alpha(self) -> Tensor:
-        """Entropy coefficient, a constant for every loss but its own."""
+        """Entropy coefficient, a constant in every loss except its own."""
         if not self.config.use_automatic_entropy_tuning:
             return torch.full_like(self.log_alpha, self.config.alpha_multiplier)
         return self.config.alpha_multiplier * self.log_alpha.detach().exp()
 
     def penalty_weight(self) -> Tensor:
-        """cql_alpha, times alpha' where it is tuned; a constant for every loss but the multiplier's own."""
+        """cql_alpha, times alpha' if that is tuned; a constant in every loss except that of alpha'."""
         if not self.config.cql_lagrange:
             return torch.full_like(self.log_alpha_prime, self.cql_alpha)
         return self.cql_alpha * self.log_alpha_prime.detach().exp()
@@ -263,7 +263,7 @@ class CQL(nn.Module):
         return -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
 
     def policy_loss(self, batch: Batch, actions: Tensor, log_prob: Tensor) -> Tensor:
-        """E[alpha log pi(a|s) - min Q(s, a)], a ~ pi with gradient: [B, A], [B] -> []."""
+        """E[alpha log pi(a|s) - min Q(s, a)], with gradients through a ~ pi: [B, A], [B] -> []."""
         q = self.critic(batch.observations, actions.unsqueeze(1)).squeeze(-1).min(dim=0).values  # [B]
         return (self.alpha() * log_prob - q).mean()
 
@@ -283,7 +283,7 @@ class CQL(nn.Module):
 
     def critic_loss(self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor) -> tuple:
         """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state,
-        clipped; the target gap is 0 without Lagrange. Offline SAC has no proposals, and no penalty.
+        clipped; the target gap is 0 without Lagrange. Offline SAC has neither proposals nor a penalty.
         td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics."""
         config = self.config
         q_data, log_sum_exp, q, scores = self.log_sum_exp(batch, proposals, proposal_log_prob)
@@ -301,9 +301,9 @@ class CQL(nn.Module):
         return (td_loss + penalty).sum(), gap.detach(), metrics
 
     def log_sum_exp(self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor) -> tuple[Tensor, ...]:
-        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals, CQL(H)'s integral by importance sampling; without
-        it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action. Returns Q of the data's actions and the
-        log-sum-exp [E, B]; for metrics Q of data and proposals [E, B, 1 + 3N], the scores [E, B, 3N or 1 + 3N]."""
+        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals: CQL(H)'s integral by importance sampling. Without
+        that, T logsumexp_a(Q(s, a) / T) over proposals and the data's action. Returns Q of the data's actions and the
+        log-sum-exp [E, B], and for metrics Q of all actions [E, B, 1 + 3N] and the scores [E, B, 3N or 1 + 3N]."""
         actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
@@ -318,15 +318,15 @@ class CQL(nn.Module):
 
     # local: Cal-QL's bound
     def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """What Q counts as in the log-sum-exp: to calibrate, at least the return where the action is the policy's.
-        q [E, B, N] is of the actions at `places` [..., N] among all."""
+        """Returns Q as the log-sum-exp takes it: to calibrate, at least the return if the action is the policy's.
+        q [E, B, N]; `places` [..., N] of its actions among all."""
         if not self.config.calibrate:
             return q
         return torch.where(places > self.config.cql_n_actions, q.maximum(batch.returns.unsqueeze(1)), q)
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
-        gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
+        """The same values, with a cheaper gradient of the same expectation. The gradient of T logsumexp(scores) is the
+        mean gradient of Q under the soft-max of the scores: k actions are drawn from it for each state and critic.
         actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         n_critics, batch_size, n_scores = scores.shape
         k = self.config.cql_backprop_actions
@@ -343,9 +343,9 @@ class CQL(nn.Module):
     # local: how often Cal-QL's bound holds
     @torch.no_grad()
     def penalty_metrics(self, batch: Batch, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
-        """What the penalty acts on: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B]."""
+        """Metrics of the penalty: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B] -> scalars."""
         config, n_proposals = self.config, q.shape[-1] - 1
-        # Without importance sampling the first score is the data's, so that the shares do not add up to 1.
+        # Without importance sampling the first score is the data's, and the shares do not add up to 1.
         shares = scores.softmax(dim=-1)[..., -n_proposals:].mean(dim=(0, 1)).chunk(3)
         metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
         for i, source in enumerate(("rand", "next_actions", "current_actions")):
@@ -362,15 +362,15 @@ class CQL(nn.Module):
         return metrics | {"cql_effective_weight": self.penalty_weight()}
 
     def alpha_prime_loss(self, gap: Tensor) -> Tensor:
-        """Raises alpha' while the gap is above cql_target_action_gap: [E] (a constant) -> []."""
+        """Raises alpha' while the gap is above cql_target_action_gap: [E], without gradient -> []."""
         excess = gap.mean() - self.config.cql_target_action_gap
         return -self.log_alpha_prime.exp() * self.cql_alpha * excess
 
     @torch.no_grad()
     def td_target_and_proposals(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """mean and log_std [2B, A] of the actor at the observations and the next ones -> TD target [B], and N random, N
-        next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions serve
-        twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors' code)."""
+        """mean and log_std [2B, A] of the actor at observations and next observations -> TD target [B], and N random, N
+        next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions are used
+        twice: in the target, and as proposals at s, with their density at s' (as in the authors' code)."""
         config, (batch_size, action_dim) = self.config, batch.actions.shape
         n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
@@ -385,7 +385,7 @@ class CQL(nn.Module):
         return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
 
     def losses(self, batch: Batch, cloning: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss of each group of parameters, all at the same parameters, and metrics."""
+        """Returns the loss of each group of parameters, all at the same parameters, and metrics."""
         config = self.config
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
         td_target, proposals, proposal_log_prob = self.td_target_and_proposals(batch, mean, log_std)
@@ -406,7 +406,7 @@ class CQL(nn.Module):
         return losses, metrics
 
     def gradients(self, batch: Batch, *phase: bool) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
-        """Gradients of each group's loss in its own parameters alone, and metrics. It changes nothing."""
+        """Returns gradients of each group's loss in its own parameters only, and metrics. Changes nothing."""
         losses, metrics = self.losses(batch, *phase)
         gradients = {name: torch.autograd.grad(loss, self.parameter_groups[name]) for name, loss in losses.items()}
         for name, metric in (("actor", "policy_grad_norm"), ("critic", "critic_grad_norm")):
@@ -415,11 +415,11 @@ class CQL(nn.Module):
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
     def phases(self) -> list[tuple]:
-        """What `gradients` takes beside a batch, now and later: whether the policy clones."""
+        """Further arguments of `gradients`, now and later: whether the policy clones."""
         return [(self.n_updates < self.config.bc_steps,), (False,)]
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """A step of the policy, the critics, alpha and alpha', then of the target critics."""
+        """Takes a step of the policy, the critics, alpha and alpha', then of the target critics."""
         gradients, metrics = self.compute_gradients(batch, *self.phases()[0])
         for name, values in gradients.items():
             for parameter, gradient in zip(self.parameter_groups[name], values):
@@ -435,7 +435,7 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def explore(self, observations: np.ndarray, uniform: bool) -> np.ndarray:
-        """A sample of the policy, or uniform actions, in [-1, 1]: raw observations [B, O] -> [B, A]."""
+        """Samples actions in [-1, 1] from the policy, or uniformly: raw observations [B, O] -> [B, A]."""
         observations = as_observations(observations, self.actor.observation_mean)
         mean, log_std = self.actor(self.actor.normalise(observations))
         actions, _ = sample_actions(mean, log_std, 1)
@@ -445,14 +445,14 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw ones: [B, O] -> [B]."""
+        """Returns the critics' prediction min Q(s, pi(s)), deterministic actions, raw observations: [B, O] -> [B]."""
         observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
         return values.view(len(observations)).cpu().numpy()
 
     @torch.no_grad()
     def holdout_metrics(self, batch: Batch) -> dict[str, float]:
-        """Likelihood, TD error, gap and data Q on transitions that are not trained on."""
+        """Likelihood, TD error, gap and data Q on held-out transitions."""
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
         _, gap, metrics = self.critic_loss(batch, *self.td_target_and_proposals(batch, mean, log_std))
         result = {"holdout_td_error": (metrics["qf1_loss"] + metrics["qf2_loss"]) / 2, "holdout_gap": gap.mean()}
@@ -474,18 +474,18 @@ def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
 
 # local: room for online transitions, and minibatches of both kinds
 class ReplayBuffer:
-    """All transitions of the data, on the device, and after them the latest `room` ones of the online phase."""
+    """All transitions of the data, on the device, followed by the latest `room` ones of the online phase."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str, room: int = 0, mixing_ratio: float = -1.0):
         columns = [torch.as_tensor(data[key], dtype=torch.float32) for key in Batch._fields]
         columns = [torch.cat([x, x.new_zeros(room, *x.shape[1:])]) if room else x for x in columns]
         self.columns, self.size = [column.to(device) for column in columns], len(data["rewards"])
         self.room, self.n_added, self.mixing_ratio, self.online = room, 0, mixing_ratio, False
-        # On the device, so that a CUDA graph sees them grow: transitions of the data, and online ones.
+        # Numbers of data and online transitions; on the device, so that a CUDA graph sees them grow.
         self.counts = torch.tensor([self.size, 0], dtype=torch.float64, device=device)
 
     def add(self, data: dict[str, np.ndarray]) -> None:
-        """The oldest online transitions make way; data never do."""
+        """Overwrites the oldest online transitions, never the data."""
         numbers = self.n_added + np.arange(len(data["rewards"]))[-self.room :]
         for column, key in zip(self.columns, Batch._fields):
             values = torch.as_tensor(data[key][-self.room :], dtype=torch.float32, device=column.device)
@@ -510,8 +510,8 @@ class ReplayBuffer:
 
 
 def calibration_returns(data: dict[str, Any], numbers: np.ndarray, failure_reward: float, config: Any) -> np.ndarray:
-    """Cal-QL's bounds: the discounted sum of the training rewards from each transition to the end of its episode, [T].
-    An episode that was cut short goes on with failure_reward for ever. numbers: of the episodes, [T]."""
+    """Cal-QL's bounds: the discounted sum of training rewards from each transition to the end of its episode, [T]. An
+    episode that was cut short counts as going on with failure_reward for ever. numbers: those of the episodes, [T]."""
     forever, ends = failure_reward / max(1 - config.discount, 1e-6), np.append(numbers[1:] != numbers[:-1], True)
     beyond = config.discount * forever * (ends & ~data["terminals"])
     whole = {"rewards": data["rewards"] + beyond, "terminals": data["terminals"], "timeouts": ends}
@@ -526,9 +526,9 @@ def calibration_returns(data: dict[str, Any], numbers: np.ndarray, failure_rewar
 class Collector:
     """Plays episodes with the learning policy, in environments of its own, and hands their transitions to the buffer.
 
-    They are the rows of the file online.bin in the run folder, float32, with actions in the environment's units.
-    Environment i of n plays the episodes i, i + n, i + 2 n, ..., each from a seed of its own: a resumed run plays the
-    rows of unfinished ones again, and goes on in the same state.
+    They are the rows of online.bin in the run folder: float32, with actions in the environment's units. Environment i
+    of n plays the episodes i, i + n, i + 2 n, ..., each from its own seed: a resumed run replays the rows of unfinished
+    episodes, and continues in the same state.
     """
 
     def __init__(self, config: Any, task: Any, agent: CQL, buffer: ReplayBuffer, run: Any, failure_reward: float):
@@ -540,7 +540,7 @@ class Collector:
         parts |= dict.fromkeys(("reward", "terminal", "timeout", "episode"), ())
         self.row_type = np.dtype([(name, np.float32, shape) for name, shape in parts.items()])
         self.state = {"n_rows": 0, "n_finished": 0, "regret": 0.0, "reports_success": False}
-        self.state["n_updates"] = config.offline_iterations  # and those that are due online
+        self.state["n_updates"] = config.offline_iterations  # plus those that are due online
         self.state["wrappers"] = [name for name, _ in task.arguments.get("wrappers", ()) if name in WRAPPERS.split()]
         self.begin_row()
         self.state |= run.checkpoint["online"] if run.resumed else {}
@@ -549,7 +549,7 @@ class Collector:
             return
         self.envs = make_environments(config.eval_env, n, **task.arguments)
         self.one = gym.vector.utils.create_empty_array(self.envs.single_observation_space, 1)
-        self.numbers, self.played = list(range(n)), np.zeros((n, 3))  # episodes, and their return, length and success
+        self.numbers, self.played = list(range(n)), np.zeros((n, 3))  # of each one's episode; return, length, success
         self.observations, self.unfinished = np.zeros((n, len(self.mean)), np.float32), [[] for _ in range(n)]
         size = self.state["n_rows"] * self.row_type.itemsize
         with explain(f"{self.path} cannot be read or written"):
@@ -558,7 +558,7 @@ class Collector:
             content = self.file.read(size)
             self.file.truncate()  # what a killed run wrote after its checkpoint
         if len(content) != size:
-            raise DataError(f"{self.path} has less than the {self.state['n_rows']} transitions of the checkpoint")
+            raise DataError(f"{self.path} has fewer than the checkpoint's {self.state['n_rows']} transitions")
         rows = np.frombuffer(content, self.row_type)
         torch.set_flush_denormal(True)  # as when they were played
         for i in range(n):
@@ -567,12 +567,12 @@ class Collector:
         self.absorb(rows)
 
     def begin_row(self) -> None:
-        """Return, length and success of the episodes that follow; steps, and seconds of playing."""
+        """Clears what the next row counts: return, length and success of episodes, steps and seconds of playing."""
         self.state |= {"finished": [], "steps": 0, "seconds": 0.0}
 
     @property
     def position(self) -> int:
-        """Steps of the run: updates offline, then transitions."""
+        """Steps of the run so far: offline updates, then online transitions."""
         offline = self.config.offline_iterations
         return offline + self.state["n_rows"] if self.agent.n_updates >= offline else self.agent.n_updates
 
@@ -587,7 +587,7 @@ class Collector:
         return flatten(batch, self.envs.single_observation_space)[0]
 
     def play(self, i: int, action: np.ndarray) -> np.ndarray:
-        """A step of environment i with an action [A] in its units: the row."""
+        """Takes one step in environment i with an action [A] in its units. Returns the row."""
         action = to_space(action, self.envs.single_action_space)
         with explain(f"the environment {self.envs.spec.id} failed"):
             next_observation, reward, terminal, timeout, info = self.envs.envs[i].step(action)
@@ -602,7 +602,7 @@ class Collector:
         return row
 
     def replay(self, i: int, rows: np.ndarray) -> None:
-        """Brings environment i to where it stood: into the episode of these rows, or to the start of the next one."""
+        """Brings environment i back to where it was: in the episode of these rows, or at the start of the next one."""
         if len(rows):
             self.numbers[i] = int(rows[-1]["episode"])
             if rows[-1]["terminal"] or rows[-1]["timeout"]:
@@ -610,12 +610,12 @@ class Collector:
         self.reset(i)
         for row in rows[rows["episode"] == self.numbers[i]]:
             if self.play(i, row["action"]) != row:
-                print(f"warning: an episode in {self.path} plays otherwise now, and is dropped", file=sys.stderr)
+                print(f"warning: an episode in {self.path} plays differently now and is dropped", file=sys.stderr)
                 self.numbers[i] += len(self.numbers)
                 return self.reset(i)
 
     def step(self) -> int:
-        """A step of every environment. Returns how many there were."""
+        """Takes one step in every environment. Returns the number of steps."""
         config, started, rows = self.config, time.perf_counter(), []
         warming_up = self.state["n_rows"] < config.warmup_steps
         uniform = warming_up and config.offline_iterations == 0 and not config.load_model
@@ -638,7 +638,7 @@ class Collector:
         return len(rows)
 
     def finish(self, i: int) -> None:
-        """Counts the episode of environment i, and begins its next one."""
+        """Counts the episode of environment i as finished, and begins its next one."""
         self.state["n_finished"] += 1
         self.state["finished"].append(self.played[i].tolist())
         score = self.task.score(self.played[i, :1])["d4rl_normalized_score"]
@@ -647,12 +647,12 @@ class Collector:
         self.reset(i)
 
     def absorb(self, rows: np.ndarray) -> None:
-        """Rows in the order of time go to the buffer; to calibrate, once their episode is over."""
+        """Adds rows to the buffer in the order of time; to calibrate, only once their episode is over."""
         if self.config.calibrate:
             whole = []
             for row in rows:
                 own = self.unfinished[int(row["episode"]) % len(self.unfinished)]
-                if own and own[0]["episode"] != row["episode"]:  # one that plays otherwise now
+                if own and own[0]["episode"] != row["episode"]:  # an episode that was dropped
                     own.clear()
                 own.append(row)
                 if row["terminal"] or row["timeout"]:
@@ -672,8 +672,8 @@ class Collector:
         self.buffer.add(data)
 
     def metrics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Of the episodes since the last row, and begins anew; regrets, of all online episodes and of the online ones
-        of `rows`."""
+        """Metrics of the episodes since the last row, which are then cleared, and regrets: that of all online episodes,
+        and that of the evaluations online in `rows`."""
         state, nan = self.state, np.nan
         played = np.mean(state["finished"] or [3 * [nan]], axis=0)
         result = dict(zip(("online_return", "online_length", "online_success"), played))
@@ -695,7 +695,7 @@ class Collector:
         return {name: None if np.isnan(x) else float(x) for name, x in result.items()}
 
     def sync(self) -> dict[str, Any]:
-        """Puts the file on the disk. Returns what a checkpoint holds."""
+        """Writes the file to the disk. Returns what a checkpoint holds."""
         if self.envs:
             with explain(f"{self.path} cannot be written"):
                 self.file.flush()
@@ -704,18 +704,18 @@ class Collector:
 
 
 def prepare(config: TrainConfig, data: Any, run: Any) -> tuple[Any, CQL, ReplayBuffer, Batch, float]:
-    """What a run works with: task, agent, buffer, held-out rows, and what follows a time-out in Cal-QL's returns.
+    """Returns task, agent, buffer, held-out rows, and the reward that Cal-QL's returns assume after a time-out.
     Raises ConfigError and DataError."""
     alone = config.env == "none"
     if alone and (config.eval_env in (None, "none") or config.normalize or config.offline_iterations):
         needed = "--eval_env <id> --offline_iterations 0 --normalize False"
-        raise ConfigError(f"--env none learns online alone, and needs {needed}")
+        raise ConfigError(f"--env none learns online only, and needs {needed}")
     if alone and config.calibrate and config.failure_reward is None:
         raise ConfigError("--env none has no smallest reward: --calibrate True needs --failure_reward")
     if -1 < config.mixing_ratio < 0:
         raise ConfigError(f"--mixing_ratio takes -1, or a number from 0 to 1, not {config.mixing_ratio}")
     if (config.mixing_ratio >= 0 or config.is_sparse_reward) and not config.calibrate:
-        print("this run is CQL (with mixing_ratio); Cal-QL, where is_sparse_reward acts, needs --calibrate True")
+        print("this run is CQL (with mixing_ratio); Cal-QL, which is_sparse_reward is for, needs --calibrate True")
     if alone:
         data = no_data(config)
     data = load_dataset(config.env) if data is None else dict(data)
@@ -732,7 +732,7 @@ def prepare(config: TrainConfig, data: Any, run: Any) -> tuple[Any, CQL, ReplayB
         failure_reward = data["rewards"].min(initial=0.0)
     room = min(config.online_iterations, config.buffer_size - n)
     if config.online_iterations and room < 1:
-        raise ConfigError(f"--buffer_size {config.buffer_size} leaves no room beside {n} transitions")
+        raise ConfigError(f"--buffer_size {config.buffer_size} leaves no room for online ones beside {n} transitions")
     for part in (data, holdout):
         part["returns"] = np.zeros_like(part["rewards"])
         if config.calibrate and len(part["rewards"]):
@@ -758,8 +758,8 @@ def no_data(config: TrainConfig) -> dict[str, np.ndarray]:
 
 def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[str, Any]:
     """Trains on `data` (what load_dataset returns; by default that of config.env), then online, evaluates, and returns
-    the last row of metrics.csv. A run folder that holds part of the run is continued. An offline step is an update, an
-    online one a transition, with utd_ratio updates. Raises ConfigError and DataError."""
+    the last row of metrics.csv. If the run folder holds a part of the run, that is continued. An offline step is an
+    update; an online step is a transition, with utd_ratio updates. Raises ConfigError and DataError."""
     run = Run(config, config.offline_iterations + config.online_iterations, config.offline_iterations)
     if run.is_complete:
         print(f"{run.path} is complete: {describe(run.rows[-1])}")
@@ -776,9 +776,9 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
             if goes_online:
                 agent.cql_alpha, buffer.online = config.cql_alpha_online, True
             if goes_online or not run_until:
-                run_until = updater(config, agent, buffer.sample, run)  # with the losses of the phase
+                run_until = updater(config, agent, buffer.sample, run)  # with the losses of this phase
             if buffer.online:
-                run_until(collector.state["n_updates"])  # that are due since a signal
+                run_until(collector.state["n_updates"])  # those left undone at a signal
                 while collector.position < step and not Signals.received:
                     run.progress.update(collector.step())
                     run_until(collector.state["n_updates"])
@@ -807,15 +807,15 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
 
 
 class DataError(ValueError):
-    status = 1  # exit status of the program for data and files that cannot be used
+    status = 1  # exit status of the program if data or files cannot be used
 
 
 class ConfigError(DataError):
-    status = 2  # and for options
+    status = 2  # and if an option cannot
 
 
 class SimulatorError(DataError):
-    """An environment failed, which costs an evaluation."""
+    """An environment failed: an evaluation is skipped."""
 
 
 def name_error(error: BaseException) -> str:
@@ -827,7 +827,7 @@ def name_error(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explain(problem: str, kind: type = DataError) -> Iterator[None]:
-    """Tells in one line what a file, a package or a device raises. Our own code stands outside: bugs keep their
+    """Turns what a file, a package or a device raises into one line. Our own code stands outside: bugs keep their
     traceback."""
     try:
         yield
@@ -838,18 +838,18 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
-GRAPH_UPDATES = 10  # in a CUDA graph
+MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; most steps of one, as a policy may stand still
+GRAPH_UPDATES = 10  # updates in one CUDA graph
 EVALUATION = (
     "eval_return eval_return_std d4rl_normalized_score updates_per_second "
     "eval_length eval_success eval_predicted_value eval_discounted_return"
 )
-# Wrappers of a recording that its policy is played in, and those that change nothing.
+# Wrappers of a recording in which a policy is played too, and those that change nothing.
 WRAPPERS = "RescaleAction ClipAction RescaleObservation FlattenObservation ClipReward TimeAwareObservation StickyAction"
 IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvChecker"
 # local: the network that acts, and that policy.pt holds
 Policy = TanhGaussianActor
-# local: limits of the options, both ends included, or the words that one takes
+# local: limits of the options, both ends included, or the words that an option takes
 LIMITS = {
     "seed eval_seed bc_steps cql_backprop_actions policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
     "offline_iterations online_iterations warmup_steps cql_alpha_online": (0, 1e12),
@@ -867,7 +867,7 @@ LIMITS = {
 
 
 def check_config(config: Any) -> None:
-    """Fills in what depends on the machine. Raises ConfigError for a value out of its limits."""
+    """Fills in what depends on the machine. Raises ConfigError for a value outside its limits."""
     config.checkpoints_path = config.checkpoints_path or "runs"
     config.run_id = config.run_id or os.environ.get("WANDB_RUN_ID") or None
     for names, limits in LIMITS.items():
@@ -885,30 +885,30 @@ def check_config(config: Any) -> None:
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """An option's value from its text on the command line or in YAML. Raises ConfigError where it is none."""
+    """An option's value from its text on the command line or in YAML. Raises ConfigError for any other text."""
     kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
     if optional and text in ("None", "null", "~", ""):
         return None
-    text = text if isinstance(text, str) else "--"  # argparse makes a list of it
+    text = text if isinstance(text, str) else "--"  # argparse made a list of it
     with contextlib.suppress(OverflowError, ValueError):
         if kind is bool:
             return ["false", "true"].index(text.lower()) == 1
         value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
         if kind(value) == value:
             return kind(value)
-    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    takes = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
     raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {text[:100]!r}")
 
 
 def parse_arguments(config_class: type) -> Any:
-    """The configuration of the command line, and of the YAML file that --config_path names: pyrallis without its silent
+    """The configuration from the command line and the YAML file that --config_path names: pyrallis without its silent
     conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed). Raises ConfigError."""
 
     def fail(message: str) -> None:
-        raise ConfigError(f"{message} (as --option=value); --help lists the options")
+        raise ConfigError(f"{message} (write --option=value); --help lists the options")
 
     kinds = {field.name: field.type for field in fields(config_class)}
-    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else read for each option
+    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else it runs once per option
     parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
     inspect.getsource = getsource
     parser.error, parser._postprocessing = fail, vars
@@ -917,21 +917,21 @@ def parse_arguments(config_class: type) -> Any:
             action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
     options = parser.parse_args()
     if path := options.pop("config_path", None):
-        problem = f"--config_path {path} is no YAML of lines `option: value`"
+        problem = f"--config_path {path} is not a YAML file of lines `option: value`"
         with explain(problem, ConfigError):
-            content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # texts, as on the command line
+            content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings, as on the command line
         if not isinstance(content, dict):
             raise ConfigError(problem)
         for name, value in content.items():
             if name not in kinds or not isinstance(value, str):
-                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is no option with one value")
+                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is not an option with one value")
         options = content | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
 
 def flatten(observations: Any, space: gym.Space) -> np.ndarray:
-    """A float32 vector an observation, [N, ...] -> [N, O]: parts of Dict ones (goal environments) in sorted order of
-    keys and without texts, Discrete ones one-hot. Raises DataError for other kinds, and for images."""
+    """One float32 vector per observation, [N, ...] -> [N, O]: parts of Dicts (goal environments) in the sorted order of
+    their keys, without texts; Discrete ones one-hot. Raises DataError for other kinds and for images."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flatten(observations[key], part) for key, part in sorted(space.items())], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
@@ -944,11 +944,11 @@ def flatten(observations: Any, space: gym.Space) -> np.ndarray:
 
 
 def load_dataset(name: str) -> dict[str, Any]:
-    """The transitions of a Minari dataset, local or else downloaded, in order; a name of D4RL stands for d4rl/<name>.
-    It is the one function to replace for other data. Raises DataError.
+    """The transitions of a Minari dataset in order, local or else downloaded; a name of D4RL stands for d4rl/<name>.
+    This is the one function to replace for other data. Raises DataError.
 
     observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
-    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
+    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends for another reason). Optional:
     action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes,
     and `wrappers`: names and arguments).
     """
@@ -962,7 +962,7 @@ def load_dataset(name: str) -> dict[str, Any]:
         if not path.exists():
             minari.download_dataset(name)
         metadata = json.loads((path / "data/metadata.json").read_text())
-    # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
+    # If spaces are missing, Minari makes the environment, by an entry point that could name any code.
     if not {"observation_space", "action_space"} <= metadata.keys():
         raise DataError(f"{problem} (its metadata lacks the spaces)")
     with explain(problem):
@@ -974,7 +974,7 @@ def load_dataset(name: str) -> dict[str, Any]:
         observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
         lengths = {n, len(observations) - 1, len(episode.actions), len(episode.terminations), len(episode.truncations)}
         if len(lengths) > 1 or not n or (parts and observations.shape[1] != parts[0][0].shape[1]):
-            raise DataError(f"{problem} (episode {i} has parts of other sizes)")
+            raise DataError(f"{problem} (the parts of episode {i} differ in length or size)")
         # The next observation is known at time-outs too, so that they bootstrap.
         timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
         actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
@@ -992,10 +992,10 @@ def load_dataset(name: str) -> dict[str, Any]:
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
-    """Makes its columns float32, and flags bool. Raises DataError for data that cannot be trained on."""
+    """Converts the columns to float32, and flags to bool. Raises DataError for data that cannot be trained on."""
     known = {*COLUMNS, "action_low", "action_high", "reference_scores", "environment"}
     if unknown := data.keys() - known:
-        raise DataError(f"--env {config.env}: data hold {sorted(unknown)}, and may hold {sorted(known)}")
+        raise DataError(f"--env {config.env}: unknown columns {sorted(unknown)}; known are {sorted(known)}")
     n = len(data.get("rewards", ()))
     for key in COLUMNS:
         column = np.asarray(data.get(key, ()), dtype=np.float32)
@@ -1014,8 +1014,8 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each transition the number of its episode and the discounted return from there, [T]; and the return of each
-    episode, but for a last one that is cut short."""
+    """Returns each transition's episode number and its discounted return to the end of the episode, [T], and the return
+    of each episode, except for a last one that was cut short."""
     ends, to_go, following = data["terminals"] | data["timeouts"], [], 0.0
     numbers = np.append(0, ends.cumsum()[:-1])
     for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1].tolist()):
@@ -1028,7 +1028,7 @@ def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, n
 
 # local: continuous actions
 def action_bounds(space: gym.Space, name: str) -> dict[str, Any]:
-    """Lowest and highest action. Raises DataError."""
+    """Lowest and highest action, [A]. Raises DataError."""
     if not isinstance(space, gym.spaces.Box):
         raise DataError(f"{name} has actions {space}, this script takes Box ones; see algorithms/discrete/cql_dqn.py")
     return {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
@@ -1036,13 +1036,13 @@ def action_bounds(space: gym.Space, name: str) -> dict[str, Any]:
 
 # local: continuous actions
 def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """From the box of action_low and action_high (-1 and 1 where not known) to [-1, 1]; and the box, [A]. Raises
-    DataError for actions outside by more than 1e-3 of the range; others are clipped."""
+    """Scales actions [T, A] from the box of action_low and action_high (-1 and 1 if unknown) to [-1, 1]; returns
+    the box too, [A]. Raises DataError for actions outside it by more than 1e-3 of the range; others are clipped."""
     actions, size = data["actions"], data["actions"].shape[1:]
     low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
-    largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound stands for none
+    largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound means no bound
     if not ((-largest < low) & (low < high) & (high < largest)).all():
-        raise DataError(f"--env {name}: actions need bounds that they come near to, not {low} to {high}")
+        raise DataError(f"--env {name}: actions need bounds of about their own size, not {low} to {high}")
     scaled = (actions.astype(np.float64) - low) * (2 / (high.astype(np.float64) - low)) - 1
     if np.abs(scaled).max(initial=0) > 1 + 2e-3:
         raise DataError(f"--env {name}: actions from {actions.min()} to {actions.max()} are outside {low} to {high}")
@@ -1050,7 +1050,7 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
 
 
 def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
-    """Layers from size to size; the last starts near zero, so that first values and action means do."""
+    """Layers from size to size. The last one starts near zero, and so do values and mean actions."""
     layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
     for layer in layers[:-1] if orthogonal else ():
         nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
@@ -1062,7 +1062,7 @@ def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
 
 
 def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
-    """The same held-out transitions at each evaluation: ten minibatches, or less."""
+    """The same held-out transitions for each evaluation: at most ten minibatches."""
     rows = np.random.default_rng(config.seed).permutation(len(data["rewards"]))[: 10 * config.batch_size]
     return ReplayBuffer(data, config.device).rows(rows)
 
@@ -1077,14 +1077,14 @@ class Task:
         check_dataset(data, config)
         self.config, self.reference = config, data.get("reference_scores")
         if self.reference is not None and not -math.inf < self.reference[0] < self.reference[1] < math.inf:
-            print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot be 0 and 100")
+            print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot score 0 and 100")
             self.reference = None
         self.arguments = recorded = data.get("environment", {"id": "none"})
         if config.eval_env not in (None, recorded["id"]):
             self.arguments = {"id": config.eval_env}
             left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
             if left and config.eval_env != "none":
-                print(f"{config.eval_env} is made as it is, {recorded['id']} was recorded with {left}")
+                print(f"{config.eval_env} is made with its defaults; {recorded['id']} was recorded with {left}")
         n = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))  # so that all waves are alike
         self.envs = make_environments(config.eval_env, n, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
@@ -1104,7 +1104,7 @@ class Task:
         return np.clip(rewards * self.factor + self.offset, -self.config.reward_clip, self.config.reward_clip)
 
     def score(self, returns: np.ndarray) -> dict[str, Optional[float]]:
-        """Of episodes; the score is 0 and 100 at the reference returns, where those are known."""
+        """Mean, spread and score of episodes; the reference returns, if known, score 0 and 100."""
         mean, std, score = float(returns.mean()), float(returns.std()), None
         if self.reference is not None:
             low, high = self.reference
@@ -1112,7 +1112,7 @@ class Task:
         return {"eval_return": mean, "eval_return_std": std, "d4rl_normalized_score": score}
 
     def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
-        """The metrics. Raises DataError for what is no finite number, and for mean values beyond any possible one."""
+        """Returns the metrics. Raises DataError for NaN and infinity, and for mean values beyond any possible one."""
         norm = nn.utils.get_total_norm(agent.parameters()).item()
         for name, value in (metrics | {"the norm of all weights": norm}).items():
             limit = self.value_limit if name.startswith(("average_", "eval_predicted")) else sys.float_info.max
@@ -1122,7 +1122,7 @@ class Task:
         return metrics
 
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
-        """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
+        """The evaluation's columns of metrics.csv: empty without an environment and, with a warning, if it fails."""
         row, config = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}, self.config
         agent.eval()
         with torch.random.fork_rng([config.device] if "cuda" in config.device else []):
@@ -1184,7 +1184,7 @@ def rollout(policy: Callable, envs: Any, n_episodes: int, seed: int) -> dict[str
 
 
 class Success(gym.Wrapper):
-    """Makes `info` the success alone: a number, NaN where the environment reports none."""
+    """Replaces `info` by the success: a number, NaN if the environment reports none."""
 
     def reset(self, **options: Any) -> tuple[Any, dict]:
         observation, _ = self.env.reset(**options)
@@ -1194,7 +1194,7 @@ class Success(gym.Wrapper):
         *result, info = self.env.step(action)
         reported = [math.nan]
         for key in {"success", "is_success", "goal_achieved"} & info.keys():
-            with contextlib.suppress(TypeError, ValueError):  # None, a text, several numbers
+            with contextlib.suppress(TypeError, ValueError):  # None, a string, several numbers
                 reported.append(float(np.asarray(info[key]).item()))
         return *result, {"success": float(np.fmax.reduce(reported))}
 
@@ -1202,7 +1202,7 @@ class Success(gym.Wrapper):
 def make_environments(
     eval_env: Optional[str], n: int, /, id: str, wrappers: Any = (), **arguments: Any
 ) -> Optional[gym.vector.SyncVectorEnv]:
-    """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
+    """Returns None if none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
     kind = ConfigError if eval_env else DataError
     problem = f"the environment {id} cannot be made; --eval_env takes another, or none"
     if id not in gym.registry and id != "none":
@@ -1215,7 +1215,7 @@ def make_environments(
         if name in WRAPPERS.split() and options is not None:
             makers.append(functools.partial(getattr(gym.wrappers, name), **options))
         elif name in IDLE_WRAPPERS.split():
-            print(f"{id}: the recording's {name} changes nothing, and is left out")
+            print(f"{id}: the recording's {name} changes nothing and is left out")
         else:
             raise kind(f"{problem} (it was recorded through {name}, which this script does not know)")
     with explain(problem, kind):
@@ -1228,7 +1228,7 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
     first = flatten(envs.observation_space.sample(), envs.single_observation_space)
     sizes, own_sizes = [data[x].shape[1] for x in COLUMNS[:2]], [first.shape[1], own["action_low"].size]
     if sizes != own_sizes:
-        raise DataError(f"{name} has sizes {sizes} of observation and action, {id} {own_sizes}")
+        raise DataError(f"{name} has sizes {sizes} of observation and action, {id} has {own_sizes}")
     for key, narrower in (("action_low", np.maximum), ("action_high", np.minimum)):
         bound = data.get(key, own[key])
         data[key] = narrower(bound, own[key])
@@ -1237,7 +1237,7 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
 
 
 def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """In the shape and the type of a space: rounded where it takes whole numbers. Raises DataError for another size."""
+    """Actions in shape and type of a space, rounded if it takes whole numbers. Raises DataError for another size."""
     if np.issubdtype(space.dtype, np.integer):
         actions = np.rint(actions)
     with explain(f"actions do not fit the environment's, {space}"):
@@ -1245,7 +1245,7 @@ def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The score, else held-out metrics, else those of training."""
+    """The score as text; without one, held-out metrics, or else those of training."""
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
@@ -1255,8 +1255,8 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any) -> tuple[dict, dict, dict]:
-    """Transitions to train on and held-out ones, as the networks see them, and the scaling of observations (that of the
-    checkpoint, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
+    """Transitions to train on and held-out ones, as the networks see them, and the scaling of actions and observations
+    (the checkpoint's, if there is one). Arrays in `data` are replaced one by one, to save memory."""
     numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
@@ -1275,7 +1275,7 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
         mean = data["observations"].mean(0, dtype=np.float64).astype(np.float32)
         std = np.float32([column.std(dtype=np.float64) + 1e-3 for column in data["observations"].T])
     if len(mean) != size:
-        raise DataError(f"{config.env} has observations of another size than the checkpoint's {len(mean)}")
+        raise DataError(f"{config.env} has observations that are not of the checkpoint's size {len(mean)}")
     for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
         part[key] = part[key] - mean
         part[key] /= std
@@ -1284,7 +1284,7 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
 
 
 def save(path: Path, content: str | dict[str, Any]) -> None:
-    """Text, or tensors and plain values. The file holds the old content or the new, whenever the process is killed or
+    """Writes text, or tensors and plain values. The file holds the old or the new content, even if the process dies or
     the disk is full. Raises DataError."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
@@ -1298,21 +1298,21 @@ def save(path: Path, content: str | dict[str, Any]) -> None:
 
 
 def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
-    """A file of a run that holds these keys: tensors and plain values, nothing that could run. Raises DataError."""
+    """Reads a file of a run with these keys: tensors and plain values, nothing that could run. Raises DataError."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         return content | {key: content[key] for key in keys}
-    except Exception as error:  # torch's are pages of advice
+    except Exception as error:  # torch's messages are pages of advice
         kind = "checkpoint.pt" if keys else "checkpoint.pt or policy.pt"
-        fault = f"is no {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
+        fault = f"is not a {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
         raise DataError(f"{path} {fault}") from error
 
 
 def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
-    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
-    [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
+    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: from raw observations,
+    [O] or [B, O], to actions in the environment's units, [A] or [B, A]. Raises DataError."""
     state = load(path, device)
-    with explain(f"{path} is no policy.pt or checkpoint.pt of this script"):
+    with explain(f"{path} is not a policy.pt or checkpoint.pt of this script"):
         state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
@@ -1320,7 +1320,7 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
-    """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises DataError."""
+    """Raw observations, [O] or [B, O], as a tensor on the device of `like`, their means. Raises DataError."""
     with explain(f"an observation is {len(like)} finite numbers"):
         array = np.asarray(observations, dtype=np.float32)
     if array.shape[-1:] != like.shape or not np.isfinite(array).all():
@@ -1329,46 +1329,46 @@ def as_observations(observations: Any, like: Tensor) -> Tensor:
 
 
 class Signals:
-    """The first signal waits for `run_until`, which ends between two updates, so that the run is saved; the second one
-    ends the program at once, as the first does while nothing is trained (wait is False)."""
+    """The first signal waits until `run_until` ends between two updates, so that the run is saved. The second one ends
+    the program at once, and so does the first while nothing is trained (wait is False)."""
 
     wait, received = False, 0
 
     @classmethod
     def receive(cls, number: int, _: Any) -> None:
         if cls.received or not cls.wait:
-            with contextlib.suppress(RuntimeError):  # where the signal came while something was printed
+            with contextlib.suppress(RuntimeError):  # if the signal came while something was printed
                 sys.stdout.flush()
             os._exit(128 + number)  # an exception could get lost in the compiler
         cls.received = number
 
 
 def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Callable[[int], None]:
-    """Compiles the losses, and returns a function that updates the agent until a number of updates, or a signal: one by
-    one, or on a GPU GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels."""
+    """Compiles the losses, and returns a function that updates the agent up to a number of updates, or a signal. On a
+    GPU, GRAPH_UPDATES of them form one CUDA graph: a single launch for all their kernels."""
     on_gpu, graph, eager_until = "cuda" in config.device, None, math.inf
-    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
+    torch.set_flush_denormal(True)  # a CPU is several times slower on the tiny soft-max weights of bad actions
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees, for the next one
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees for the next one
         for parameter, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
             ctypes.CDLL(None).mallopt(parameter, value)
     if (config.compile or (config.compile is None and on_gpu)) and not Signals.received:
-        Signals.wait = False  # a signal to the whole group ends the compiler's processes, whose answers would not come
-        torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
+        Signals.wait = False  # a signal to the whole group ends the compiler's processes: nobody would answer
+        torch._dynamo.config.trace_autograd_ops = True  # losses and gradients in one graph
         compiled = torch.compile(agent.gradients, fullgraph=True, options={"fallback_random": True})  # eager's numbers
         with torch.random.fork_rng([config.device] if on_gpu else []):
             batch, phases = sample(config.batch_size), {*agent.phases()}
             for phase in phases:
-                agent.gradients(batch, *phase)  # a bug shows here, and is not taken for the compiler's failure
+                agent.gradients(batch, *phase)  # a bug shows here, not as the compiler's failure
             try:
                 for phase in phases:
                     compiled(batch, *phase)
                 agent.compute_gradients = compiled
                 if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
                     eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
-            except Exception as error:  # no compiler, no Triton, a GPU that is too old
-                reason = f"--compile False says so ({name_error(error)})"
-                print(f"warning: no compilation, slower; {reason}", file=sys.stderr)
+            except Exception as error:  # no compiler, no Triton, too old a GPU
+                reason = f"--compile False avoids this ({name_error(error)})"
+                print(f"warning: not compiled, so slower; {reason}", file=sys.stderr)
     Signals.wait = True
 
     def update() -> None:
@@ -1389,7 +1389,7 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
                         for _ in range(GRAPH_UPDATES):
                             update()
                 except Exception as error:
-                    print(f"warning: no CUDA graph, slower ({name_error(error)})", file=sys.stderr)
+                    print(f"warning: no CUDA graph, so slower ({name_error(error)})", file=sys.stderr)
                     graphed, eager_until = False, math.inf
                 agent.n_updates = before
             if graphed:
@@ -1406,19 +1406,19 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
 
 
 class Run:
-    """A run's folder, means of metrics and W&B record. A resume reads checkpoint.pt; other files are for people."""
+    """A run's folder, means of metrics and W&B record. A resume reads checkpoint.pt; the other files are for people."""
 
     log_failed = False
     may_change = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
 
     def __init__(self, config: Any, n_steps: int, *switches: int):
-        """Reads what the run starts from, and writes nothing. Rows are due at the `switches` too. Raises ConfigError or
+        """Reads what the run starts from, and writes nothing. Rows are due at `switches` too. Raises ConfigError and
         DataError."""
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
         self.config, self.n_steps, self.switches = config, n_steps, {n_steps, *switches}
         self.path, self.lock_file, self.checkpoint = Path(config.checkpoints_path, name), None, None
         self.rows, self.names, self.sums = [], [], torch.zeros(2, 1)  # [2, M + 1]: since the last record, and row
-        self.done, self.seconds = 0, 0.0  # step of the last record; of updates since the last row
+        self.done, self.seconds = 0, 0.0  # step of the last record; seconds of updates since the last row
         self.saved, self.save_seconds = time.perf_counter(), 0.0
         if self.path.exists():
             with contextlib.suppress(OSError):  # a finished run may be read-only
@@ -1440,12 +1440,12 @@ class Run:
                 raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(changed)}")
 
     def lock(self) -> None:
-        """For this process alone, until it ends. Raises DataError."""
+        """Takes the folder for this process until it ends. Raises DataError."""
         self.lock_file = open(self.path / ".lock", "a")  # noqa: SIM115, open for the whole run
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another process is at work in {self.path}; --run_id takes another name") from None
+            raise DataError(f"another process is working in {self.path}; --run_id takes another name") from None
         except OSError:  # a file system without locks
             pass
 
@@ -1458,7 +1458,7 @@ class Run:
         return bool(self.rows) and self.last_step >= self.n_steps
 
     def stops(self, *freqs: int) -> Iterator[int]:
-        """The steps at which a record or a row is due, and multiples of `freqs`, each after the last record."""
+        """Yields the steps after the last record at which a record or a row is due, and multiples of `freqs`."""
         freqs = (self.config.eval_freq, self.config.log_interval, *freqs)
         if 0 in self.switches and not self.rows:
             yield 0
@@ -1470,7 +1470,7 @@ class Run:
         return step in self.switches or step // freq > self.last_step // freq
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Of an update. They are summed on the device, so that no update waits for it."""
+        """Sums the metrics of an update on the device, so that no update waits for it."""
         values = F.pad(torch.stack(list(metrics.values())).double(), (0, 1), value=1.0)  # the last one counts
         if self.names != list(metrics):
             self.names, self.sums = list(metrics), values.new_zeros(2, len(values))
@@ -1481,7 +1481,7 @@ class Run:
         return {name: x / n for name, x in zip(self.names, sums)} if n else {}
 
     def next_record(self, step: int) -> dict[str, float]:
-        """Means since the last record; and begins the next one."""
+        """Returns the means since the last record, and begins the next one."""
         started = time.perf_counter()
         means, self.done = self.means(), step  # waits for the device
         self.seconds += time.perf_counter() - started
@@ -1490,7 +1490,7 @@ class Run:
         return means
 
     def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
-        """Adds the speed, and the means since the last row: those of its records, weighted by their counts."""
+        """Adds a row with the speed and the means since the last one, weighted by the counts of its records."""
         speed = self.sums[1, -1].item() / self.seconds if self.seconds else 0.0
         self.rows.append({"step": step} | row | {"updates_per_second": speed} | self.means(1))
         self.progress.set_postfix_str(describe(self.rows[-1]))
@@ -1500,23 +1500,23 @@ class Run:
         return self.rows[-1]
 
     def restore(self, agent: Any) -> None:
-        """Sets the agent to where the run starts, and of a resumed run all the rest. Raises DataError."""
+        """Sets the agent to where the run starts; a resumed run gets all the rest too. Raises DataError."""
         if not self.checkpoint:
             return
         sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
         if sizes != own:
-            raise DataError(f"{self.source} holds another network than this run's: {sizes} there, {own} here")
-        with explain(f"{self.source} holds another network than this run's"):
+            raise DataError(f"{self.source} holds a network of sizes {sizes}, and this run's has {own}")
+        with explain(f"{self.source} does not hold this run's network"):
             agent.load_state_dict(self.checkpoint["agent"])
         if not self.resumed:
             agent.n_updates = 0
             return
         self.names, self.sums, self.done, self.seconds = self.checkpoint["means"]
-        if len(self.checkpoint["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
+        if len(self.checkpoint["random"]) == len(self.rng.get_rng_state()):  # else the device is of another kind
             self.rng.set_rng_state(self.checkpoint["random"].cpu())
 
     def save(self, agent: Any, step: Optional[int] = None, **more: Any) -> None:
-        """At a record only where that costs little; always at a row, and without a step. Raises DataError."""
+        """Saves always at a row and without a step, at a record only if that costs little. Raises DataError."""
         started = time.perf_counter()
         if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
             return
@@ -1531,24 +1531,24 @@ class Run:
             writer.writeheader()
             writer.writerows(self.rows)
             save(self.path / "metrics.csv", text.getvalue())
-        save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
+        save(self.path / "checkpoint.pt", state)  # last: what it counts as done has been written
         self.saved = time.perf_counter()
         self.save_seconds = self.saved - started
 
     def begin(self, task: Task, step: int, unit: str = "update") -> None:
-        """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
+        """Says what will happen, and starts a W&B record if the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
         if not self.lock_file:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
         if not self.resumed and (self.path / "checkpoint.pt").exists():
-            raise DataError(f"another process made {self.path} in the meantime; start again to go on with its run")
+            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
-        # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
+        # Otherwise W&B takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
         asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
         try:
@@ -1566,7 +1566,7 @@ class Run:
         try:
             if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
                 self.wandb.log(values, step=step)
-        except Exception as error:  # W&B's failures are not the run's
+        except Exception as error:  # a failure of W&B does not end the run
             if not self.log_failed:
                 print(f"warning: W&B lacks step {step:,} ({name_error(error)})", file=sys.stderr)
             self.log_failed = True
@@ -1584,7 +1584,7 @@ class Run:
 
 
 def main(config_class: type, train: Callable) -> None:
-    """The program: an error of a person is a line and an exit status."""
+    """The program: errors of people become one line and an exit status."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, Signals.receive)
     try:

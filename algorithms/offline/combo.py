@@ -1,19 +1,19 @@
 """COMBO: CQL whose critics also learn from transitions that a model of the environment imagines, and are pushed down at
-those states, so that the policy may leave the data where the model knows the way. MOPO and MBPO are special cases.
+those states. So the policy may leave the data where the model can be trusted. MOPO and MBPO are special cases.
 COMBO: https://arxiv.org/abs/2102.08363; MOPO: https://arxiv.org/abs/2005.13239; CQL: https://arxiv.org/abs/2006.04779.
 
     python algorithms/offline/combo.py --config_path configs/offline/combo/lunarlander.yaml
 
-returns 250.2 ± 7.4 after 5,000 updates (three seeds; a run takes 7 minutes on a CPU core) on data that return 46.5.
-`--real_ratio 1` is CQL to the last bit; `--cql_alpha 0` is MBPO, and with `--mopo_penalty` above 0 MOPO.
+returns 250.2 ± 7.4 after 5,000 updates (three seeds; a run takes 7 minutes on one CPU core) on data that return 46.5.
+`--real_ratio 1` is CQL to the last bit; `--cql_alpha 0` is MBPO, or MOPO with `--mopo_penalty` above 0.
 
 Differs from the papers
-1. The model also learns whether an episode ends, where the task's own rule is not known; imagined episodes end there.
-2. Changes and rewards are standardised too, so that limits of log-variances mean the same in any units.
-3. Imagined observations and rewards stay within those of the data, TD targets below what such rewards can add up to.
+1. The model also learns whether an episode ends, unless the task's own rule is known; imagined episodes end there.
+2. Changes and rewards are standardised too, so that limits of log-variances mean the same in all units.
+3. Imagined observations and rewards stay within the data's range, TD targets below the largest sum of such rewards.
 4. The TD loss is the squared error without 1/2, as in offline/cql.py, so cql_alpha is twice the paper's beta.
 
-Known failures: a model of few data is believed all the same. docs/combo.md explains each option and metric.
+Known failures: a model of few data is trusted like any other. docs/combo.md explains the options and metrics.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, get_args
 
-if "OMP_WAIT_POLICY" not in os.environ:  # else waiting threads spin so long that a busy neighbour costs most updates
+if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads would spin, and a busy neighbour would cost most updates
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import gymnasium as gym
@@ -63,24 +63,24 @@ class TrainConfig:
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
     eval_freq: int = 5000  # updates between two evaluations
-    n_episodes: int = 10  # episodes an evaluation
-    max_timesteps: int = 1_000_000  # updates in all
-    checkpoints_path: Optional[str] = "runs"  # folder that run folders go to
-    run_id: Optional[str] = None  # name of the run folder; the same name again resumes it (default: $WANDB_RUN_ID)
-    load_model: str = ""  # checkpoint.pt whose networks to start from; "" starts afresh
+    n_episodes: int = 10  # episodes per evaluation
+    max_timesteps: int = 1_000_000  # total number of updates
+    checkpoints_path: Optional[str] = "runs"  # parent folder of the run folders
+    run_id: Optional[str] = None  # name of the run folder; an unfinished one is resumed (default: $WANDB_RUN_ID)
+    load_model: str = ""  # checkpoint.pt to take the first networks from; "": new networks
     keep_policies: bool = False  # keep the policy of each evaluation, as policy-<step>.pt
     log_interval: int = 1000  # updates between two W&B records
-    compile: Optional[bool] = None  # torch.compile the losses, and replay CUDA graphs; None: on a GPU only
-    precision: str = "float32"  # float32, tf32 (NVIDIA GPUs), or bfloat16: of the critics' matrix products
+    compile: Optional[bool] = None  # compile the losses and replay CUDA graphs; None: on a GPU only
+    precision: str = "float32"  # of the critics' matrix products: float32, tf32 (NVIDIA GPUs) or bfloat16
 
-    buffer_size: int = 2_000_000  # most transitions that are accepted; memory follows the data
-    batch_size: int = 256  # transitions a minibatch
+    buffer_size: int = 2_000_000  # largest number of transitions accepted; memory follows the data
+    batch_size: int = 256  # transitions per minibatch
     normalize: bool = True  # shift and scale observations by the data's mean and standard deviation
-    normalize_reward: bool = False  # change rewards: return range (locomotion only), then reward_scale and reward_bias
+    normalize_reward: bool = False  # rescale rewards: return range (locomotion only), then reward_scale, reward_bias
     reward_scale: float = 5.0  # factor on rewards (only with normalize_reward)
     reward_bias: float = -1.0  # added to scaled rewards (only with normalize_reward)
     reward_clip: float = math.inf  # training rewards are clipped to [-reward_clip, reward_clip]
-    holdout_fraction: float = 0.0  # share of episodes kept from training, for the holdout metrics
+    holdout_fraction: float = 0.0  # share of episodes held out from training, for the holdout metrics
 
     hidden_dim: int = 256  # width of hidden layers
     policy_n_hidden_layers: int = 3  # hidden layers of the actor
@@ -93,37 +93,37 @@ class TrainConfig:
     qf_lr: float = 3e-4  # learning rate of the critics and alpha_prime
     soft_target_update_rate: float = 5e-3  # Polyak rate of the target critics
     target_update_period: int = 1  # updates between two target updates
-    alpha_multiplier: float = 1.0  # factor on the entropy coefficient; the coefficient itself where it is not tuned
-    use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient for an entropy of -A
+    alpha_multiplier: float = 1.0  # factor on the entropy coefficient, or the coefficient itself if it is not tuned
+    use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient towards an entropy of -A
     backup_entropy: bool = False  # subtract alpha log pi from the TD target's next value
 
     cql_alpha: float = 10.0  # weight of the penalty; 0 is MBPO, or MOPO
     cql_n_actions: int = 10  # actions sampled from each of the three proposals
-    cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all, exactly
+    cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all (exact)
     cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
     cql_temp: float = 1.0  # temperature T of T logsumexp(Q / T - log p)
-    cql_max_target_backup: bool = False  # TD target: largest value of cql_n_actions next actions
-    cql_clip_diff_min: float = -math.inf  # lower clip of the gap of each state
-    cql_clip_diff_max: float = math.inf  # upper clip of the gap of each state
-    cql_lagrange: bool = False  # tune alpha_prime, a factor on cql_alpha, for a gap of cql_target_action_gap
-    cql_target_action_gap: float = -1.0  # gap that the Lagrange multiplier aims at
+    cql_max_target_backup: bool = False  # the TD target takes the largest value of cql_n_actions next actions
+    cql_clip_diff_min: float = -math.inf  # lower limit of each state's gap
+    cql_clip_diff_max: float = math.inf  # upper limit of each state's gap
+    cql_lagrange: bool = False  # tune alpha_prime, a factor on cql_alpha, towards cql_target_action_gap
+    cql_target_action_gap: float = -1.0  # gap that alpha_prime is tuned for
 
-    real_ratio: float = 0.5  # share of a minibatch that is data, the rest is imagined; 1: CQL, without a model
+    real_ratio: float = 0.5  # share of data in a minibatch, the rest is imagined; 1: CQL, without a model
     push_down_states: str = "mix"  # where the penalty pushes down: mix (the whole minibatch), model (imagined states)
-    mopo_penalty: float = 0.0  # times the largest predicted standard deviation, subtracted from imagined rewards
+    mopo_penalty: float = 0.0  # factor on the largest predicted standard deviation, subtracted from imagined rewards
     rollout_freq: int = 1000  # updates between two generations of imagined rollouts
-    rollout_batch_size: int = 50_000  # states of the data that a generation starts from
+    rollout_batch_size: int = 50_000  # states of the data from which a generation starts
     rollout_length: int = 5  # steps of a rollout
-    rollout_actions: str = "policy"  # policy: sampled from it as it is then; uniform
-    model_retain: int = 5  # generations that are kept
+    rollout_actions: str = "policy"  # policy (sampled from the current policy) or uniform
+    model_retain: int = 5  # number of generations that are kept
     termination: str = "auto"  # ends of imagined episodes: auto (the task's rule, where known), learned, or never
     dynamics_members: int = 7  # networks of the model
-    dynamics_elites: int = 5  # of those, how many imagine
-    dynamics_hidden_dim: int = 200  # width of their hidden layers
-    dynamics_n_hidden_layers: int = 4  # hidden layers of each
+    dynamics_elites: int = 5  # how many of them imagine: those with the smallest held-out error
+    dynamics_hidden_dim: int = 200  # width of the model's hidden layers
+    dynamics_n_hidden_layers: int = 4  # hidden layers of each network of the model
     dynamics_lr: float = 1e-3  # learning rate of the model
-    dynamics_max_epochs: int = 200  # passes over the data, at most; it stops where none of the members improves
-    dynamics_path: str = ""  # dynamics.pt of a run on the same data, to use instead of training a model
+    dynamics_max_epochs: int = 200  # largest number of passes over the data; it ends earlier once no network improves
+    dynamics_path: str = ""  # dynamics.pt of a run on the same data, used instead of training a model
 
     project: str = "CORL"  # W&B project
     group: str = "COMBO-D4RL"  # W&B group
@@ -176,18 +176,18 @@ class TanhGaussianActor(nn.Module):
 
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """The same for arrays. Raises ValueError."""
+        """Same as `actions`, for arrays. Raises ValueError."""
         return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()
 
 
 class EnsembleCritic(nn.Module):
-    """Q(s, a) of E critics, a batched product a layer."""
+    """Q(s, a) of E critics, with one batched product per layer."""
 
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
     ):  # fmt: skip
-        """dtype: of the hidden layers' matrix products. The last layer's is the parameters': values need digits."""
+        """dtype: that of the hidden layers' products. The last layer keeps the parameters': values need digits."""
         super().__init__()
         self.dtype = dtype
         sizes = [observation_dim + action_dim] + [hidden_dim] * n_hidden_layers + [1]
@@ -196,7 +196,7 @@ class EnsembleCritic(nn.Module):
         self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """N actions for each state: [B, O] and [B, N, A], or [E, B, N, A] with a critic's own actions -> [E, B, N]."""
+        """N actions per state: [B, O] and [B, N, A], or [E, B, N, A] with actions per critic -> [E, B, N]."""
         *leading, n_actions, _ = actions.shape
         observations = observations.unsqueeze(-2).expand(*leading, n_actions, -1)
         x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
@@ -209,7 +209,7 @@ class EnsembleCritic(nn.Module):
 
 class Dynamics(nn.Module):
     """p(s', r, end | s, a) of M members, each a Gaussian over the change of the observation and the reward, and the
-    probability that the episode ends; a batched product a layer. Raw observations, actions in [-1, 1]."""
+    probability that the episode ends; one batched product per layer. Raw observations, actions in [-1, 1]."""
 
     decay = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # weight decay from the first layer to the last
 
@@ -240,7 +240,7 @@ class Dynamics(nn.Module):
         self.compute_gradients = self.gradients  # or compiled
 
     def standardise(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes their means and standard deviations for its own: [T, O + A], [T, O + 1] -> the same, standardised."""
+        """Stores means and standard deviations: [T, O + A], [T, O + 1] -> the same columns, standardised."""
         for name, columns in (("input", inputs), ("target", targets)):
             std, mean = torch.std_mean(columns, dim=0, correction=0)
             getattr(self, f"{name}_mean").copy_(mean)
@@ -248,7 +248,7 @@ class Dynamics(nn.Module):
         return (inputs - self.input_mean) / self.input_std, (targets - self.target_mean) / self.target_std
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised [B, O + A], or [M, B, O + A] with a minibatch a member -> mean and log-variance of the
+        """Standardised [B, O + A], or [M, B, O + A] with one minibatch per member -> mean and log-variance of the
         standardised change and reward [M, B, O + 1], logit of the end [M, B]."""
         x = inputs.expand(len(self.min_log_var), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
@@ -259,15 +259,15 @@ class Dynamics(nn.Module):
         return mean, self.min_log_var + F.softplus(log_var - self.min_log_var), end.squeeze(-1)
 
     def loss(self, inputs: Tensor, targets: Tensor, ends: Tensor) -> Tensor:
-        """Of each member: negative log-likelihood (without factor and constants), cross-entropy of the ends, and a pull
-        on the limits of the log-variances: [M, B, O + A], [M, B, O + 1], [M, B] -> [M]."""
+        """Loss per member: negative log-likelihood (without factor and constants), cross-entropy of ends, and a pull on
+        the limits of the log-variances: [M, B, O + A], [M, B, O + 1], [M, B] -> [M]."""
         mean, log_var, end = self(inputs)
         likelihood = ((mean - targets).square() * (-log_var).exp() + log_var).mean(dim=(1, 2))
         cross_entropy = F.binary_cross_entropy_with_logits(end, ends, reduction="none").mean(dim=1)
         return likelihood + cross_entropy + 0.01 * (self.max_log_var - self.min_log_var).sum(dim=(1, 2))
 
     def gradients(self, batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        loss = self.loss(*batch).sum()  # members share no parameter
+        loss = self.loss(*batch).sum()  # members share no parameters
         return torch.autograd.grad(loss, self.learned), {"model_loss": loss.detach()}
 
     def phases(self) -> list[tuple]:
@@ -283,8 +283,8 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def predict(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draws next raw observations [B, O] and rewards [B], of an elite a row, drawn too; the probability of an end
-        [B], and the largest norm of the members' standard deviations (raw) [B], which MOPO subtracts."""
+        """Draws next raw observations [B, O] and rewards [B], from one random elite per row; returns the probability of
+        an end [B] and the largest norm of the members' standard deviations (raw) [B] too, which MOPO subtracts."""
         inputs = (torch.cat([observations, actions], dim=-1) - self.input_mean) / self.input_std
         mean, log_var, end = self(inputs)
         std, rows = (log_var / 2).exp(), torch.arange(len(actions), device=actions.device)
@@ -314,7 +314,7 @@ def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> 
 
 
 def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """N actions for each state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
+    """Draws N actions per state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
     mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
     noise = torch.randn(len(mean), n, mean.shape[-1], dtype=mean.dtype, device=mean.device)
     pre_tanh = mean + log_std.exp() * noise  # [B, N, A]
@@ -323,7 +323,7 @@ def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tenso
 
 # local: penalty and TD loss on data and imagined rows
 class CQL(nn.Module):
-    """The agent: a loss a method, then `gradients` and `update`, the algorithm. Its state_dict is its checkpoint."""
+    """The agent: one method per loss, then `gradients` and `update`, the algorithm. Its state_dict is a checkpoint."""
 
     max_density_action = 0.999  # data actions are clipped to this before a log-density, which is infinite at 1
     max_log_alpha_prime = math.log(1e6)
@@ -353,13 +353,13 @@ class CQL(nn.Module):
         self.compute_gradients = self.gradients  # or compiled
 
     def alpha(self) -> Tensor:
-        """Entropy coefficient, a constant for every loss but its own."""
+        """Entropy coefficient, a constant in every loss except its own."""
         if not self.config.use_automatic_entropy_tuning:
             return torch.full_like(self.log_alpha, self.config.alpha_multiplier)
         return self.config.alpha_multiplier * self.log_alpha.detach().exp()
 
     def penalty_weight(self) -> Tensor:
-        """cql_alpha, times alpha' where it is tuned; a constant for every loss but the multiplier's own."""
+        """cql_alpha, times alpha' if that is tuned; a constant in every loss except that of alpha'."""
         if not self.config.cql_lagrange:
             return torch.full_like(self.log_alpha_prime, self.cql_alpha)
         return self.cql_alpha * self.log_alpha_prime.detach().exp()
@@ -369,7 +369,7 @@ class CQL(nn.Module):
         return -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
 
     def policy_loss(self, batch: Batch, actions: Tensor, log_prob: Tensor) -> Tensor:
-        """E[alpha log pi(a|s) - min Q(s, a)], a ~ pi with gradient: [B, A], [B] -> []."""
+        """E[alpha log pi(a|s) - min Q(s, a)], with gradients through a ~ pi: [B, A], [B] -> []."""
         q = self.critic(batch.observations, actions.unsqueeze(1)).squeeze(-1).min(dim=0).values  # [B]
         return (self.alpha() * log_prob - q).mean()
 
@@ -378,7 +378,7 @@ class CQL(nn.Module):
         pre_tanh = batch.actions.clamp(-self.max_density_action, self.max_density_action).atanh()
         return tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
 
-    # local: imagined rewards have a largest sum, which targets do not exceed
+    # local: TD targets do not exceed the largest sum of imagined rewards
     @torch.no_grad()
     def td_target(self, batch: Batch, next_actions: Tensor, next_log_prob: Tensor) -> Tensor:
         """r + gamma (1 - terminal) max_n min_e Q'(s', a'_n); N = 1 is the usual target: [B, N, A], [B, N] -> [B]."""
@@ -394,10 +394,10 @@ class CQL(nn.Module):
         self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor, n_real: int | None = None
     ) -> tuple:
         """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state,
-        clipped; the target gap is 0 without Lagrange. MBPO and MOPO have no proposals, and no penalty. An imagined
-        state has no action in the data, and the mean Q of the data's stands for it: so Q is pushed up at data alone.
+        clipped; the target gap is 0 without Lagrange. MBPO and MOPO have neither proposals nor a penalty. An imagined
+        state has no action in the data; the mean Q of the data's stands in for it, so Q is pushed up at data only.
         td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics.
-        n_real is R; None: all are data."""
+        n_real is R; None: all rows are data."""
         config = self.config
         q_taken, log_sum_exp, q, scores = self.log_sum_exp(batch, proposals, proposal_log_prob)
         q_data, n_imagined = q_taken[:, :n_real], len(td_target) - (n_real or len(td_target))
@@ -414,15 +414,15 @@ class CQL(nn.Module):
         target_gap = config.cql_target_action_gap if config.cql_lagrange else 0.0
         penalty = self.penalty_weight() * (gap - target_gap)  # [E]
         metrics |= per_critic("cql_qf{}_diff", gap) | per_critic("cql_min_qf{}_loss", penalty)
-        policy_q = q[:, -state_gap.shape[1] :, -config.cql_n_actions :]  # of the states that are pushed down
+        policy_q = q[:, -state_gap.shape[1] :, -config.cql_n_actions :]  # at the states that are pushed down
         metrics["combo_regulariser"] = policy_q.mean() - q_data.mean()
         metrics |= self.penalty_metrics(batch, q, scores, state_gap)
         return (td_loss + penalty).sum(), gap.detach(), metrics
 
     def log_sum_exp(self, batch: Batch, proposals: Tensor, proposal_log_prob: Tensor) -> tuple[Tensor, ...]:
-        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals, CQL(H)'s integral by importance sampling; without
-        it T logsumexp_a(Q(s, a) / T) over the proposals and the data's action. Returns Q of the data's actions and the
-        log-sum-exp [E, B]; for metrics Q of data and proposals [E, B, 1 + 3N], the scores [E, B, 3N or 1 + 3N]."""
+        """T logsumexp_a(Q(s, a) / T - log p(a|s)) over the proposals: CQL(H)'s integral by importance sampling. Without
+        that, T logsumexp_a(Q(s, a) / T) over proposals and the data's action. Returns Q of the data's actions and the
+        log-sum-exp [E, B], and for metrics Q of all actions [E, B, 1 + 3N] and the scores [E, B, 3N or 1 + 3N]."""
         actions = torch.cat([batch.actions.unsqueeze(1), proposals], dim=1)  # [B, 1 + 3N, A]
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
@@ -437,12 +437,12 @@ class CQL(nn.Module):
 
     # local: Cal-QL's bound, see finetune/cql.py
     def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """What Q counts as in the log-sum-exp: itself. q [E, B, N] is of the actions at `places` [..., N] among all."""
+        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N]; `places` [..., N] of its actions among all."""
         return q
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with a cheaper gradient of the same expectation: that of T logsumexp(scores) is the mean of the
-        gradients of Q under the soft-max of the scores, so k actions are drawn by it for each state and critic.
+        """The same values, with a cheaper gradient of the same expectation. The gradient of T logsumexp(scores) is the
+        mean gradient of Q under the soft-max of the scores: k actions are drawn from it for each state and critic.
         actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         n_critics, batch_size, n_scores = scores.shape
         k = self.config.cql_backprop_actions
@@ -458,9 +458,9 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def penalty_metrics(self, batch: Batch, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
-        """What the penalty acts on: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B]."""
+        """Metrics of the penalty: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B] -> scalars."""
         config, n_proposals = self.config, q.shape[-1] - 1
-        # Without importance sampling the first score is the data's, so that the shares do not add up to 1.
+        # Without importance sampling the first score is the data's, and the shares do not add up to 1.
         shares = scores.softmax(dim=-1)[..., -n_proposals:].mean(dim=(0, 1)).chunk(3)
         metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
         for i, source in enumerate(("rand", "next_actions", "current_actions")):
@@ -473,15 +473,15 @@ class CQL(nn.Module):
         return metrics | {"cql_effective_weight": self.penalty_weight()}
 
     def alpha_prime_loss(self, gap: Tensor) -> Tensor:
-        """Raises alpha' while the gap is above cql_target_action_gap: [E] (a constant) -> []."""
+        """Raises alpha' while the gap is above cql_target_action_gap: [E], without gradient -> []."""
         excess = gap.mean() - self.config.cql_target_action_gap
         return -self.log_alpha_prime.exp() * self.cql_alpha * excess
 
     @torch.no_grad()
     def td_target_and_proposals(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """mean and log_std [2B, A] of the actor at the observations and the next ones -> TD target [B], and N random, N
-        next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions serve
-        twice: in the target, and as proposals at s, with the density that they have at s' (as in the authors' code)."""
+        """mean and log_std [2B, A] of the actor at observations and next observations -> TD target [B], and N random, N
+        next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions are used
+        twice: in the target, and as proposals at s, with their density at s' (as in the authors' code)."""
         config, (batch_size, action_dim) = self.config, batch.actions.shape
         n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
@@ -497,7 +497,7 @@ class CQL(nn.Module):
 
     # local: nothing is cloned, and minibatches are partly imagined
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss of each group of parameters, all at the same parameters, and metrics."""
+        """Returns the loss of each group of parameters, all at the same parameters, and metrics."""
         config = self.config
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
         td_target, proposals, proposal_log_prob = self.td_target_and_proposals(batch, mean, log_std)
@@ -515,7 +515,7 @@ class CQL(nn.Module):
         return losses, metrics
 
     def gradients(self, batch: Batch, *phase: bool) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
-        """Gradients of each group's loss in its own parameters alone, and metrics. It changes nothing."""
+        """Returns gradients of each group's loss in its own parameters only, and metrics. Changes nothing."""
         losses, metrics = self.losses(batch, *phase)
         gradients = {name: torch.autograd.grad(loss, self.parameter_groups[name]) for name, loss in losses.items()}
         for name, metric in (("actor", "policy_grad_norm"), ("critic", "critic_grad_norm")):
@@ -525,11 +525,11 @@ class CQL(nn.Module):
 
     # local: COMBO does not clone
     def phases(self) -> list[tuple]:
-        """What `gradients` takes beside a batch, now and later."""
+        """Further arguments of `gradients`, now and later."""
         return [()]
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """A step of the policy, the critics, alpha and alpha', then of the target critics."""
+        """Takes a step of the policy, the critics, alpha and alpha', then of the target critics."""
         gradients, metrics = self.compute_gradients(batch, *self.phases()[0])
         for name, values in gradients.items():
             for parameter, gradient in zip(self.parameter_groups[name], values):
@@ -545,14 +545,14 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """What the critics promise: min Q(s, pi(s)) with the deterministic action, for raw ones: [B, O] -> [B]."""
+        """Returns the critics' prediction min Q(s, pi(s)), deterministic actions, raw observations: [B, O] -> [B]."""
         observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
         return values.view(len(observations)).cpu().numpy()
 
     @torch.no_grad()
     def holdout_metrics(self, batch: Batch) -> dict[str, float]:
-        """Likelihood, TD error, gap and data Q on transitions that are not trained on."""
+        """Likelihood, TD error, gap and data Q on held-out transitions."""
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))
         _, gap, metrics = self.critic_loss(batch, *self.td_target_and_proposals(batch, mean, log_std))
         result = {"holdout_td_error": (metrics["qf1_loss"] + metrics["qf2_loss"]) / 2, "holdout_gap": gap.mean()}
@@ -576,7 +576,7 @@ def never(observations: Tensor) -> Tensor:
     return torch.zeros(len(observations), dtype=torch.bool, device=observations.device)
 
 
-# Whether an episode of the task ends in a raw observation [B, O], as its environment has it.
+# Whether an episode of the task ends in a raw observation [B, O]: the rules of the environments.
 ENDS = {
     "ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1.0)),
     "hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
@@ -586,26 +586,26 @@ ENDS = {
 
 
 class WorldModel:
-    """Fits Dynamics to transitions, until no member gets better on held-out ones; each keeps its best weights. `state`
+    """Fits Dynamics to transitions, until no member improves on held-out ones; each keeps its best weights. `state`
     is all that a resume and dynamics.pt need."""
 
-    patience, min_improvement = 5, 0.01  # epochs without a member whose held-out error falls by this share
+    patience, min_improvement = 5, 0.01  # epochs in which no member's held-out error falls by this share
 
     def __init__(self, config: TrainConfig, data: Batch, digest: str, run: Any):
-        """data: raw observations; digest names them. Raises ConfigError and DataError."""
+        """data: with raw observations; digest: a hash of them. Raises ConfigError and DataError."""
         n, n_members = len(data.rewards), config.dynamics_members
         if config.dynamics_elites > n_members:
             raise ConfigError(f"--dynamics_elites {config.dynamics_elites} of {n_members} members")
         self.config, self.run, self.seconds, self.metrics = config, run, 0.0, {}
         inputs = torch.cat([data.observations, data.actions], dim=1)
         targets = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
-        with seeded(config, 0):  # the first weights, and what is held out
+        with seeded(config, 0):  # the first weights, and the held-out rows
             self.dynamics = Dynamics(config, *(x.shape[1] for x in data[:2]))
             order = torch.randperm(n, device=config.device)
         self.columns = self.dynamics.standardise(inputs, targets) + (data.terminals,)
         n_held_out = max(1, min(n // 5, 5000))
         self.held_out, rest = order[:n_held_out].clone(), order[n_held_out:]  # a view would be stored whole
-        with seeded(config, 1):  # a bootstrap sample a member
+        with seeded(config, 1):  # one bootstrap sample per member
             self.resampled = rest[torch.randint(len(rest), (n_members, len(rest)), device=config.device)]
         self.best = copy.deepcopy(self.dynamics.state_dict())
         self.status = {"data": digest, "epoch": 0, "stale": 0, "over": False, "errors": [math.inf] * n_members}
@@ -614,16 +614,16 @@ class WorldModel:
             self.restore()
 
     def keep(self) -> None:
-        """Copies what goes on with the next epoch, so that a signal in the midst of one does no harm."""
+        """Copies what the next epoch starts from, so that a signal in the middle of an epoch does no harm."""
         state = {"status": self.status, "best": self.best, "held_out": self.held_out}
         if not self.status["over"]:
             state |= {"now": self.dynamics.state_dict(), "optimizer": self.dynamics.optimizer.state_dict()["state"]}
         self.state = copy.deepcopy(state)
 
     def restore(self) -> None:
-        """From the run's checkpoint, else from dynamics_path. Raises DataError."""
+        """Restores the model of the run's checkpoint, or else of dynamics_path. Raises DataError."""
         path = self.run.source if self.run.resumed else self.config.dynamics_path
-        problem = f"{path} holds no model of these data and sizes; --dynamics_path takes a run's dynamics.pt"
+        problem = f"{path} does not hold a model of these data and sizes; --dynamics_path takes a run's dynamics.pt"
         state = self.run.checkpoint["model"] if self.run.resumed else load(path, self.config.device)
         with explain(problem):
             status, self.best, self.held_out = (state[x] for x in ("status", "best", "held_out"))
@@ -638,13 +638,13 @@ class WorldModel:
         self.keep()
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
-        """A minibatch for each member, from its own bootstrap sample."""
+        """One minibatch per member, from its own bootstrap sample."""
         places = torch.randint(self.resampled.shape[1], (len(self.resampled), batch_size), device=self.resampled.device)
         rows = self.resampled.gather(1, places)  # [M, B]
         return tuple(column[rows] for column in self.columns)
 
     def fit(self, save_run: Callable) -> None:
-        """save_run is called after each epoch. Ends early at a signal."""
+        """Trains until the end; calls save_run after each epoch. A signal ends it early."""
         config, dynamics, status, started = self.config, self.dynamics, self.status, time.perf_counter()
         bar = tqdm(total=config.dynamics_max_epochs, initial=status["epoch"], unit="epoch", disable=None)
         run_until = None if status["over"] else updater(config, dynamics, self.sample)
@@ -657,7 +657,7 @@ class WorldModel:
             self.keep()
             save_run()
             if bar.disable and status["epoch"] == 1:
-                print(f"model: {time.perf_counter() - started:.0f} s an epoch, at most {bar.total}", flush=True)
+                print(f"model: {time.perf_counter() - started:.0f} s per epoch, at most {bar.total} epochs", flush=True)
             bar.update()
             bar.set_postfix_str(f"held-out error {min(status['errors']):.4g}")
         bar.close()
@@ -672,7 +672,7 @@ class WorldModel:
 
     @torch.no_grad()
     def judge(self) -> None:
-        """After an epoch: keeps the weights of the members whose held-out error [M] fell."""
+        """Keeps the weights of the members whose held-out error [M] fell in this epoch."""
         inputs, targets, _ = (column[self.held_out] for column in self.columns)
         errors, status = (self.dynamics(inputs)[0] - targets).square().mean(dim=(1, 2)), self.status
         best = torch.tensor(status["errors"], device=errors.device)
@@ -683,12 +683,12 @@ class WorldModel:
         status["epoch"], status["stale"] = status["epoch"] + 1, 0 if better.any() else status["stale"] + 1
         status["over"] = status["stale"] == self.patience or status["epoch"] == self.config.dynamics_max_epochs
         if not math.isfinite(min(status["errors"])):
-            raise DataError("training diverged: the model's held-out error is no number; try a smaller --dynamics_lr")
+            raise DataError("training diverged: the model's held-out error is not finite; try a smaller --dynamics_lr")
 
     @torch.no_grad()
     def describe(self) -> dict[str, float]:
-        """Of the elites on held-out transitions: error, R^2, share of targets in the 90 % interval, and how often ends
-        are foreseen, and that there is none (mean of both shares), by more than the average probability."""
+        """Metrics of the elites on held-out rows: error, R^2, share of targets in the 90 % interval, and accuracy for
+        ends: they count as foreseen above the average probability (mean of the shares for ends and others)."""
         inputs, targets, ends = (column[self.held_out] for column in self.columns)
         mean, log_var, end = (x[self.dynamics.elites] for x in self.dynamics(inputs))
         errors = (mean - targets).square()  # [elites, held out, O + 1]
@@ -703,8 +703,8 @@ class WorldModel:
 
 
 def termination_rule(kind: str, names: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
-    """Ends of imagined episodes. auto is the task's rule where it is known and right on the data, else what the model
-    learns (None) or, without ends in the data, never."""
+    """Rule for the ends of imagined episodes. auto is the task's rule if it is known and right on the data, else what
+    the model learns (None) or, without ends in the data, never."""
     name = next((x for x in ENDS if x in re.split("[^a-z0-9]+", names)), "")
     rule, found = ENDS.get(name, never), ""
     if name:
@@ -720,18 +720,18 @@ def termination_rule(kind: str, names: str, observations: Tensor, terminals: Ten
 
 
 class Imagination:
-    """A replay buffer of data and of rollouts from states of the data, imagined by the model with the policy as it is
-    then: generations, of which the last are kept."""
+    """A replay buffer of the data and of generations of rollouts, which the model and the policy of that time imagine
+    from states of the data; the last generations are kept."""
 
-    chunk = 10_000  # rollouts at once, for the memory
+    chunk = 10_000  # rollouts at once, to save memory
 
     def __init__(self, config: TrainConfig, task: Any, agent: CQL, buffer: Any, run: Any):
-        """buffer: the data's. Raises ConfigError and DataError."""
+        """buffer: that of the data. Raises ConfigError and DataError."""
         self.config, self.agent, self.buffer, self.model, self.run = config, agent, buffer, None, run
         self.generations, self.metrics, self.seconds = [], {}, {"rollout": 0.0, "update": 0.0}
         self.n_imagined = config.batch_size - agent.n_real
         if config.push_down_states == "model" and not self.n_imagined:
-            raise ConfigError("--push_down_states model needs imagined states: a smaller --real_ratio")
+            raise ConfigError("--push_down_states model needs imagined states; lower --real_ratio")
         if not self.n_imagined:
             return
         data, mean, std = Batch(*buffer.columns), agent.actor.observation_mean, agent.actor.observation_std
@@ -743,13 +743,13 @@ class Imagination:
         agent.largest_value = max(0.0, self.reward_range[1].item()) / max(1 - config.discount, 1e-9)
         names = f"{config.env} {task.arguments['id']}".lower()
         self.ends = termination_rule(config.termination, names, following, data.terminals)
-        self.slot_size = config.rollout_batch_size * config.rollout_length  # most rows of a generation
+        self.slot_size = config.rollout_batch_size * config.rollout_length  # largest number of rows of a generation
         self.rings = [x.new_zeros(config.model_retain * self.slot_size, *x.shape[1:]) for x in data]
         self.counts = torch.zeros(config.model_retain, dtype=torch.float64, device=config.device)
 
     @torch.no_grad()
     def imagine(self, observations: Tensor, actor: TanhGaussianActor) -> Batch:
-        """Rollouts from normalised observations [B, O]; those that end go no further."""
+        """Rollouts from normalised observations [B, O]; each one stops where its episode ends."""
         config, parts, mean, std = self.config, [], actor.observation_mean, actor.observation_std
         for _ in range(config.rollout_length):
             actions = sample_actions(*actor(observations), 1)[0].squeeze(1)
@@ -764,8 +764,8 @@ class Imagination:
         return Batch(*map(torch.cat, zip(*parts)))
 
     def generate(self, step: int, weights: Optional[dict[str, Tensor]] = None) -> None:
-        """A generation of rollouts takes the place of the oldest. It follows from the policy's weights (or those of
-        now), the step and the seed: a resumed run imagines the same again."""
+        """Replaces the oldest generation of rollouts. The new one depends on the policy's weights (by default those of
+        now), the step and the seed alone: a resumed run imagines the same ones."""
         started, config, actor = time.perf_counter(), self.config, copy.deepcopy(self.agent.actor)
         actor.load_state_dict(weights or actor.state_dict())
         self.generations = [*self.generations, {"step": step, "weights": actor.state_dict()}][-config.model_retain :]
@@ -781,14 +781,14 @@ class Imagination:
         self.seconds["rollout"] += time.perf_counter() - started
 
     def begin(self, save_run: Callable) -> None:
-        """Fits the model, and imagines again what a resumed run had."""
+        """Fits the model, and imagines the generations of a resumed run again."""
         if self.model:
             self.model.fit(save_run)
         for generation in self.run.checkpoint["generations"] if self.run.resumed else ():
             self.generate(**generation)
 
     def refresh(self, step: int) -> None:
-        """Imagines a generation where one is due."""
+        """Imagines a generation if one is due."""
         known = [generation["step"] for generation in self.generations]
         if self.model and step % self.config.rollout_freq == 0 and step not in known:
             self.generate(step)
@@ -804,7 +804,7 @@ class Imagination:
         return {"generations": self.generations, "model": self.model.state if self.model else {}}
 
     def sample(self, batch_size: int) -> Batch:
-        """First the data's rows, then imagined ones."""
+        """A minibatch: the data's rows first, then imagined ones."""
         if not self.n_imagined:
             return self.buffer.sample(batch_size)
         place = torch.rand(self.n_imagined, dtype=torch.float64, device=self.counts.device) * self.counts.sum()
@@ -817,7 +817,7 @@ class Imagination:
 
 @contextlib.contextmanager
 def seeded(config: Any, *numbers: int) -> Iterator[None]:
-    """Random numbers inside follow from the seed and these numbers, and those outside do not notice."""
+    """Random numbers inside depend on the seed and these numbers alone, and those outside are not disturbed."""
     with torch.random.fork_rng([config.device] if "cuda" in config.device else []):
         torch.manual_seed(int(np.random.SeedSequence([config.seed, *numbers]).generate_state(1)[0]))
         yield
@@ -825,7 +825,7 @@ def seeded(config: Any, *numbers: int) -> Iterator[None]:
 
 def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[str, Any]:
     """Trains on `data` (what load_dataset returns; by default that of config.env), evaluates, and returns the last row
-    of metrics.csv. A run folder that holds part of the run is continued. Raises ConfigError and DataError."""
+    of metrics.csv. If the run folder holds a part of the run, that is continued. Raises ConfigError and DataError."""
     run = Run(config, config.max_timesteps)
     if run.is_complete:
         print(f"{run.path} is complete: {describe(run.rows[-1])}")
@@ -868,15 +868,15 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
 
 
 class DataError(ValueError):
-    status = 1  # exit status of the program for data and files that cannot be used
+    status = 1  # exit status of the program if data or files cannot be used
 
 
 class ConfigError(DataError):
-    status = 2  # and for options
+    status = 2  # and if an option cannot
 
 
 class SimulatorError(DataError):
-    """An environment failed, which costs an evaluation."""
+    """An environment failed: an evaluation is skipped."""
 
 
 def name_error(error: BaseException) -> str:
@@ -888,7 +888,7 @@ def name_error(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explain(problem: str, kind: type = DataError) -> Iterator[None]:
-    """Tells in one line what a file, a package or a device raises. Our own code stands outside: bugs keep their
+    """Turns what a file, a package or a device raises into one line. Our own code stands outside: bugs keep their
     traceback."""
     try:
         yield
@@ -899,18 +899,18 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; steps of one, where a policy stands still
-GRAPH_UPDATES = 10  # in a CUDA graph
+MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; most steps of one, as a policy may stand still
+GRAPH_UPDATES = 10  # updates in one CUDA graph
 EVALUATION = (
     "eval_return eval_return_std d4rl_normalized_score updates_per_second "
     "eval_length eval_success eval_predicted_value eval_discounted_return"
 )
-# Wrappers of a recording that its policy is played in, and those that change nothing.
+# Wrappers of a recording in which a policy is played too, and those that change nothing.
 WRAPPERS = "RescaleAction ClipAction RescaleObservation FlattenObservation ClipReward TimeAwareObservation StickyAction"
 IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvChecker"
 # local: the network that acts, and that policy.pt holds
 Policy = TanhGaussianActor
-# local: limits of the options, both ends included, or the words that one takes
+# local: limits of the options, both ends included, or the words that an option takes
 LIMITS = {
     "seed eval_seed cql_backprop_actions policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
     "max_timesteps eval_freq n_episodes batch_size buffer_size log_interval": (1, 1e12),
@@ -933,7 +933,7 @@ LIMITS = {
 
 
 def check_config(config: Any) -> None:
-    """Fills in what depends on the machine. Raises ConfigError for a value out of its limits."""
+    """Fills in what depends on the machine. Raises ConfigError for a value outside its limits."""
     config.checkpoints_path = config.checkpoints_path or "runs"
     config.run_id = config.run_id or os.environ.get("WANDB_RUN_ID") or None
     for names, limits in LIMITS.items():
@@ -951,30 +951,30 @@ def check_config(config: Any) -> None:
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """An option's value from its text on the command line or in YAML. Raises ConfigError where it is none."""
+    """An option's value from its text on the command line or in YAML. Raises ConfigError for any other text."""
     kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
     if optional and text in ("None", "null", "~", ""):
         return None
-    text = text if isinstance(text, str) else "--"  # argparse makes a list of it
+    text = text if isinstance(text, str) else "--"  # argparse made a list of it
     with contextlib.suppress(OverflowError, ValueError):
         if kind is bool:
             return ["false", "true"].index(text.lower()) == 1
         value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
         if kind(value) == value:
             return kind(value)
-    takes = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    takes = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
     raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {text[:100]!r}")
 
 
 def parse_arguments(config_class: type) -> Any:
-    """The configuration of the command line, and of the YAML file that --config_path names: pyrallis without its silent
+    """The configuration from the command line and the YAML file that --config_path names: pyrallis without its silent
     conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed). Raises ConfigError."""
 
     def fail(message: str) -> None:
-        raise ConfigError(f"{message} (as --option=value); --help lists the options")
+        raise ConfigError(f"{message} (write --option=value); --help lists the options")
 
     kinds = {field.name: field.type for field in fields(config_class)}
-    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else read for each option
+    getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else it runs once per option
     parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
     inspect.getsource = getsource
     parser.error, parser._postprocessing = fail, vars
@@ -983,21 +983,21 @@ def parse_arguments(config_class: type) -> Any:
             action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
     options = parser.parse_args()
     if path := options.pop("config_path", None):
-        problem = f"--config_path {path} is no YAML of lines `option: value`"
+        problem = f"--config_path {path} is not a YAML file of lines `option: value`"
         with explain(problem, ConfigError):
-            content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # texts, as on the command line
+            content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings, as on the command line
         if not isinstance(content, dict):
             raise ConfigError(problem)
         for name, value in content.items():
             if name not in kinds or not isinstance(value, str):
-                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is no option with one value")
+                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is not an option with one value")
         options = content | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
 
 def flatten(observations: Any, space: gym.Space) -> np.ndarray:
-    """A float32 vector an observation, [N, ...] -> [N, O]: parts of Dict ones (goal environments) in sorted order of
-    keys and without texts, Discrete ones one-hot. Raises DataError for other kinds, and for images."""
+    """One float32 vector per observation, [N, ...] -> [N, O]: parts of Dicts (goal environments) in the sorted order of
+    their keys, without texts; Discrete ones one-hot. Raises DataError for other kinds and for images."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flatten(observations[key], part) for key, part in sorted(space.items())], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
@@ -1010,11 +1010,11 @@ def flatten(observations: Any, space: gym.Space) -> np.ndarray:
 
 
 def load_dataset(name: str) -> dict[str, Any]:
-    """The transitions of a Minari dataset, local or else downloaded, in order; a name of D4RL stands for d4rl/<name>.
-    It is the one function to replace for other data. Raises DataError.
+    """The transitions of a Minari dataset in order, local or else downloaded; a name of D4RL stands for d4rl/<name>.
+    This is the one function to replace for other data. Raises DataError.
 
     observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
-    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends here all the same). Optional:
+    terminals [T] (the next state is terminal) and timeouts [T] (the episode ends for another reason). Optional:
     action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes,
     and `wrappers`: names and arguments).
     """
@@ -1028,7 +1028,7 @@ def load_dataset(name: str) -> dict[str, Any]:
         if not path.exists():
             minari.download_dataset(name)
         metadata = json.loads((path / "data/metadata.json").read_text())
-    # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
+    # If spaces are missing, Minari makes the environment, by an entry point that could name any code.
     if not {"observation_space", "action_space"} <= metadata.keys():
         raise DataError(f"{problem} (its metadata lacks the spaces)")
     with explain(problem):
@@ -1040,7 +1040,7 @@ def load_dataset(name: str) -> dict[str, Any]:
         observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
         lengths = {n, len(observations) - 1, len(episode.actions), len(episode.terminations), len(episode.truncations)}
         if len(lengths) > 1 or not n or (parts and observations.shape[1] != parts[0][0].shape[1]):
-            raise DataError(f"{problem} (episode {i} has parts of other sizes)")
+            raise DataError(f"{problem} (the parts of episode {i} differ in length or size)")
         # The next observation is known at time-outs too, so that they bootstrap.
         timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
         actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
@@ -1058,10 +1058,10 @@ def load_dataset(name: str) -> dict[str, Any]:
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
-    """Makes its columns float32, and flags bool. Raises DataError for data that cannot be trained on."""
+    """Converts the columns to float32, and flags to bool. Raises DataError for data that cannot be trained on."""
     known = {*COLUMNS, "action_low", "action_high", "reference_scores", "environment"}
     if unknown := data.keys() - known:
-        raise DataError(f"--env {config.env}: data hold {sorted(unknown)}, and may hold {sorted(known)}")
+        raise DataError(f"--env {config.env}: unknown columns {sorted(unknown)}; known are {sorted(known)}")
     n = len(data.get("rewards", ()))
     for key in COLUMNS:
         column = np.asarray(data.get(key, ()), dtype=np.float32)
@@ -1080,8 +1080,8 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each transition the number of its episode and the discounted return from there, [T]; and the return of each
-    episode, but for a last one that is cut short."""
+    """Returns each transition's episode number and its discounted return to the end of the episode, [T], and the return
+    of each episode, except for a last one that was cut short."""
     ends, to_go, following = data["terminals"] | data["timeouts"], [], 0.0
     numbers = np.append(0, ends.cumsum()[:-1])
     for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1].tolist()):
@@ -1094,7 +1094,7 @@ def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, n
 
 # local: continuous actions
 def action_bounds(space: gym.Space, name: str) -> dict[str, Any]:
-    """Lowest and highest action. Raises DataError."""
+    """Lowest and highest action, [A]. Raises DataError."""
     if not isinstance(space, gym.spaces.Box):
         raise DataError(f"{name} has actions {space}, this script takes Box ones; see algorithms/discrete/cql_dqn.py")
     return {"action_low": space.low.ravel(), "action_high": space.high.ravel()}
@@ -1102,13 +1102,13 @@ def action_bounds(space: gym.Space, name: str) -> dict[str, Any]:
 
 # local: continuous actions
 def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """From the box of action_low and action_high (-1 and 1 where not known) to [-1, 1]; and the box, [A]. Raises
-    DataError for actions outside by more than 1e-3 of the range; others are clipped."""
+    """Scales actions [T, A] from the box of action_low and action_high (-1 and 1 if unknown) to [-1, 1]; returns
+    the box too, [A]. Raises DataError for actions outside it by more than 1e-3 of the range; others are clipped."""
     actions, size = data["actions"], data["actions"].shape[1:]
     low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
-    largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound stands for none
+    largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound means no bound
     if not ((-largest < low) & (low < high) & (high < largest)).all():
-        raise DataError(f"--env {name}: actions need bounds that they come near to, not {low} to {high}")
+        raise DataError(f"--env {name}: actions need bounds of about their own size, not {low} to {high}")
     scaled = (actions.astype(np.float64) - low) * (2 / (high.astype(np.float64) - low)) - 1
     if np.abs(scaled).max(initial=0) > 1 + 2e-3:
         raise DataError(f"--env {name}: actions from {actions.min()} to {actions.max()} are outside {low} to {high}")
@@ -1116,7 +1116,7 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
 
 
 def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
-    """Layers from size to size; the last starts near zero, so that first values and action means do."""
+    """Layers from size to size. The last one starts near zero, and so do values and mean actions."""
     layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
     for layer in layers[:-1] if orthogonal else ():
         nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
@@ -1128,7 +1128,7 @@ def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
 
 
 class ReplayBuffer:
-    """All transitions, on the device; memory of the CPU is shared with the arrays."""
+    """All transitions, on the device; on the CPU, memory is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
         columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields]
@@ -1143,7 +1143,7 @@ class ReplayBuffer:
 
 
 def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
-    """The same held-out transitions at each evaluation: ten minibatches, or less."""
+    """The same held-out transitions for each evaluation: at most ten minibatches."""
     rows = np.random.default_rng(config.seed).permutation(len(data["rewards"]))[: 10 * config.batch_size]
     return ReplayBuffer(data, config.device).rows(rows)
 
@@ -1158,14 +1158,14 @@ class Task:
         check_dataset(data, config)
         self.config, self.reference = config, data.get("reference_scores")
         if self.reference is not None and not -math.inf < self.reference[0] < self.reference[1] < math.inf:
-            print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot be 0 and 100")
+            print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot score 0 and 100")
             self.reference = None
         self.arguments = recorded = data.get("environment", {"id": "none"})
         if config.eval_env not in (None, recorded["id"]):
             self.arguments = {"id": config.eval_env}
             left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
             if left and config.eval_env != "none":
-                print(f"{config.eval_env} is made as it is, {recorded['id']} was recorded with {left}")
+                print(f"{config.eval_env} is made with its defaults; {recorded['id']} was recorded with {left}")
         n = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))  # so that all waves are alike
         self.envs = make_environments(config.eval_env, n, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
@@ -1185,7 +1185,7 @@ class Task:
         return np.clip(rewards * self.factor + self.offset, -self.config.reward_clip, self.config.reward_clip)
 
     def score(self, returns: np.ndarray) -> dict[str, Optional[float]]:
-        """Of episodes; the score is 0 and 100 at the reference returns, where those are known."""
+        """Mean, spread and score of episodes; the reference returns, if known, score 0 and 100."""
         mean, std, score = float(returns.mean()), float(returns.std()), None
         if self.reference is not None:
             low, high = self.reference
@@ -1193,7 +1193,7 @@ class Task:
         return {"eval_return": mean, "eval_return_std": std, "d4rl_normalized_score": score}
 
     def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
-        """The metrics. Raises DataError for what is no finite number, and for mean values beyond any possible one."""
+        """Returns the metrics. Raises DataError for NaN and infinity, and for mean values beyond any possible one."""
         norm = nn.utils.get_total_norm(agent.parameters()).item()
         for name, value in (metrics | {"the norm of all weights": norm}).items():
             limit = self.value_limit if name.startswith(("average_", "eval_predicted")) else sys.float_info.max
@@ -1203,7 +1203,7 @@ class Task:
         return metrics
 
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
-        """The evaluation's columns of metrics.csv; empty without an environment and, with a warning, where it fails."""
+        """The evaluation's columns of metrics.csv: empty without an environment and, with a warning, if it fails."""
         row, config = dict.fromkeys(EVALUATION.split()) | {"data_discounted_return": self.data_return}, self.config
         agent.eval()
         with torch.random.fork_rng([config.device] if "cuda" in config.device else []):
@@ -1265,7 +1265,7 @@ def rollout(policy: Callable, envs: Any, n_episodes: int, seed: int) -> dict[str
 
 
 class Success(gym.Wrapper):
-    """Makes `info` the success alone: a number, NaN where the environment reports none."""
+    """Replaces `info` by the success: a number, NaN if the environment reports none."""
 
     def reset(self, **options: Any) -> tuple[Any, dict]:
         observation, _ = self.env.reset(**options)
@@ -1275,7 +1275,7 @@ class Success(gym.Wrapper):
         *result, info = self.env.step(action)
         reported = [math.nan]
         for key in {"success", "is_success", "goal_achieved"} & info.keys():
-            with contextlib.suppress(TypeError, ValueError):  # None, a text, several numbers
+            with contextlib.suppress(TypeError, ValueError):  # None, a string, several numbers
                 reported.append(float(np.asarray(info[key]).item()))
         return *result, {"success": float(np.fmax.reduce(reported))}
 
@@ -1283,7 +1283,7 @@ class Success(gym.Wrapper):
 def make_environments(
     eval_env: Optional[str], n: int, /, id: str, wrappers: Any = (), **arguments: Any
 ) -> Optional[gym.vector.SyncVectorEnv]:
-    """None where none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
+    """Returns None if none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
     kind = ConfigError if eval_env else DataError
     problem = f"the environment {id} cannot be made; --eval_env takes another, or none"
     if id not in gym.registry and id != "none":
@@ -1296,7 +1296,7 @@ def make_environments(
         if name in WRAPPERS.split() and options is not None:
             makers.append(functools.partial(getattr(gym.wrappers, name), **options))
         elif name in IDLE_WRAPPERS.split():
-            print(f"{id}: the recording's {name} changes nothing, and is left out")
+            print(f"{id}: the recording's {name} changes nothing and is left out")
         else:
             raise kind(f"{problem} (it was recorded through {name}, which this script does not know)")
     with explain(problem, kind):
@@ -1309,7 +1309,7 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
     first = flatten(envs.observation_space.sample(), envs.single_observation_space)
     sizes, own_sizes = [data[x].shape[1] for x in COLUMNS[:2]], [first.shape[1], own["action_low"].size]
     if sizes != own_sizes:
-        raise DataError(f"{name} has sizes {sizes} of observation and action, {id} {own_sizes}")
+        raise DataError(f"{name} has sizes {sizes} of observation and action, {id} has {own_sizes}")
     for key, narrower in (("action_low", np.maximum), ("action_high", np.minimum)):
         bound = data.get(key, own[key])
         data[key] = narrower(bound, own[key])
@@ -1318,7 +1318,7 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
 
 
 def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """In the shape and the type of a space: rounded where it takes whole numbers. Raises DataError for another size."""
+    """Actions in shape and type of a space, rounded if it takes whole numbers. Raises DataError for another size."""
     if np.issubdtype(space.dtype, np.integer):
         actions = np.rint(actions)
     with explain(f"actions do not fit the environment's, {space}"):
@@ -1326,7 +1326,7 @@ def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The score, else held-out metrics, else those of training."""
+    """The score as text; without one, held-out metrics, or else those of training."""
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
@@ -1336,8 +1336,8 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any) -> tuple[dict, dict, dict]:
-    """Transitions to train on and held-out ones, as the networks see them, and the scaling of observations (that of the
-    checkpoint, where there is one) and actions. Arrays in `data` are replaced one by one, to spare memory."""
+    """Transitions to train on and held-out ones, as the networks see them, and the scaling of actions and observations
+    (the checkpoint's, if there is one). Arrays in `data` are replaced one by one, to save memory."""
     numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
@@ -1356,7 +1356,7 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
         mean = data["observations"].mean(0, dtype=np.float64).astype(np.float32)
         std = np.float32([column.std(dtype=np.float64) + 1e-3 for column in data["observations"].T])
     if len(mean) != size:
-        raise DataError(f"{config.env} has observations of another size than the checkpoint's {len(mean)}")
+        raise DataError(f"{config.env} has observations that are not of the checkpoint's size {len(mean)}")
     for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
         part[key] = part[key] - mean
         part[key] /= std
@@ -1365,7 +1365,7 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
 
 
 def save(path: Path, content: str | dict[str, Any]) -> None:
-    """Text, or tensors and plain values. The file holds the old content or the new, whenever the process is killed or
+    """Writes text, or tensors and plain values. The file holds the old or the new content, even if the process dies or
     the disk is full. Raises DataError."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
@@ -1379,21 +1379,21 @@ def save(path: Path, content: str | dict[str, Any]) -> None:
 
 
 def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
-    """A file of a run that holds these keys: tensors and plain values, nothing that could run. Raises DataError."""
+    """Reads a file of a run with these keys: tensors and plain values, nothing that could run. Raises DataError."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         return content | {key: content[key] for key in keys}
-    except Exception as error:  # torch's are pages of advice
+    except Exception as error:  # torch's messages are pages of advice
         kind = "checkpoint.pt" if keys else "checkpoint.pt or policy.pt"
-        fault = f"is no {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
+        fault = f"is not a {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
         raise DataError(f"{path} {fault}") from error
 
 
 def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
-    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: raw observations in,
-    [O] or [B, O], actions in the environment's units out, [A] or [B, A]. Raises DataError."""
+    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: from raw observations,
+    [O] or [B, O], to actions in the environment's units, [A] or [B, A]. Raises DataError."""
     state = load(path, device)
-    with explain(f"{path} is no policy.pt or checkpoint.pt of this script"):
+    with explain(f"{path} is not a policy.pt or checkpoint.pt of this script"):
         state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
@@ -1401,7 +1401,7 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray],
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
-    """Raw observations, [O] or [B, O], as a tensor beside that of their means. Raises DataError."""
+    """Raw observations, [O] or [B, O], as a tensor on the device of `like`, their means. Raises DataError."""
     with explain(f"an observation is {len(like)} finite numbers"):
         array = np.asarray(observations, dtype=np.float32)
     if array.shape[-1:] != like.shape or not np.isfinite(array).all():
@@ -1410,46 +1410,46 @@ def as_observations(observations: Any, like: Tensor) -> Tensor:
 
 
 class Signals:
-    """The first signal waits for `run_until`, which ends between two updates, so that the run is saved; the second one
-    ends the program at once, as the first does while nothing is trained (wait is False)."""
+    """The first signal waits until `run_until` ends between two updates, so that the run is saved. The second one ends
+    the program at once, and so does the first while nothing is trained (wait is False)."""
 
     wait, received = False, 0
 
     @classmethod
     def receive(cls, number: int, _: Any) -> None:
         if cls.received or not cls.wait:
-            with contextlib.suppress(RuntimeError):  # where the signal came while something was printed
+            with contextlib.suppress(RuntimeError):  # if the signal came while something was printed
                 sys.stdout.flush()
             os._exit(128 + number)  # an exception could get lost in the compiler
         cls.received = number
 
 
 def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Callable[[int], None]:
-    """Compiles the losses, and returns a function that updates the agent until a number of updates, or a signal: one by
-    one, or on a GPU GRAPH_UPDATES as a CUDA graph, a single launch for all their kernels."""
+    """Compiles the losses, and returns a function that updates the agent up to a number of updates, or a signal. On a
+    GPU, GRAPH_UPDATES of them form one CUDA graph: a single launch for all their kernels."""
     on_gpu, graph, eager_until = "cuda" in config.device, None, math.inf
-    torch.set_flush_denormal(True)  # a CPU is several times slower with the tiny soft-max weights of bad actions
+    torch.set_flush_denormal(True)  # a CPU is several times slower on the tiny soft-max weights of bad actions
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees, for the next one
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what an update frees for the next one
         for parameter, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
             ctypes.CDLL(None).mallopt(parameter, value)
     if (config.compile or (config.compile is None and on_gpu)) and not Signals.received:
-        Signals.wait = False  # a signal to the whole group ends the compiler's processes, whose answers would not come
-        torch._dynamo.config.trace_autograd_ops = True  # losses and their gradients in one graph
+        Signals.wait = False  # a signal to the whole group ends the compiler's processes: nobody would answer
+        torch._dynamo.config.trace_autograd_ops = True  # losses and gradients in one graph
         compiled = torch.compile(agent.gradients, fullgraph=True, options={"fallback_random": True})  # eager's numbers
         with torch.random.fork_rng([config.device] if on_gpu else []):
             batch, phases = sample(config.batch_size), {*agent.phases()}
             for phase in phases:
-                agent.gradients(batch, *phase)  # a bug shows here, and is not taken for the compiler's failure
+                agent.gradients(batch, *phase)  # a bug shows here, not as the compiler's failure
             try:
                 for phase in phases:
                     compiled(batch, *phase)
                 agent.compute_gradients = compiled
                 if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
                     eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
-            except Exception as error:  # no compiler, no Triton, a GPU that is too old
-                reason = f"--compile False says so ({name_error(error)})"
-                print(f"warning: no compilation, slower; {reason}", file=sys.stderr)
+            except Exception as error:  # no compiler, no Triton, too old a GPU
+                reason = f"--compile False avoids this ({name_error(error)})"
+                print(f"warning: not compiled, so slower; {reason}", file=sys.stderr)
     Signals.wait = True
 
     def update() -> None:
@@ -1470,7 +1470,7 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
                         for _ in range(GRAPH_UPDATES):
                             update()
                 except Exception as error:
-                    print(f"warning: no CUDA graph, slower ({name_error(error)})", file=sys.stderr)
+                    print(f"warning: no CUDA graph, so slower ({name_error(error)})", file=sys.stderr)
                     graphed, eager_until = False, math.inf
                 agent.n_updates = before
             if graphed:
@@ -1487,19 +1487,19 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
 
 
 class Run:
-    """A run's folder, means of metrics and W&B record. A resume reads checkpoint.pt; other files are for people."""
+    """A run's folder, means of metrics and W&B record. A resume reads checkpoint.pt; the other files are for people."""
 
     log_failed = False
     may_change = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
 
     def __init__(self, config: Any, n_steps: int, *switches: int):
-        """Reads what the run starts from, and writes nothing. Rows are due at the `switches` too. Raises ConfigError or
+        """Reads what the run starts from, and writes nothing. Rows are due at `switches` too. Raises ConfigError and
         DataError."""
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
         self.config, self.n_steps, self.switches = config, n_steps, {n_steps, *switches}
         self.path, self.lock_file, self.checkpoint = Path(config.checkpoints_path, name), None, None
         self.rows, self.names, self.sums = [], [], torch.zeros(2, 1)  # [2, M + 1]: since the last record, and row
-        self.done, self.seconds = 0, 0.0  # step of the last record; of updates since the last row
+        self.done, self.seconds = 0, 0.0  # step of the last record; seconds of updates since the last row
         self.saved, self.save_seconds = time.perf_counter(), 0.0
         if self.path.exists():
             with contextlib.suppress(OSError):  # a finished run may be read-only
@@ -1521,12 +1521,12 @@ class Run:
                 raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(changed)}")
 
     def lock(self) -> None:
-        """For this process alone, until it ends. Raises DataError."""
+        """Takes the folder for this process until it ends. Raises DataError."""
         self.lock_file = open(self.path / ".lock", "a")  # noqa: SIM115, open for the whole run
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another process is at work in {self.path}; --run_id takes another name") from None
+            raise DataError(f"another process is working in {self.path}; --run_id takes another name") from None
         except OSError:  # a file system without locks
             pass
 
@@ -1539,7 +1539,7 @@ class Run:
         return bool(self.rows) and self.last_step >= self.n_steps
 
     def stops(self, *freqs: int) -> Iterator[int]:
-        """The steps at which a record or a row is due, and multiples of `freqs`, each after the last record."""
+        """Yields the steps after the last record at which a record or a row is due, and multiples of `freqs`."""
         freqs = (self.config.eval_freq, self.config.log_interval, *freqs)
         if 0 in self.switches and not self.rows:
             yield 0
@@ -1551,7 +1551,7 @@ class Run:
         return step in self.switches or step // freq > self.last_step // freq
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Of an update. They are summed on the device, so that no update waits for it."""
+        """Sums the metrics of an update on the device, so that no update waits for it."""
         values = F.pad(torch.stack(list(metrics.values())).double(), (0, 1), value=1.0)  # the last one counts
         if self.names != list(metrics):
             self.names, self.sums = list(metrics), values.new_zeros(2, len(values))
@@ -1562,7 +1562,7 @@ class Run:
         return {name: x / n for name, x in zip(self.names, sums)} if n else {}
 
     def next_record(self, step: int) -> dict[str, float]:
-        """Means since the last record; and begins the next one."""
+        """Returns the means since the last record, and begins the next one."""
         started = time.perf_counter()
         means, self.done = self.means(), step  # waits for the device
         self.seconds += time.perf_counter() - started
@@ -1571,7 +1571,7 @@ class Run:
         return means
 
     def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
-        """Adds the speed, and the means since the last row: those of its records, weighted by their counts."""
+        """Adds a row with the speed and the means since the last one, weighted by the counts of its records."""
         speed = self.sums[1, -1].item() / self.seconds if self.seconds else 0.0
         self.rows.append({"step": step} | row | {"updates_per_second": speed} | self.means(1))
         self.progress.set_postfix_str(describe(self.rows[-1]))
@@ -1581,23 +1581,23 @@ class Run:
         return self.rows[-1]
 
     def restore(self, agent: Any) -> None:
-        """Sets the agent to where the run starts, and of a resumed run all the rest. Raises DataError."""
+        """Sets the agent to where the run starts; a resumed run gets all the rest too. Raises DataError."""
         if not self.checkpoint:
             return
         sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
         if sizes != own:
-            raise DataError(f"{self.source} holds another network than this run's: {sizes} there, {own} here")
-        with explain(f"{self.source} holds another network than this run's"):
+            raise DataError(f"{self.source} holds a network of sizes {sizes}, and this run's has {own}")
+        with explain(f"{self.source} does not hold this run's network"):
             agent.load_state_dict(self.checkpoint["agent"])
         if not self.resumed:
             agent.n_updates = 0
             return
         self.names, self.sums, self.done, self.seconds = self.checkpoint["means"]
-        if len(self.checkpoint["random"]) == len(self.rng.get_rng_state()):  # else it was on the other kind of device
+        if len(self.checkpoint["random"]) == len(self.rng.get_rng_state()):  # else the device is of another kind
             self.rng.set_rng_state(self.checkpoint["random"].cpu())
 
     def save(self, agent: Any, step: Optional[int] = None, **more: Any) -> None:
-        """At a record only where that costs little; always at a row, and without a step. Raises DataError."""
+        """Saves always at a row and without a step, at a record only if that costs little. Raises DataError."""
         started = time.perf_counter()
         if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
             return
@@ -1612,24 +1612,24 @@ class Run:
             writer.writeheader()
             writer.writerows(self.rows)
             save(self.path / "metrics.csv", text.getvalue())
-        save(self.path / "checkpoint.pt", state)  # last: what it says is done, is written
+        save(self.path / "checkpoint.pt", state)  # last: what it counts as done has been written
         self.saved = time.perf_counter()
         self.save_seconds = self.saved - started
 
     def begin(self, task: Task, step: int, unit: str = "update") -> None:
-        """Says what will happen, and starts a W&B record where the user is logged in, an agent started this or
+        """Says what will happen, and starts a W&B record if the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
         if not self.lock_file:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
         if not self.resumed and (self.path / "checkpoint.pt").exists():
-            raise DataError(f"another process made {self.path} in the meantime; start again to go on with its run")
+            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         save(self.path / "config.yaml", pyrallis.dump(config))
-        # Else it takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
+        # Otherwise W&B takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
         asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
         try:
@@ -1647,7 +1647,7 @@ class Run:
         try:
             if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
                 self.wandb.log(values, step=step)
-        except Exception as error:  # W&B's failures are not the run's
+        except Exception as error:  # a failure of W&B does not end the run
             if not self.log_failed:
                 print(f"warning: W&B lacks step {step:,} ({name_error(error)})", file=sys.stderr)
             self.log_failed = True
@@ -1665,7 +1665,7 @@ class Run:
 
 
 def main(config_class: type, train: Callable) -> None:
-    """The program: an error of a person is a line and an exit status."""
+    """The program: errors of people become one line and an exit status."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, Signals.receive)
     try:
