@@ -1,4 +1,4 @@
-"""benchmarks/collect.py: what it records, how it stores it, and what it says to a user who errs."""
+"""benchmarks/collect.py: what it records, how it stores it, and the messages for users' errors."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ LANDER = "LunarLanderContinuous-v3"
 
 
 class Corridor(gym.Env):
-    """Episode of seed s lasts 3 + s % 4 steps, ends by termination or truncation in turn, and reuses its array."""
+    """The episode of seed s lasts 3 + s % 4 steps, ends by termination or truncation in turn, and reuses its array."""
 
     observation_space = gym.spaces.Box(0.0, 10.0, (1,))
     action_space = gym.spaces.Box(np.array([-3.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32))
@@ -115,7 +115,7 @@ def test_cut_is_a_truncation_also_where_the_environment_would_terminate():
 
 
 def recorded(n_envs, seed=0, policy="heuristic", env=LANDER, **options):
-    """All numbers of an episode, for each."""
+    """All numbers of each episode."""
     envs = [gym.make(env) for _ in range(n_envs)]
     buffers, _ = collect.record(envs, collect.make_policy(policy, envs[0]), 600, seed, **options)
     return [[x.observations.tolist(), x.actions.tolist(), x.rewards.tolist(), x.terminations.tolist()] for x in buffers]
@@ -162,7 +162,7 @@ def test_existing_dataset_is_kept_without_force_and_replaced_with_it(capsys, roo
         patch.setattr(collect, "record", lambda *_: pytest.fail("recorded before the id was checked"))
         code, line = refusal(capsys, steps=30)
         assert code == 1 and "--id test/corridor-v0" in line and "--force" in line
-        assert refusal(capsys, "--force", id="test/group-v0")[0] == 1  # a folder without a dataset
+        assert refusal(capsys, "--force", id="test/group-v0")[0] == 1  # a folder, but not a dataset
     assert contents(root) == before
     assert run("--force", steps=30).total_steps == 30
     assert set(contents(root)) == set(before)

@@ -1,5 +1,5 @@
-"""benchmarks/diagnose.py: a verdict from made-up histories of each kind, without a look at returns; what it says of
-real runs of each script, and to a user who errs."""
+"""benchmarks/diagnose.py: verdicts on made-up histories of each kind, which ignore returns; verdicts on real runs of
+each script, and the messages for users' errors."""
 
 import csv
 import math
@@ -23,7 +23,7 @@ NOISE = np.random.default_rng(0).standard_normal((4, N))
 
 
 def history(q=8 * T, td=1 - 0.5 * T, holdout_td=1 - 0.4 * T, gap=3 - T, step=STEP, **more):
-    """Rows of a healthy run but for what is given, as texts."""
+    """Rows of a healthy run, as texts, with some columns replaced."""
     columns = {"step": step, "average_qf": q, "qf_loss": td, "cql_qf_diff": gap, "cql_min_qf_loss": 5 * gap}
     columns |= {"holdout_td_error": holdout_td, "holdout_q": q, "holdout_gap": gap + 0.1}
     columns |= {"eval_return": 100 * NOISE[0], "data_discounted_return": np.full(len(q), 2.0)} | more
@@ -91,7 +91,7 @@ def test_noise_around_a_flat_curve_is_no_over_fitting():
 
 
 def test_which_checkpoint():
-    """The last one, or that before the signs; never one from before the values came to the data's return."""
+    """The last policy, or the one before the signs; never one from before the values reached the data's return."""
     last = 500 * N
     assert diagnose.judge(HISTORIES["healthy"], CONFIG).step == last
     assert diagnose.judge(HISTORIES["under-fitting"], CONFIG).step == last
@@ -152,7 +152,7 @@ def sweep(alphas, td, gap, **config):
 
 @pytest.mark.parametrize("offset", [0, -10])
 def test_alpha(offset):
-    """A sum of logarithms counts, so neither the scale of rewards nor the offset of the gap does."""
+    """A sum of logarithms counts, so the scale of rewards and the offset of the gap do not matter."""
     for scale in (1, 100):
         td, gap = scale * np.array([1, 1.2, 1.5, 4, 9]), offset + np.array([3, 2.4, 1.5, 1.2, 1.0])
         choice = diagnose.choose_alpha(sweep((0.2, 1, 5, 25, 125), td, gap))

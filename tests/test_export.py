@@ -1,4 +1,4 @@
-"""benchmarks/export.py: an ONNX file that acts as the policy does, and what it says to a user who errs."""
+"""benchmarks/export.py: an ONNX file that acts like the policy, and the messages for users' errors."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def policy(tmp_path, monkeypatch):
 
 @pytest.fixture
 def without_packages(monkeypatch):
-    """Replaces all that needs them."""
+    """Replaces all functions that need the packages."""
     for name in PACKAGES:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setattr(export, "to_onnx", lambda actor: b"model")
@@ -54,7 +54,7 @@ def packages():
 
 @pytest.fixture(scope="module")
 def exported(packages, tmp_path_factory):
-    """The folder of a policy and its export by the program, with what it printed."""
+    """The folder of a policy and of its export by the program, and what the program printed."""
     folder = tmp_path_factory.mktemp("export")
     store_policy(folder / "policy.pt")
     process = subprocess.run([sys.executable, export.__file__, "policy.pt"], cwd=folder, capture_output=True, text=True)

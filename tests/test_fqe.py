@@ -121,7 +121,7 @@ def test_bounds():
 
 
 def test_what_diverges_is_bounded_and_said():
-    """The data always brake, and the policy always accelerates: nothing in them says what comes of it."""
+    """The data always brake, and the policy always accelerates: the data do not say what follows."""
     rng, n = np.random.default_rng(0), 400
     data = {"observations": rng.normal(size=(n, 1)), "actions": rng.uniform(-1, -0.9, (n, 1)).astype(np.float32)}
     data |= {"next_observations": 3 * data["observations"], "rewards": data["observations"][:, 0]}
@@ -137,7 +137,7 @@ def test_what_diverges_is_bounded_and_said():
 
 
 def store_policy(script, path, action):
-    """A policy that does always the same. Actions of Counter have two parts: the first is what this one sets."""
+    """A policy that always does the same. Actions of Counter have two parts; `action` sets the first."""
     if script is cql_dqn:
         actor = cql_dqn.QNetwork(3, [4, 3], 8, 1, "dqn", 1)
         actor.action_low.copy_(torch.tensor([-2.0, 0.0]))

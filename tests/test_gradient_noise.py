@@ -31,7 +31,7 @@ def tiny_problem(n_batches=4, batch_size=2, n_proposals=3):
 
 
 def every_draw(agent, batch, td_target, proposals, log_prob):
-    """The gradient [P] of each of the outcomes of drawing one action a state and critic, and their probabilities."""
+    """The gradient [P] of each of the outcomes of drawing one action per state and critic, and their probabilities."""
     parameters = agent.parameter_groups["critic"]
     q_data = agent.critic(batch.observations, batch.actions.unsqueeze(1))[..., 0]  # [E, B]
     q = agent.critic(batch.observations, proposals)  # [E, B, N]

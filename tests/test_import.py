@@ -1,4 +1,4 @@
-"""benchmarks/import_data.py: every transition is in the dataset, in order, or counted; bad data are one line."""
+"""benchmarks/import_data.py: every transition is in the dataset, in order, or counted; bad data give one line."""
 
 import functools
 import json
@@ -119,7 +119,7 @@ def metadata(name=ID):
 @given(data=st.data(), n=st.integers(2, 25), following=st.booleans(), flagged=st.booleans(), limit=st.integers(1, 8))
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_transitions_are_those_of_a_slow_reading(run, data, n, following, flagged, limit):
-    """Row by row: where the next state is known, which, and where an episode ends."""
+    """Works out row by row which next states are known, what they are, and where an episode ends."""
     some = st.lists(st.integers(0, 3).map(lambda x: x == 0), min_size=n, max_size=n)
     terminals, timeouts, breaks = (np.array(data.draw(some)) for _ in range(3))
     table = columns(n, terminals=terminals, timeouts=timeouts if flagged else None)
@@ -423,7 +423,7 @@ def huge(file):
 
 
 def virtual(file):
-    """Its rows would be zeros where the file that it names is missing."""
+    """A virtual dataset reads as zeros if the file that it names is missing."""
     del file["rewards"]
     layout = h5py.VirtualLayout((12,), np.float32)
     layout[:] = h5py.VirtualSource("missing.hdf5", "rewards", (12,))
@@ -565,7 +565,7 @@ def test_combined_are_the_first_rows_of_each(run):
 
 
 def test_combined_metadata_are_what_all_share(run):
-    """Environments are compared as runs use them: that of the evaluation, else of the recording."""
+    """Environments are compared as runs use them: the one of the evaluation, else that of the recording."""
     score = {"ref_min_score": -1.0, "ref_max_score": 2.5}
     new_part("test/first-v0", env="CartPole-v1", algorithm_name="one", author="Ann", added=score)
     new_part("test/second-v0", eval_env="CartPole-v1", algorithm_name="two", author="Bob", added=score)

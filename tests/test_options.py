@@ -631,6 +631,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     few = {
         "collect.py": ["--steps", "300"],
+        "import_data.py": [],
         "cql.py": ["--max_timesteps=20", "--eval_freq=20", "--n_episodes=1", "--device=cpu", "--run_id=readme"],
     }
     programs, lines = [], blocks((ROOT / "README.md").read_text())[0]
@@ -642,7 +643,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
             arguments += few[programs[-1]] + ([f"--checkpoints_path={tmp_path}"] if programs[-1] == "cql.py" else [])
             process = subprocess.run([sys.executable, program, *arguments], cwd=ROOT, capture_output=True, text=True)
             assert process.returncode == 0, process.stderr
-    assert programs == ["collect.py", "cql.py"]
+    assert programs == ["collect.py", "collect.py", "import_data.py", "cql.py"]
     assert (tmp_path / "readme" / "policy.pt").exists()
 
 

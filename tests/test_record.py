@@ -1,4 +1,4 @@
-"""benchmarks/record.py: the episodes of an evaluation, their videos, and what it says to a user who errs."""
+"""benchmarks/record.py: the episodes of an evaluation, their videos, and the messages for users' errors."""
 
 import ctypes.util
 import gc
@@ -22,7 +22,7 @@ from benchmarks import record
 
 
 class Painted(Counter):
-    """Counter, whose picture has a brightness of 20 t."""
+    """Counter with pictures, whose brightness is 20 t."""
 
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -69,7 +69,7 @@ def store_policy(path, sizes=(3, 2), discrete=False):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """With a policy.pt; and what the program changes in its process is undone."""
+    """A folder with a policy.pt; what the program changes in its process is undone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     for name, value in {"MUJOCO_GL": "egl", "SDL_VIDEODRIVER": "dummy"}.items():

@@ -1,4 +1,4 @@
-"""benchmarks/speed.py on a tiny job; what it measures is not tested, only that it measures."""
+"""benchmarks/speed.py on a tiny job; the tests check that it measures, not what it measures."""
 
 import csv
 import multiprocessing
@@ -47,7 +47,7 @@ def here(monkeypatch):
 
 
 def test_a_row_for_each_variant_alone_and_beside_a_busy_process(measure):
-    """With processes, whose threads are their own."""
+    """In real processes, which have their own number of threads."""
     variants = ["-", "OMP_NUM_THREADS=2,precision=bfloat16,cql_backprop_actions=1"]
     rows = measure("--beside", "0", "1", "--variants", *variants)
     assert [(row["variant"], row["beside"]) for row in rows] == [(name, n) for n in "01" for name in variants]
@@ -58,7 +58,7 @@ def test_a_row_for_each_variant_alone_and_beside_a_busy_process(measure):
 
 
 def test_the_rate_of_copies_is_their_sum(measure, monkeypatch):
-    """Workers that answer 1, 2, 3, ... to each window's request, the products' before the script's."""
+    """Workers answer 1, 2, 3, ... to the requests of a window, those of the products before those of the script."""
     prepared, answers = (1, 0.0, None, 0.0, 1), iter(range(1, 100))
     connection = type("Connection", (), {"send": lambda *_: None, "recv": lambda _: next(answers)})()
     monkeypatch.setattr(speed, "start", lambda *_: (connection, prepared))
@@ -120,7 +120,7 @@ def test_bad_arguments_are_refused(bad, measure, capsys):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gpu_script_goes_on_after_a_step_that_fails(device, tmp_path):
-    """With a Python that fails at everything; asked for a GPU, it finds none."""
+    """Runs with a Python that always fails, and finds no GPU."""
     (tmp_path / "python").write_text("#!/bin/sh\necho called; [ $1 != -c ] && exit 3; exit 1\n")
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": device}
