@@ -111,11 +111,12 @@ def load_script(path: Path) -> ModuleType:
 def open_policy(path: Path, script: Optional[Path] = None) -> tuple[ModuleType, Callable]:
     """The script that opens a policy.pt or checkpoint.pt, and policy(observations [B, O]) -> actions. Raises the
     DataError of this module or of the script."""
+    if not path.is_file():
+        raise DataError(f"{path} is a folder: name its policy.pt" if path.is_dir() else f"{path} does not exist")
     if script:
         module = load_script(script)
-        return module, module.load_policy(path)
-    if not path.is_file():
-        raise DataError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+        with prefix(f"--script {script}"):
+            return module, module.load_policy(path)
     for name in SCRIPTS:
         module = importlib.import_module(name)
         try:

@@ -200,6 +200,8 @@ def test_published_scores_stand_beside_the_same_dataset_only(make, tmp_path):
     for name in ("d4rl/hopper-medium-v1", "mujoco/hopper/medium-v0"):
         assert {rows[name][x] for x in published} == {"-"}
     assert {rows["d4rl/hopper-medium-v2"][x] for x in published if "Kumar" in x} == {"-"}
+    address = "https://github.com/corl-team/CORL/blob/main/docs/benchmarks/offline.md"
+    assert f'<a href="{address}">{address}</a>, Last Scores' in (tmp_path / "out/index.html").read_text()
 
 
 def test_best_and_last_scores_are_apart(make, tmp_path):
