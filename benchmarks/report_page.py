@@ -284,6 +284,11 @@ def html_table(header: list[str], rows: list[list[str]]) -> str:
     return f'<div class="wide"><table>\n{line(list(map(html.escape, header)), "th", 20)}\n{body}\n</table></div>'
 
 
+def with_links(text: str) -> str:
+    """HTML of a text in which addresses are links."""
+    return re.sub(r"https://[^\s,;]+", r'<a href="\g<0>">\g<0></a>', html.escape(text))
+
+
 def again(run: Run, taken: set[str]) -> str:
     """A command that repeats a run in a folder that does not exist yet; else why there is none."""
     if not run.config:
@@ -319,7 +324,7 @@ def made(runs: list[Run], out: Path, command: str) -> str:
 
 def page(summary: str, notes: list[str], tables: list[Table], pictures: list[Picture], made: str) -> str:
     """HTML with all in it: the first table, the pictures, the other tables, and how it was made."""
-    parts = [f"<h2>{x.title}</h2>\n<p>{html.escape(x.text)}</p>\n{x.html()}" for x in tables]
+    parts = [f"<h2>{x.title}</h2>\n<p>{with_links(x.text)}</p>\n{x.html()}" for x in tables]
     images, texts = [], set()  # of many datasets, the first picture is explained
     for picture in pictures:
         title, data = html.escape(picture.title), base64.b64encode(picture.png).decode()

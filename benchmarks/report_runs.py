@@ -554,7 +554,7 @@ def compare(results: Results, notes: list[str]) -> Comparison:
 
 
 def pairs(comparison: Comparison) -> list[tuple[str, str]]:
-    """All pairs of methods, or the best with each other one where that would be more than 21."""
+    """All pairs of methods; if there are more than 21, the best method with each other one."""
     methods = sorted(comparison.scores, key=lambda x: -iqm(np.concatenate(comparison.scores[x])))
     found = list(itertools.combinations(methods, 2))
     return found if len(found) <= 21 else [(methods[0], other) for other in methods[1:]]

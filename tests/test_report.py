@@ -10,6 +10,7 @@ import shlex
 import types
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
@@ -200,6 +201,8 @@ def test_published_scores_stand_beside_the_same_dataset_only(make, tmp_path):
     for name in ("d4rl/hopper-medium-v1", "mujoco/hopper/medium-v0"):
         assert {rows[name][x] for x in published} == {"-"}
     assert {rows["d4rl/hopper-medium-v2"][x] for x in published if "Kumar" in x} == {"-"}
+    address = "https://github.com/corl-team/CORL/blob/main/docs/benchmarks/offline.md"
+    assert f'<a href="{address}">{address}</a>, Last Scores' in (tmp_path / "out/index.html").read_text()
 
 
 def test_best_and_last_scores_are_apart(make, tmp_path):
@@ -590,7 +593,10 @@ def test_pictures_of_many_methods_negative_returns_and_divergence(tmp_path, make
     assert make("runs", "--out", "out", pictures=True)[0] == 0
     names = {path.name for path in (tmp_path / "out").glob("*.png")}  # without a profile, since each method ran once
     assert names == {"curves.png", "metrics-a-b-v0.png", "metrics-a-c-v0.png"}
-    assert "<li>" in (tmp_path / "out/index.html").read_text()
+    page = (tmp_path / "out/index.html").read_text()
+    assert "<li>" in page and page.count("Means since the last evaluation") == 1  # not for each dataset
+    height, width, _ = matplotlib.image.imread(tmp_path / "out/curves.png").shape
+    assert height > 450 and width > 1200  # 440 without the legend
 
 
 BAD = {  # file -> contents of damaged run folders
