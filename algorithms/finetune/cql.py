@@ -746,7 +746,7 @@ def prepare(config: TrainConfig, data: Any, run: Any) -> tuple[Any, CQL, ReplayB
 
 
 def no_data(config: TrainConfig) -> dict[str, np.ndarray]:
-    """Columns without rows, of the environment's sizes. Raises ConfigError or DataError."""
+    """Columns without rows, in the environment's sizes. Raises ConfigError and DataError."""
     envs = make_environments(config.eval_env, 1, config.eval_env)
     observations = flatten(envs.observation_space.sample(), envs.single_observation_space)[:0]
     actions = action_bounds(envs.single_action_space, config.eval_env)["action_low"][None][:0]
