@@ -16,7 +16,7 @@ SAME = [  # in all scripts
     ("load_dataset", "np.arange(n) == n - 1", "np.cumsum(episode.rewards, axis=1) == n - 1"),
     ("load_dataset", "spec.kwargs | named", 'spec.kwargs | named["name"]'),
     ("flatten", "dtype=np.float32).reshape(len", "dtype=np.float33).reshape(len"),
-    ("evaluate", 'self.score(result["return"])', 'self.score(result["returns"])'),
+    ("evaluate", 'self.score(np.array(result["return"]))', 'self.score(np.array(result["returns"]))'),
     ("add_row", "self.means(1)", "self.mean(1)"),
 ]
 CONTINUOUS = [
