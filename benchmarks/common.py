@@ -1,4 +1,4 @@
-"""Everything that the programs here share. Importing it makes `algorithms` and `benchmarks` importable from any folder."""
+"""Shared parts of the programs. Importing it makes `algorithms` and `benchmarks` importable from any folder."""
 
 import argparse
 import contextlib

@@ -482,8 +482,7 @@ def name_error(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explain(problem: str, kind: type = DataError) -> Iterator[None]:
-    """Turns what a file, a package or a device raises into one line. Our own code stands outside: bugs keep their
-    traceback."""
+    """Turns what a file, package or device raises into one line. Our own code stays outside: bugs keep tracebacks."""
     try:
         yield
     except DataError:
@@ -842,12 +841,14 @@ def rollout(policy: Callable, envs: Any, n_episodes: int, seed: int) -> dict[str
             observations, _ = envs.reset(seed=first_seed)
         observations = starts = flatten(observations, space)
         while running.any() and len(steps) < MAX_STEPS:
+            if not np.isfinite(observations).all():
+                raise SimulatorError(f"{problem} (an observation is NaN or infinite)")
             actions = to_space(policy(observations), envs.action_space)
             with explain(problem, SimulatorError):
                 observations, rewards, terminated, truncated, infos = envs.step(actions)
             observations = flatten(observations, space)
-            if not (np.isfinite(observations).all() and np.isfinite(rewards).all()):
-                raise SimulatorError(f"{problem} (an observation or a reward is NaN or infinite)")
+            if not np.isfinite(rewards).all():
+                raise SimulatorError(f"{problem} (a reward is NaN or infinite)")
             steps.append((rewards, infos["success"], running))
             running = running & ~(terminated | truncated)
         for start, (rewards, successes, ran) in zip(starts, np.transpose(steps)):  # [T] each
@@ -1086,8 +1087,7 @@ class Run:
     may_change = {"device", "n_episodes", "keep_policies", "project", "group", "name", "run_id", "checkpoints_path"}
 
     def __init__(self, config: Any, n_steps: int, *switches: int):
-        """Reads what the run starts from, and writes nothing. Rows are due at `switches` too. Raises ConfigError and
-        DataError."""
+        """Reads what the run starts from, and writes nothing. Rows are due at switches too. Raises DataError."""
         name = config.run_id or f"{config.name}-{config.env}-{os.urandom(4).hex()}".replace("/", "-")
         self.config, self.n_steps, self.switches = config, n_steps, {n_steps, *switches}
         self.path, self.lock_file, self.checkpoint = Path(config.checkpoints_path, name), None, None
