@@ -31,7 +31,7 @@ MIN_ROWS = 8  # fewer show no rise, peak and decline
 MIN_TARGET_LIVES = 5  # updates times target rate: the target network's first weights still count for exp(-5)
 # Kumar et al. (2021) found that data Q declines where critics over-fit, and take the policy of its peak. How far it
 # must decline was set beforehand. The other limits lie between the values of the healthy and of the other calibration
-# runs in docs/choosing.md.
+# runs in docs/choosing_evidence.md.
 DECLINE = 0.05  # of data Q below its peak, as a share of its largest size, and
 NOISE = 2.0  # standard deviations of a curve around its running mean, or of a slope, beyond which it is not noise
 GROWTH = 1.5  # of the held-out TD error above its lowest, and
@@ -172,7 +172,7 @@ def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
     if len(c["step"]) >= MIN_ROWS and last >= needed:
         return None
     evidence = f"{len(c['step'])} complete rows up to {last:,} updates; a verdict takes {MIN_ROWS} rows"
-    evidence += f" and {needed:,} updates, in which the target network is renewed" if needed else ""
+    evidence += f" and {needed:,} updates, so that the target network is renewed" if needed else ""
     length = "--offline_iterations" if "offline_iterations" in config else "--max_timesteps"
     return Verdict("too short to judge", evidence, last, f"a larger {length}, or a smaller --eval_freq")
 

@@ -5,7 +5,7 @@ D4RL's files by name, downloaded if they are not in $D4RL_DATASET_DIR (default ~
     python benchmarks/import_data.py hopper-medium-v2 walker2d-medium-v2
     python benchmarks/import_data.py --all locomotion
 
-an HDF5 file of D4RL's layout (observations, actions, rewards, terminals; timeouts or next_observations if known):
+an HDF5 file in D4RL's layout (observations, actions, rewards, terminals; timeouts or next_observations if known):
 
     python benchmarks/import_data.py robot.hdf5 --id mine/robot-v0 --eval_env Hopper-v5
 
@@ -733,13 +733,13 @@ def parse_arguments(argv):
     domains = list(dict.fromkeys(dataset.domain for dataset in d4rl().values()))
     add = parser.add_argument
     add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv or .parquet file")
-    add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those that are here")
+    add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those imported before")
     add("--combine", nargs="+", metavar="DATASET_ID", help="two or more local datasets, to be joined in this order")
     add("--rows", type=int, nargs="+", metavar="N", help="rows to take from the start of each one (default: all)")
     add("--id", metavar="DATASET_ID", help="the new Minari id, namespace/name-v0 (D4RL names become d4rl/<name>)")
     add("--force", action="store_true", help="replace an existing dataset")
     add("--eval_env", metavar="GYM_ID", help="Gymnasium environment to evaluate in, or none")
-    add("--max_episode_steps", type=int, help="step limit of evaluations, and of episodes if a file tells no ends")
+    add("--max_episode_steps", type=int, help="step limit of evaluations, and of episodes if no end is marked")
     add("--ref_min_score", type=float, help="return that scores 0 (D4RL's tasks have a default)")
     add("--ref_max_score", type=float, help="return that scores 100; give both or neither")
     add("--action_kind", choices=("continuous", "discrete"), help="default: as in the environment, else by type")

@@ -13,8 +13,8 @@ an input). A damaged run is named and left out.
 The dataset of a run is its option env (hopper-medium-v2 is d4rl/hopper-medium-v2). Versions of a dataset never share a
 row, and are never pooled. The method of a run is its option name and the options that separate it from other runs of
 that name on that dataset, except seeds and options that cannot change a policy; a value that most of them share is left
-out. Runs of different scripts stay apart; --script names your own copies, which options of their own tell apart. --by
-names the options instead.
+out. --by names the options instead. Runs of different scripts stay apart. --script names your own copies, so that
+their own options tell them apart.
 
 Unfinished runs are named. They count only where no run of their method was finished, and are never pooled. Seeds of
 different length are compared at the last step that all have. Statistics that pool runs need three of each method.
@@ -184,8 +184,8 @@ def method_table(runs: list[Run]) -> Optional[Table]:
             texts = [f"{x} {short(value)}{instead.get(x, '')}" for x, value in values]
             rows.setdefault((method, script, ", ".join(texts) or "-"), []).append(dataset)
     text = (
-        "All options in which runs of one name, script and dataset differ; a method's name has only as many as tell it "
-        "from the others. A script is recognised by its options: +option marks one that no script here has."
+        "All options in which runs of one name, script and dataset differ; a method's name has only those that tell "
+        "it from the others. A script is recognised by its options: +option marks one that no script here has."
     )
     rows = [["all" if len(x) == n_datasets > 1 else ", ".join(x), *key] for key, x in rows.items()]
     header = ["dataset", "method", "script", "options that differ"]
@@ -198,7 +198,9 @@ def improvement_table(comparison: Comparison) -> Optional[Table]:
         strata = comparison.scores[first], comparison.scores[second]
         ends = brackets(report_runs.improvement_interval(*strata), ".2f") if comparison.spread else "-"
         rows.append([f"{first} > {second}", f"{report_runs.improvement(*strata):.2f}", ends])
-    text = "How likely a run of the first scores above one of the second on the same dataset; 0.5: no difference."
+    text = (
+        "How likely a run of the first method scores above one of the second on the same dataset; 0.5: no difference."
+    )
     header = ["methods", "probability", "95 % interval"]
     return Table("Probability of improvement", header, rows, text) if rows else None
 

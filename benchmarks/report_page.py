@@ -147,7 +147,9 @@ def step_axis(axis, cells: list[Cell]) -> None:
     name = "steps online" if starts == {0} else "updates offline, then steps online" if starts else "updates"
     ends = [cell.steps[-1] for cell in cells]
     if max(ends) >= APART * min(ends) > 0:
-        axis.set_xscale("symlog", linthresh=min(cell.steps[cell.steps > 0].min() for cell in cells))
+        axis.set_xscale("symlog", linthresh=min(cell.steps[cell.steps > 0].min() for cell in cells), subs=[2, 5])
+        axis.autoscale(axis="x")  # the limits of the linear axis would leave an empty half
+        axis.xaxis.set_minor_formatter(EngFormatter(sep=""))
         name += " (log scale)"
     else:
         axis.locator_params(axis="x", nbins=6)
@@ -317,8 +319,10 @@ def made(runs: list[Run], out: Path, command: str) -> str:
         source = f'<a href="{html.escape(link)}">{html.escape(run.source)}</a>'
         row = [html.escape(x) for x in (run.dataset, run.method, str(run.seed))]
         rows.append([*row, source, f"<code>{html.escape(again(run, taken))}</code>"])
-    text = f"By: {command}. The last column repeats a run under a new name, from the folder where that command ran."
-    header = ["dataset", "method", "seed", "run", "the same again"]
+    text = (
+        f"Made by: {command}. The last column repeats a run under a new name, from the folder where that command ran."
+    )
+    header = ["dataset", "method", "seed", "run", "to repeat it"]
     return f"<h2>How it was made</h2>\n<p>{html.escape(text)}</p>\n{html_table(header, rows)}"
 
 

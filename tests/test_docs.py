@@ -1,6 +1,9 @@
 """The pages under docs/ and the README: a complete map, links that lead somewhere, Python that runs. Plain English."""
 
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -64,6 +67,17 @@ def test_python_of_the_page_on_extending_runs(program, tmp_path):
     process.join()
     assert process.exitcode == 0, (tmp_path / "err").read_text()
     assert (tmp_path / "work/runs/file/policy.pt").exists()
+
+
+def test_python_of_the_page_on_choosing_runs(tmp_path):
+    """In the root of the repository, with a run of the stored results."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE | re.DOTALL)
+    folder = tmp_path / "runs/shop"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks/results/diagnose/lunarlander-medium-tiny-seed2.csv", folder / "metrics.csv")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert process.stdout == "under-fitting 10000\n", process.stderr
 
 
 # What reads as if translated (a space stands for a line break, too) -> examples of it, and of what must pass

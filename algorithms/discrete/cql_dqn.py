@@ -1111,7 +1111,7 @@ class Run:
             names = sorted((old.keys() | new.keys()) - self.may_change - longer)
             changed = [f"{x} was {old.get(x)}, is {new.get(x)}" for x in names if old.get(x) != new.get(x)]
             if changed:
-                raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(changed)}")
+                raise ConfigError(f"{self.path} has other options, so give another --run_id: {'; '.join(changed)}")
 
     def lock(self) -> None:
         """Takes the folder for this process until it ends. Raises DataError."""

@@ -1,4 +1,4 @@
-"""Conservative Q-Learning (CQL), offline and then online, for continuous actions: offline/cql.py, which then goes on
+"""Conservative Q-Learning (CQL), offline and then online, for continuous actions: like offline/cql.py at first, then
 learning in the environment. With --calibrate True it is Cal-QL: values are pushed down no further than the returns, so
 that the policy is not unlearned at the start of the online phase. Cal-QL: https://arxiv.org/abs/2303.05479.
 
@@ -1436,7 +1436,7 @@ class Run:
             names = sorted((old.keys() | new.keys()) - self.may_change - longer)
             changed = [f"{x} was {old.get(x)}, is {new.get(x)}" for x in names if old.get(x) != new.get(x)]
             if changed:
-                raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(changed)}")
+                raise ConfigError(f"{self.path} has other options, so give another --run_id: {'; '.join(changed)}")
 
     def lock(self) -> None:
         """Takes the folder for this process until it ends. Raises DataError."""

@@ -13,7 +13,7 @@ Differs from the papers
 3. Imagined observations and rewards stay within the data's range, TD targets below the largest sum of such rewards.
 4. The TD loss is the squared error without 1/2, as in offline/cql.py, so cql_alpha is twice the paper's beta.
 
-Known failures: a model of few data is trusted like any other. docs/combo.md explains the options and metrics.
+Known failures: a model learned from few data is trusted like any other. docs/combo.md explains the options and metrics.
 """
 
 import contextlib
@@ -1518,7 +1518,7 @@ class Run:
             names = sorted((old.keys() | new.keys()) - self.may_change - longer)
             changed = [f"{x} was {old.get(x)}, is {new.get(x)}" for x in names if old.get(x) != new.get(x)]
             if changed:
-                raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(changed)}")
+                raise ConfigError(f"{self.path} has other options, so give another --run_id: {'; '.join(changed)}")
 
     def lock(self) -> None:
         """Takes the folder for this process until it ends. Raises DataError."""

@@ -8,7 +8,7 @@ returns 246.8 ± 12.0 after 5,000 updates (five seeds; a run takes 80 s on 2 CPU
 
 Differs from the paper
 1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
-2. N uniform, N current and N next-state policy actions estimate log-integral exp Q, without the constant log(3N).
+2. The log-integral of exp Q is estimated from N uniform, N current and N next-state policy actions, without log(3N).
 3. The entropy coefficient is tuned, and all losses use the same parameters, as in later public code.
 
 Known failures: scores depend on cql_alpha and the critics' depth; cloning may do better where noise averages out.
@@ -1146,7 +1146,7 @@ class Run:
             names = sorted((old.keys() | new.keys()) - self.may_change - longer)
             changed = [f"{x} was {old.get(x)}, is {new.get(x)}" for x in names if old.get(x) != new.get(x)]
             if changed:
-                raise ConfigError(f"{self.path} holds a run with another configuration: {'; '.join(changed)}")
+                raise ConfigError(f"{self.path} has other options, so give another --run_id: {'; '.join(changed)}")
 
     def lock(self) -> None:
         """Takes the folder for this process until it ends. Raises DataError."""
