@@ -703,7 +703,7 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
             raise DataError(f"--env {config.env}: {key} hold {fault}")
         data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
     if n > config.buffer_size:
-        raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n} transitions")
+        raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n} transitions; raise it")
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -938,7 +938,7 @@ def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: s
     first = flatten(envs.observation_space.sample(), envs.single_observation_space)
     sizes, own_sizes = [data[x].shape[1] for x in COLUMNS[:2]], [first.shape[1], own["action_low"].size]
     if sizes != own_sizes:
-        raise DataError(f"{name} has sizes {sizes} of observation and action, {id} has {own_sizes}")
+        raise DataError(f"{name} has observations and actions of sizes {sizes}, {id} {own_sizes}: change --eval_env")
     for key, narrower in (("action_low", np.maximum), ("action_high", np.minimum)):
         bound = data.get(key, own[key])
         data[key] = narrower(bound, own[key])
@@ -1034,7 +1034,7 @@ def as_observations(observations: Any, like: Tensor) -> Tensor:
     with explain(f"an observation is {len(like)} finite numbers"):
         array = np.asarray(observations, dtype=np.float32)
     if array.shape[-1:] != like.shape or not np.isfinite(array).all():
-        raise DataError(f"an observation is {len(like)} finite numbers (it has NaN, infinity or shape {array.shape})")
+        raise DataError(f"an observation takes {len(like)} finite numbers (not NaN, infinity or shape {array.shape})")
     return torch.tensor(array, device=like.device)
 
 
