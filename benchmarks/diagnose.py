@@ -19,12 +19,15 @@ import csv
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from common import Parser, fail, one_line_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # other programs import this one, without `common`
+from benchmarks.common import Parser, fail, one_line_errors
 
 WINDOW = 3  # rows of a running mean, since the peak of a raw curve is noise
 MIN_ROWS = 8  # fewer show no rise, peak and decline

@@ -1,5 +1,6 @@
 """benchmarks/common.py: the policy of a copied script with another network, in every program that opens policies."""
 
+import sys
 from pathlib import Path
 
 import common
@@ -86,6 +87,13 @@ def test_what_is_no_training_script_is_one_line(name, text, words, tmp_path, mon
         Path(name).write_text(text)
     err, status = line(capsys, "policy.pt", "--env=Counter-v0", "--no_video", f"--script={name}")
     assert status == 2 and f"--script {name} {words}" in err
+
+
+def test_a_copy_may_import_a_file_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("load_policy = load_dataset = evaluate = print")
+    (tmp_path / "mine.py").write_text("from beside_it import *")
+    assert common.load_script(tmp_path / "mine.py").evaluate is print
 
 
 def test_a_bug_in_a_copy_keeps_its_traceback(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from conftest import DATASET, WORLDS, Counter, kinds, refusal, suited, tiny_config
+from common import load_script
+from conftest import DATASET, WORLDS, Counter, finetune, kinds, refusal, suited, tiny_config
 
 # Runs in the copy's folder. Only the script is there, and nothing may come from this repository.
 PROGRAM = """
@@ -141,6 +142,27 @@ def test_dropout_in_a_copy_trains_in_train_mode_and_acts_in_eval_mode(script, tm
     policy = edited.load_policy(tmp_path / "run" / "policy.pt")
     observations = np.random.default_rng(0).normal(size=(9, 3))
     assert np.array_equal(policy(observations), policy(observations))
+
+
+@finetune
+def test_batch_norm_and_dropout_in_a_copy_act_online_in_eval_mode(script, tmp_path, monkeypatch):
+    layers = "(layer, nn.BatchNorm1d(layer.out_features), nn.ReLU(), nn.Dropout(0.5))"
+    (tmp_path / "my_finetune.py").write_text(Path(script.__file__).read_text().replace("(layer, nn.ReLU())", layers))
+    module, modes = load_script(tmp_path / "my_finetune.py"), []
+    explore = module.CQL.explore
+
+    def spy(agent, *arguments):
+        hooks = [x.register_forward_hook(lambda x, *_: modes.append(x.training)) for x in agent.actor.hidden]
+        result = explore(agent, *arguments)
+        for hook in hooks:
+            hook.remove()
+        assert agent.actor.training
+        return result
+
+    monkeypatch.setattr(module.CQL, "explore", spy)
+    config = tiny_config(script, tmp_path, offline_iterations=10, online_iterations=10)
+    row = module.train(module.TrainConfig(**vars(config)))
+    assert row["eval_return"] is not None and set(modes) == {False}
 
 
 def test_script_imports_installed_packages_only(script):

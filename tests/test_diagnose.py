@@ -337,3 +337,13 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
         diagnose.main([str(path), "--output", str(tmp_path / "curves.png")])
     out, err = capsys.readouterr()
     assert stop.value.code == 1 and "matplotlib is missing: pip install" in err and ": healthy" in out
+
+
+def test_another_program_imports_it_beside_a_module_of_its_own_named_common(tmp_path):
+    (tmp_path / "common.py").write_text("")
+    (tmp_path / "mine.py").write_text(
+        f"import sys, common; sys.path.append({str(Path(__file__).parents[1])!r})\n"
+        f"from benchmarks.diagnose import judge; print(judge({history()!r}, {CONFIG!r}).name)"
+    )
+    output = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert output.stdout == "healthy\n", output.stderr

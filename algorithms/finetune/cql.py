@@ -436,12 +436,13 @@ class CQL(nn.Module):
     @torch.no_grad()
     def explore(self, observations: np.ndarray, uniform: bool) -> np.ndarray:
         """Samples actions in [-1, 1] from the policy, or uniformly: raw observations [B, O] -> [B, A]."""
-        observations = as_observations(observations, self.actor.observation_mean)
-        mean, log_std = self.actor(self.actor.normalise(observations))
-        actions, _ = sample_actions(mean, log_std, 1)
+        actor = self.actor.eval()  # a copy may have dropout or batch norm
+        observations = actor.normalise(as_observations(observations, actor.observation_mean))
+        actions = sample_actions(*actor(observations), 1)[0].squeeze(1)
+        actor.train()
         if uniform:
-            return (torch.rand_like(mean) * 2 - 1).cpu().numpy()
-        return actions.squeeze(1).cpu().numpy()
+            actions = torch.rand_like(actions) * 2 - 1
+        return actions.cpu().numpy()
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
@@ -534,7 +535,8 @@ class Collector:
     def __init__(self, config: Any, task: Any, agent: CQL, buffer: ReplayBuffer, run: Any, failure_reward: float):
         """Raises DataError."""
         self.config, self.task, self.agent, self.buffer, self.failure = config, task, agent, buffer, failure_reward
-        self.mean, self.std, self.low, self.high = (x.cpu().numpy() for x in agent.actor.buffers())
+        names = "observation_mean", "observation_std", "action_low", "action_high"
+        self.mean, self.std, self.low, self.high = (getattr(agent.actor, x).cpu().numpy() for x in names)
         parts = {"observation": self.mean.shape, "action": self.low.shape, "next_observation": self.mean.shape}
         parts |= dict.fromkeys(("reward", "terminal", "timeout", "episode"), ())
         self.row_type = np.dtype([(name, np.float32, shape) for name, shape in parts.items()])
