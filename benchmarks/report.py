@@ -164,8 +164,8 @@ def metrics_table(results: Results) -> Optional[Table]:
             rows.append([*row, cell.state])
     text = (
         "Nothing evaluated these policies, so there is no return. Training metrics of the last row, mean ± standard "
-        "deviation over seeds. With --holdout_fraction there are metrics of episodes kept from training; `python "
-        "benchmarks/diagnose.py RUN` says what they mean for a run."
+        "deviation over seeds. With --holdout_fraction there are metrics of episodes kept from training; python "
+        "benchmarks/diagnose.py says what they mean for a run."
     )
     header = ["dataset", "method", "seeds", "steps", *METRICS, "state"]
     return without_empty(Table("Runs without returns", header, rows, text)) if rows else None

@@ -324,14 +324,17 @@ def main():
     add("--peer", help="checkout of CORL, to compare offline/cql with")
     add("--part", choices=("model", "rollouts"), help="part of offline/combo to time instead of its agent's updates")
     add("--env", metavar="GYM_ID", help="environment of finetune/cql's online steps")
-    for name, default in {"observation": 17, "action": 6, "batch": 256, "layers": 3, "actions": 10}.items():
-        add(f"--{name}", type=int, default=default)
+    add("--observation", type=int, default=17, help="numbers per observation (default %(default)s)")
+    add("--action", type=int, default=6, help="numbers per action, or discrete actions (default %(default)s)")
+    add("--batch", type=int, default=256, help="transitions per minibatch (default %(default)s)")
+    add("--layers", type=int, default=3, help="hidden layers of each network (default %(default)s)")
+    add("--actions", type=int, default=10, help="cql_n_actions (default %(default)s)")
     add("--beside", type=int, nargs="+", default=[0], metavar="N", help="number of busy processes meanwhile")
     add("--copies", type=int, nargs="+", default=[1], metavar="N", help="number of processes of a variant at once")
     add("--windows", type=int, default=7, help="windows per variant (default %(default)s)")
     add("--seconds", type=float, default=3.0, help="length of a window (default %(default)s)")
-    add("--device", default=cql.TrainConfig().device)
-    add("--output", type=Path, default=ROOT / "benchmarks/results/speed.csv")
+    add("--device", default=cql.TrainConfig().device, help="cpu or cuda (default %(default)s)")
+    add("--output", type=Path, default=ROOT / "benchmarks/results/speed.csv", help="table (default %(default)s)")
     job = parser.parse_args()
     for variant in job.variants:
         try:

@@ -917,7 +917,7 @@ def parse_arguments(config_class: type) -> Any:
             action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
     options = parser.parse_args()
     if path := options.pop("config_path", None):
-        problem = f"--config_path {path} is not a YAML file of lines `option: value`"
+        problem = f"--config_path {path} cannot be read as a YAML file of lines `option: value`"
         with explain(problem, ConfigError):
             content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings, as on the command line
         if not isinstance(content, dict):
@@ -957,7 +957,7 @@ def load_dataset(name: str) -> dict[str, Any]:
         name, path = f"d4rl/{name}", path.parent / "d4rl" / name
     if name.startswith("d4rl/") and not path.exists():
         raise DataError(f"--env {name}: import it to {path} by: python benchmarks/import_data.py {name[5:]}")
-    problem = f"--env {name} cannot be read from {path}; `minari list local` lists others"
+    problem = f"--env {name} cannot be read from {path}; record or import it, or choose one of `minari list local`"
     with explain(problem):
         if not path.exists():
             minari.download_dataset(name)
