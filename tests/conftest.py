@@ -14,6 +14,7 @@ import runpy
 import shutil
 import signal
 import sys
+import tempfile
 import types
 import warnings
 from pathlib import Path
@@ -43,6 +44,7 @@ SCRIPTS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in so
 DATASET = "toy/counter-v0"
 SPEEDS = {"updates_per_second", "env_steps_per_second", *(f"{x}_time_share" for x in ("model", "rollout", "update"))}
 ONLINE = {"online_return", "online_length", "online_success", "train_regret", "eval_regret"}  # empty offline
+LEFTOVERS = pytest.StashKey[str]()
 SURPLUS = 99_999  # a multiple of 3, whose episodes report success
 TINY = {
     "device": "cpu", "env": DATASET, "max_timesteps": 25, "eval_freq": 10, "n_episodes": 2, "batch_size": 32,
@@ -50,6 +52,20 @@ TINY = {
     "rollout_freq": 10, "rollout_batch_size": 8, "rollout_length": 2, "dynamics_members": 3, "dynamics_elites": 2,
     "dynamics_hidden_dim": 8, "dynamics_n_hidden_layers": 1, "dynamics_max_epochs": 1,
 }  # fmt: skip
+
+
+def pytest_configure(config):
+    """Puts temporary files outside tmp_path into a folder of this session: killed runs leave theirs behind, and
+    compiled code of an earlier session would hide a compiler that fails."""
+    if not hasattr(config, "workerinput"):  # workers inherit it
+        config.stash[LEFTOVERS] = folder = tempfile.mkdtemp(prefix="cql-")
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where it was
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+
+
+def pytest_unconfigure(config):
+    if LEFTOVERS in config.stash:
+        shutil.rmtree(config.stash[LEFTOVERS], ignore_errors=True)
 
 
 class Counter(gym.Env):

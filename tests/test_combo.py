@@ -227,8 +227,8 @@ def test_a_step_draws_an_elite_and_noise_for_each_row():
         zeros.expand(4, len(x), 4) - 4,
         means[..., 0] + x[:, 0],
     )
-    following, rewards, _, uncertainty = model.predict(torch.zeros(2000, 3), torch.zeros(2000, 2))
-    drawn = torch.cat([following, rewards.unsqueeze(1)], dim=1)
+    following, rewards, _, uncertainty = model.predict(torch.full((2000, 3), 7.0), torch.zeros(2000, 2))
+    drawn = torch.cat([following - 7, rewards.unsqueeze(1)], dim=1)  # the model predicts the change
     first = (drawn - 10).abs().max(dim=1).values < 5
     assert (drawn[~first] - 30).abs().max() < 5 and 850 < first.sum() < 1150
     noise = drawn - torch.where(first, 10.0, 30.0).unsqueeze(1)

@@ -656,6 +656,16 @@ def test_a_run_that_diverges_online_keeps_what_was_good(run, tiny, monkeypatch):
     assert {x: now[x] for x in kept} == {x: good[x] for x in kept}
 
 
+def test_values_may_be_larger_where_online_rewards_are(run, added, monkeypatch):
+    """Those of the data are a thousandth here."""
+    load, check, limits = cql.load_dataset, cql.Task.check, []
+    monkeypatch.setattr(cql, "load_dataset", lambda name: load(name) | {"rewards": load(name)["rewards"] / 1000})
+    monkeypatch.setattr(cql.Task, "check", lambda self, *x: limits.append(self.value_limit) or check(self, *x))
+    run(max_timesteps=2, online_iterations=20, discount=0.5)
+    largest = max(np.abs(data["rewards"]).max(initial=0) for data in added)
+    assert limits[0] == pytest.approx(200) and limits[-1] == pytest.approx(200 * largest) and largest > 2
+
+
 def test_an_environment_that_fails_online_is_one_line(run, tiny, monkeypatch):
     options = {"max_timesteps": 5, "online_iterations": 40}
     expected, step, calls = run(run_id="whole", **options), Counter.step, itertools.count(1)

@@ -499,12 +499,14 @@ def test_the_table_has_every_option_of_a_script(script):
 
 def acting(script):
     """All options of offline/cql.py. Those that other files only read in the text that all share act there alike. So
-    does the offline phase of the file that fine-tunes, bit for bit (test_finetune.py)."""
-    names, own = option_names(script), Path(importlib.import_module(script).__file__).read_text()
+    does the offline phase of the file that fine-tunes, bit for bit (test_finetune.py). What offline/cql.py reads itself
+    is tried in all, so that no file can forget it."""
+    names = option_names(script)
     if "offline.cql" in script:
         return [x for x in ACTS if x in names]
     names = names - option_names("algorithms.offline.cql") if "finetune" in script else names
-    own = own[own.index("# Shapes: ") : own.index("# Common to all files")]
+    texts = [Path(importlib.import_module(x).__file__).read_text() for x in (script, "algorithms.offline.cql")]
+    own = "".join(text[text.index("# Shapes: ") : text.index("# Common to all files")] for text in texts)
     return [x for x in ACTS if x in names and re.search(rf"\bconfig\.{x}\b", own)]
 
 

@@ -892,11 +892,14 @@ def diverge(script, monkeypatch):
     return diverge
 
 
-@pytest.mark.parametrize(
-    ("metric", "value", "log_interval"),
-    [("critic_grad_norm", math.nan, 2), ("critic_grad_norm", -math.inf, 1000), ("average_target_q", -1e7, 2)],
+FAULTS = [("critic_grad_norm", math.nan, 2), ("critic_grad_norm", -math.inf, 1000), ("average_target_q", -1e7, 2)]
+
+
+@pytest.mark.parametrize(  # each file's `train` asks; the answers are those of the same text
+    ("script", "metric", "value", "log_interval"),
+    [(x, *fault) for x in SCRIPTS if "finetune" not in x for fault in FAULTS[: None if "offline.cql" in x else 1]],
+    indirect=["script"],
 )
-@once
 def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval, script, tiny, trained_for, diverge):
     options = {"log_interval": log_interval}
     good = contents(trained_for(20, **options))
@@ -917,6 +920,20 @@ def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, trained
     assert "saved in" not in capsys.readouterr().out
     now = contents(tiny().checkpoints_path + "/run")
     assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
+
+
+@once
+def test_weights_that_are_no_numbers_end_a_run_before_any_metric_shows_them(script, tiny, monkeypatch, tmp_path):
+    update = script.CQL.update
+
+    def changed(self, batch):
+        metrics = update(self, batch)
+        self.actor.log_std_offset.data.fill_(math.nan)  # which the deterministic policy does not use
+        return metrics
+
+    monkeypatch.setattr(script.CQL, "update", changed)
+    assert "the norm of all weights is nan" in refusal(script.train, tiny(max_timesteps=1))[1]
+    assert not (tmp_path / "runs/run/checkpoint.pt").exists()
 
 
 @kinds
