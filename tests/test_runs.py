@@ -911,15 +911,20 @@ def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval
     assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
 
 
-@offline
-def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, trained_for, diverge, monkeypatch, capsys):
-    good = contents(trained_for(10))
+def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, diverge, monkeypatch, capsys, tmp_path):
     diverge("critic_grad_norm", math.nan, 12)
-    at_call(monkeypatch, script.ReplayBuffer, "sample", 5, lambda: setattr(script.Signals, "received", 15))
-    assert "at update 15" in refusal(script.train, tiny(max_timesteps=20))[1]
+    at_call(monkeypatch, script.ReplayBuffer, "sample", 15, lambda: setattr(script.Signals, "received", 15))
+    assert "at update 15" in refusal(script.train, tiny())[1]
     assert "saved in" not in capsys.readouterr().out
-    now = contents(tiny().checkpoints_path + "/run")
-    assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
+    saved = script.load(tmp_path / "runs/run/checkpoint.pt", "cpu", "agent")["agent"]
+    assert saved["_extra_state"]["n_updates"] == 10
+
+
+def test_row_of_absurd_predictions_is_not_written(script, tiny, tmp_path, monkeypatch):
+    agent = getattr(script, WORLDS[script.__name__].agent)
+    monkeypatch.setattr(agent, "start_values", lambda self, observations: np.full(len(observations), np.inf))
+    assert "eval_predicted_value is inf at update 10" in refusal(script.train, tiny())[1]
+    assert not (tmp_path / "runs/run/metrics.csv").exists()
 
 
 @once
