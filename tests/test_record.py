@@ -193,16 +193,12 @@ def test_missing_package(capsys, monkeypatch):
         (["--no_video"], {}, 2, ["--output", "--no_video"]),
         ([], {"policy": "nowhere.pt"}, 1, ["nowhere.pt", "does not exist"]),
         ([], {"policy": "text"}, 1, ["text", "policy.pt"]),
-        ([], {"policy": "wide.pt"}, 1, ["wide.pt", "4 finite numbers", "3)", "Painted-v0"]),
-        (
-            [],
-            {"env": "One-v0"},
-            1,
-            ["policy.pt", "3 finite numbers", "1)"],
-        ),  # although the policy would take one number
-        ([], {"env": "CartPole-v1"}, 1, ["--env CartPole-v1", "Discrete(2)", "Box"]),
-        ([], {"policy": "discrete.pt"}, 1, ["--env Painted-v0", "Box", "Discrete"]),
-        ([], {"policy": "discrete.pt", "env": "MountainCar-v0"}, 1, ["discrete.pt", "4 finite numbers", "2)"]),
+        ([], {"policy": "wide.pt", "output": None}, 1, ["wide.pt", "4 finite numbers", "3)", "Painted-v0"]),
+        # numpy would broadcast one number to three
+        ([], {"env": "One-v0", "output": None}, 1, ["policy.pt", "3 finite numbers", "1)"]),
+        ([], {"env": "CartPole-v1", "output": None}, 1, ["--env CartPole-v1", "Discrete(2)", "Box"]),
+        ([], {"policy": "discrete.pt", "output": None}, 1, ["--env Painted-v0", "Box", "Discrete"]),
+        ([], {"policy": "discrete.pt", "env": "MountainCar-v0", "output": None}, 1, ["discrete.pt", "finite", "2)"]),
         ([], {"env": "Pendulum-v1", "output": None}, 1, ["policy.pt", "Pendulum-v1", "do not fit"]),
         ([], {"env": "Painte-v0"}, 2, ["--env Painte-v0", "Painted"]),
         ([], {"env": "no_such_module:Painted-v0"}, 2, ["--env no_such_module:Painted-v0", "no_such_module"]),
