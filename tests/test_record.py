@@ -194,7 +194,7 @@ def test_missing_package(capsys, monkeypatch):
         ([], {"policy": "nowhere.pt"}, 1, ["nowhere.pt", "does not exist"]),
         ([], {"policy": "text"}, 1, ["text", "policy.pt"]),
         ([], {"policy": "wide.pt", "output": None}, 1, ["wide.pt", "4 finite numbers", "3)", "Painted-v0"]),
-        # numpy would broadcast one number to three
+        # the policy could broadcast the one number to its three
         ([], {"env": "One-v0", "output": None}, 1, ["policy.pt", "3 finite numbers", "1)"]),
         ([], {"env": "CartPole-v1", "output": None}, 1, ["--env CartPole-v1", "Discrete(2)", "Box"]),
         ([], {"policy": "discrete.pt", "output": None}, 1, ["--env Painted-v0", "Box", "Discrete"]),
