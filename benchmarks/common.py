@@ -101,10 +101,12 @@ def load_script(path: Path) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for the module of a class
-        sys.path.append(
-            str(path.resolve().parent)
-        )  # for what it imports from beside it; last, so that it hides nothing
-        spec.loader.exec_module(sys.modules[name])
+        sys.path.append(str(path.resolve().parent))  # for files beside it; last, so that they hide no package
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except SystemExit:
+            why = 'it ends the program when it is imported: start it below `if __name__ == "__main__":`'
+            raise OptionError(f"--script {path} is not a training script, since {why}") from None
     if missing := [x for x in INTERFACE if not callable(getattr(sys.modules[name], x, None))]:
         needed = "a training script has load_policy, load_dataset and evaluate"
         raise OptionError(f"--script {path} has no function {' or '.join(missing)}: {needed}")

@@ -78,9 +78,10 @@ def test_a_policy_of_another_network_names_the_option_or_the_script(copy, capsys
         ("part.py", "def load_policy(path): ...\nevaluate = 1", "has no function load_dataset or evaluate"),
         ("missing.py", None, "is not a Python file"),
         ("script.txt", "", "is not a Python file"),
+        ("ends.py", "raise SystemExit(0)", "is not a training script"),
     ],
 )
-def test_what_is_no_training_script_is_one_line(name, text, words, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_training_script_is_one_line(name, text, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("policy.pt").touch()
     if text is not None:
