@@ -217,24 +217,41 @@ def test_inputs_and_targets_are_standardised(make):
     assert (constant == 0).all()
 
 
-def test_a_step_draws_an_elite_and_noise_for_each_row():
+@pytest.mark.parametrize("all_members", (True, False))
+def test_a_step_draws_an_elite_and_noise_for_each_row(all_members):
     model = dynamics(4, dynamics_elites=2)
     model.elites.copy_(torch.tensor([1, 3]))
     means = torch.tensor([0.0, 10.0, 20.0, 30.0]).view(4, 1, 1)
     zeros = torch.zeros(4, 1, 1)
     model.forward = lambda x: (
-        (means + zeros).expand(4, len(x), 4),
-        zeros.expand(4, len(x), 4) - 4,
-        means[..., 0] + x[:, 0],
+        (means + zeros).expand(4, x.shape[-2], 4),
+        zeros.expand(4, x.shape[-2], 4) - 4,
+        means[..., 0] + x[..., 0],
     )
-    following, rewards, _, uncertainty = model.predict(torch.full((2000, 3), 7.0), torch.zeros(2000, 2))
+    following, rewards, _, uncertainty = model.predict(torch.full((2000, 3), 7.0), torch.zeros(2000, 2), all_members)
     drawn = torch.cat([following - 7, rewards.unsqueeze(1)], dim=1)  # the model predicts the change
     first = (drawn - 10).abs().max(dim=1).values < 5
     assert (drawn[~first] - 30).abs().max() < 5 and 850 < first.sum() < 1150
     noise = drawn - torch.where(first, 10.0, 30.0).unsqueeze(1)
     assert torch.allclose(noise.std(dim=0), torch.tensor(-2.0).exp(), rtol=0.1)
     assert np.corrcoef(noise.T.numpy())[np.triu_indices(4, 1)] == pytest.approx(0, abs=0.1)
-    assert torch.allclose(uncertainty, 2 * torch.tensor(-2.0).exp())
+    assert uncertainty == 0.0 if not all_members else torch.allclose(uncertainty, 2 * torch.tensor(-2.0).exp())
+
+
+@pytest.mark.parametrize("n_rows", (0, 1, 2, 500))
+def test_a_row_that_its_elite_alone_sees_is_predicted_as_by_all(n_rows):
+    """Rewards, next observations and ends are the same, also where an elite gets no row."""
+    model = dynamics(5, dynamics_elites=3)
+    model.elites.copy_(torch.tensor([4, 0, 3]))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    observations, actions = torch.randn(n_rows, 3), torch.rand(n_rows, 2)
+    with torch.random.fork_rng():
+        *expected, uncertainty = model.predict(observations, actions, True)
+    *found, none = model.predict(observations, actions, False)
+    assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(found, expected))
+    assert (uncertainty > 0).all() and none == 0
 
 
 def test_each_member_keeps_its_best_weights_and_learning_stops(make, monkeypatch):
@@ -296,7 +313,7 @@ def test_model_learns_the_line(make):
     assert model.metrics["model_r2_observation"] > 0.95 and model.metrics["model_r2_reward"] > 0.99
     assert 0.8 < model.metrics["model_coverage"] < 0.97 and model.metrics["model_end_accuracy"] > 0.5
     observations, actions = torch.zeros(20_000, 2), torch.tensor([[0.5, -1.0]]).expand(20_000, 2)
-    following, rewards, end, _ = model.dynamics.predict(observations, actions)
+    following, rewards, end, _ = model.dynamics.predict(observations, actions, False)
     assert torch.allclose(following.mean(dim=0), torch.tensor([0.05, -0.1]), atol=0.01)
     assert torch.allclose(following.std(dim=0), torch.tensor(0.01), atol=0.005)
     assert rewards.mean().abs() < 0.02 and end.mean() < 0.1
@@ -307,7 +324,7 @@ def test_model_learns_the_line(make):
 
 def test_nothing_is_imagined_after_an_end(make):
     imagination, agent = make(rollout_length=4)
-    for ends, lengths in ((lambda s: torch.ones(len(s), dtype=torch.bool), {1}), (combo.never, {4})):
+    for ends, lengths in ((lambda s: torch.ones(len(s), dtype=torch.bool), {1}), (combo.ENDS["never"], {4})):
         imagination.ends = ends
         starts = imagination.buffer.columns[0][:10]
         batch = imagination.imagine(starts, agent.actor)
@@ -325,7 +342,7 @@ def test_nothing_is_imagined_after_an_end(make):
 def test_actions_and_learned_ends_are_drawn(make):
     imagination, agent = make(rollout_length=1, termination="learned")
     step = imagination.model.dynamics.predict
-    imagination.model.dynamics.predict = lambda s, a: (*step(s, a)[:2], torch.full((len(s),), 0.3), step(s, a)[3])
+    imagination.model.dynamics.predict = lambda s, a, x: (*step(s, a, x)[:2], torch.full((len(s),), 0.3), 0.0)
     same = imagination.buffer.columns[0][:1].expand(1000, -1)
     batch = imagination.imagine(same, agent.actor)
     assert batch.terminals.mean().item() == pytest.approx(0.3, abs=0.05)
@@ -336,7 +353,7 @@ def test_actions_and_learned_ends_are_drawn(make):
 def test_imagined_numbers_stay_in_the_datas_box_and_ends_are_seen_before(make):
     imagination, agent = make(rollout_length=2, mopo_penalty=0.0)
     far = torch.full((10, 2), 1e3)
-    imagination.model.dynamics.predict = lambda s, a: (
+    imagination.model.dynamics.predict = lambda s, a, _: (
         s + far[: len(s)],
         s[:, 0] + 1e3,
         torch.zeros(len(s)),
@@ -426,8 +443,8 @@ def test_ends_are_the_tasks_where_its_rule_is_right_else_learned(make, capsys):
         assert combo.termination_rule("auto", name, states, 1 - ends) is None
         assert "learned (the rule of hopper is right in 0.0%)" in capsys.readouterr().out
     for name in ("hopper-v5", "hoppermaze-v0"):
-        assert combo.termination_rule("auto", name, states, 0 * ends) is combo.never
-        assert combo.termination_rule("never", name, states, ends) is combo.never
+        assert combo.termination_rule("auto", name, states, 0 * ends) is combo.ENDS["never"]
+        assert combo.termination_rule("never", name, states, ends) is combo.ENDS["never"]
         assert combo.termination_rule("learned", name, states, ends) is None
 
 

@@ -1094,9 +1094,8 @@ class Run:
         self.rows, self.names, self.sums = [], [], torch.zeros(2, 1)  # [2, M + 1]: since the last record, and row
         self.done, self.seconds = 0, 0.0  # step of the last record; seconds of updates since the last row
         self.saved, self.save_seconds = time.perf_counter(), 0.0
-        if self.path.exists():
-            with contextlib.suppress(OSError):  # a finished run may be read-only
-                self.lock()
+        with contextlib.suppress(OSError):  # the folder does not exist yet or, of a finished run, is read-only
+            self.lock()
         self.resumed = (self.path / "checkpoint.pt").exists()
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
         self.rng = torch.cuda if "cuda" in config.device else torch
@@ -1216,8 +1215,6 @@ class Run:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
-        if not self.resumed and (self.path / "checkpoint.pt").exists():
-            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")

@@ -183,6 +183,8 @@ class TanhGaussianActor(nn.Module):
 class EnsembleCritic(nn.Module):
     """Q(s, a) of E critics, with one batched product per layer."""
 
+    max_rows = 1000  # at once, on a CPU and without gradients, so that a layer's activations stay in the cache
+
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
@@ -198,12 +200,15 @@ class EnsembleCritic(nn.Module):
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """N actions per state: [B, O] and [B, N, A], or [E, B, N, A] with actions per critic -> [E, B, N]."""
         *leading, n_actions, _ = actions.shape
+        n = max(1, self.max_rows // n_actions)
+        if observations.is_cpu and len(observations) > n and not torch.is_grad_enabled():
+            return torch.cat([self(*part) for part in zip(observations.split(n), actions.split(n, dim=-3))], dim=1)
         observations = observations.unsqueeze(-2).expand(*leading, n_actions, -1)
         x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
         x = x.to(self.dtype or x.dtype).expand(len(self.weights[0]), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype)).relu_()  # [E, B N, hidden]
-        q = torch.baddbmm(self.biases[-1], x.to(self.weights[-1].dtype), self.weights[-1])
+        q = (x * self.weights[-1].mT).sum(dim=-1, keepdim=True) + self.biases[-1]  # one column is slow as a product
         return q.view(-1, leading[-1], n_actions)
 
 
@@ -282,16 +287,22 @@ class Dynamics(nn.Module):
         return metrics
 
     @torch.no_grad()
-    def predict(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draws next raw observations [B, O] and rewards [B], from one random elite per row; returns the probability of
-        an end [B] and the largest norm of the members' standard deviations (raw) [B] too, which MOPO subtracts."""
+    def predict(self, observations: Tensor, actions: Tensor, all_members: bool) -> tuple:
+        """Draws next raw observations [B, O] and rewards [B] from one random elite per row, which alone sees the row
+        unless all_members is set; returns the probability of an end [B] too, and the largest norm of all members'
+        standard deviations (raw) [B], which MOPO subtracts, or 0."""
         inputs = (torch.cat([observations, actions], dim=-1) - self.input_mean) / self.input_std
-        mean, log_var, end = self(inputs)
-        std, rows = (log_var / 2).exp(), torch.arange(len(actions), device=actions.device)
-        member = self.elites[torch.randint(len(self.elites), rows.shape, device=rows.device)]
-        sample = self.target_mean + self.target_std * torch.normal(mean[member, rows], std[member, rows])
-        uncertainty = (std * self.target_std).norm(dim=-1).max(dim=0).values
-        return observations + sample[:, :-1], sample[:, -1], end[member, rows].sigmoid(), uncertainty
+        rows = torch.arange(len(inputs), device=inputs.device)
+        member = self.elites[torch.randint_like(rows, len(self.elites))]
+        if not all_members:
+            rows = F.one_hot(member, len(self.min_log_var)).cumsum(dim=0)[rows, member] - 1  # within its elite's
+            grouped = inputs.new_zeros(len(self.min_log_var), member.bincount(minlength=1).max(), inputs.shape[1])
+            grouped[member, rows], inputs = inputs, grouped
+        outputs = self(inputs)
+        mean, log_var, end = (x[member, rows] for x in outputs)
+        sample = self.target_mean + self.target_std * torch.normal(mean, (log_var / 2).exp())
+        largest = ((outputs[1] / 2).exp() * self.target_std).norm(dim=-1).amax(dim=0) if all_members else 0.0
+        return observations + sample[:, :-1], sample[:, -1], end.sigmoid(), largest
 
 
 # local: the columns that the losses take
@@ -316,7 +327,7 @@ def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> 
 def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Draws N actions per state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
     mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
-    noise = torch.randn(len(mean), n, mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    noise = torch.randn_like(mean.repeat(1, n, 1))  # [B, N, A]
     pre_tanh = mean + log_std.exp() * noise  # [B, N, A]
     return pre_tanh.tanh(), tanh_gaussian_log_prob(pre_tanh, noise, log_std)
 
@@ -444,16 +455,14 @@ class CQL(nn.Module):
         """The same values, with a cheaper gradient of the same expectation. The gradient of T logsumexp(scores) is the
         mean gradient of Q under the soft-max of the scores: k actions are drawn from it for each state and critic.
         actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
-        n_critics, batch_size, n_scores = scores.shape
-        k = self.config.cql_backprop_actions
-        uniform = torch.rand(n_critics, batch_size, k, dtype=scores.dtype, device=scores.device)
+        *shape, n_scores = scores.shape
+        uniform = torch.rand(*shape, self.config.cql_backprop_actions, dtype=scores.dtype, device=scores.device)
         cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
-        drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)
-        places = drawn + actions.shape[1] - n_scores  # [E, B, k], among all actions
-        actions = actions.expand(n_critics, -1, -1, -1)
-        drawn = actions.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, actions.shape[-1]))  # [E, B, k, A]
-        q = self.critic(batch.observations, torch.cat([actions[:, :, :1], drawn], dim=2))  # [E, B, 1 + k]
-        q_drawn = self.bound(batch, q[..., 1:], places).mean(dim=-1)  # [E, B]
+        drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)  # [E, B, k], among the scores
+        places = F.pad(drawn + actions.shape[1] - n_scores, (1, 0))  # [E, B, 1 + k], among all; first the data's
+        actions = actions.unsqueeze(0).take_along_dim(places.unsqueeze(-1), dim=2)  # [E, B, 1 + k, A]
+        q = self.critic(batch.observations, actions)  # [E, B, 1 + k]
+        q_drawn = self.bound(batch, q[..., 1:], places[..., 1:]).mean(dim=-1)  # [E, B]
         return q[..., 0], log_sum_exp + (q_drawn - q_drawn.detach())
 
     @torch.no_grad()
@@ -463,9 +472,9 @@ class CQL(nn.Module):
         # Without importance sampling the first score is the data's, and the shares do not add up to 1.
         shares = scores.softmax(dim=-1)[..., -n_proposals:].mean(dim=(0, 1)).chunk(3)
         metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
-        for i, source in enumerate(("rand", "next_actions", "current_actions")):
-            metrics |= per_critic(f"cql_q{{}}_{source}", q[..., 1:].chunk(3, dim=-1)[i].mean(dim=(1, 2)))
-            metrics[f"cql_weight_{source}"] = shares[i].sum()
+        for source, values, share in zip(("rand", "next_actions", "current_actions"), q[..., 1:].chunk(3, -1), shares):
+            metrics |= per_critic(f"cql_q{{}}_{source}", values.mean(dim=(1, 2)))
+            metrics[f"cql_weight_{source}"] = share.sum()
         log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
         constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
         clipped = (state_gap < config.cql_clip_diff_min) | (state_gap > config.cql_clip_diff_max)
@@ -482,16 +491,16 @@ class CQL(nn.Module):
         """mean and log_std [2B, A] of the actor at observations and next observations -> TD target [B], and N random, N
         next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions are used
         twice: in the target, and as proposals at s, with their density at s' (as in the authors' code)."""
-        config, (batch_size, action_dim) = self.config, batch.actions.shape
+        config = self.config
         n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
         (current_actions, next_actions), (current_log_prob, next_log_prob) = actions.chunk(2), log_prob.chunk(2)
         n_backup = n if config.cql_max_target_backup else 1
         td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
         if self.cql_alpha == 0:
-            return td_target, actions.new_empty(batch_size, 0, action_dim), log_prob.new_empty(batch_size, 0)
+            return td_target, current_actions[:, :0], current_log_prob[:, :0]
         random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
-        random_log_prob = torch.full_like(current_log_prob, -action_dim * math.log(2))
+        random_log_prob = torch.full_like(current_log_prob, -batch.actions.shape[1] * math.log(2))
         proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
         return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
 
@@ -539,7 +548,7 @@ class CQL(nn.Module):
         self.n_updates += 1
         if self.n_updates % self.config.target_update_period == 0:
             with torch.no_grad():
-                targets, sources = list(self.target_critic.parameters()), list(self.critic.parameters())
+                targets, sources = list(self.target_critic.parameters()), self.parameter_groups["critic"]
                 torch._foreach_lerp_(targets, sources, self.config.soft_target_update_rate)
         return metrics
 
@@ -572,16 +581,13 @@ def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
     return {name.format(i + 1): value for i, value in enumerate(values)}
 
 
-def never(observations: Tensor) -> Tensor:
-    return torch.zeros(len(observations), dtype=torch.bool, device=observations.device)
-
-
 # Whether an episode of the task ends in a raw observation [B, O]: the rules of the environments.
 ENDS = {
     "ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1.0)),
     "hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
     "humanoid": lambda s: ~((s[:, 0] > 1.0) & (s[:, 0] < 2.0)),
     "walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2.0) & (s[:, 1].abs() < 1.0)),
+    "never": lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool),
 }
 
 
@@ -656,19 +662,15 @@ class WorldModel:
             self.judge()
             self.keep()
             save_run()
-            if bar.disable and status["epoch"] == 1:
-                print(f"model: {time.perf_counter() - started:.0f} s per epoch, at most {bar.total} epochs", flush=True)
             bar.update()
-            bar.set_postfix_str(f"held-out error {min(status['errors']):.4g}")
+            bar.write(f"model: epoch {status['epoch']}, held-out error {min(status['errors']):.4g}")
         bar.close()
         dynamics.load_state_dict(self.best)
         dynamics.elites.copy_(torch.tensor(status["errors"]).argsort()[: len(dynamics.elites)])
-        if not (self.run.resumed and (self.run.path / "dynamics.pt").exists()):
-            save(self.run.path / "dynamics.pt", self.state)
+        save(self.run.path / "dynamics.pt", self.state)
         self.seconds, self.metrics = time.perf_counter() - started, self.describe()
-        errors = ", ".join(f"{x:.3g}" for x in status["errors"])
-        print(f"model: {status['epoch']} epochs, {self.seconds:.0f} s, held-out errors {errors}")
-        print(", ".join(f"{name} {value:.3g}" for name, value in self.metrics.items()))
+        metrics = ", ".join(f"{name} {value:.3g}" for name, value in self.metrics.items())
+        print(f"model: {status['epoch']} epochs, {self.seconds:.0f} s, {metrics}")
 
     @torch.no_grad()
     def judge(self) -> None:
@@ -706,9 +708,9 @@ def termination_rule(kind: str, names: str, observations: Tensor, terminals: Ten
     """Rule for the ends of imagined episodes. auto is the task's rule if it is known and right on the data, else what
     the model learns (None) or, without ends in the data, never."""
     name = next((x for x in ENDS if x in re.split("[^a-z0-9]+", names)), "")
-    rule, found = ENDS.get(name, never), ""
+    found = ""
     if name:
-        right = (rule(observations) == terminals.bool()).float()
+        right = (ENDS[name](observations) == terminals.bool()).float()
         agreement = min(right[terminals == x].mean().item() for x in terminals.unique())
         found = f" (the rule of {name} is right in {agreement:.1%})"
     if kind == "auto" and name and agreement >= 0.999:
@@ -716,7 +718,7 @@ def termination_rule(kind: str, names: str, observations: Tensor, terminals: Ten
     elif kind == "auto":
         kind = "learned" if terminals.any() else "never"
     print(f"ends of imagined episodes: {kind}{found}")
-    return {"learned": None, "never": never}.get(kind, rule)
+    return ENDS.get(kind)
 
 
 class Imagination:
@@ -728,7 +730,7 @@ class Imagination:
     def __init__(self, config: TrainConfig, task: Any, agent: CQL, buffer: Any, run: Any):
         """buffer: that of the data. Raises ConfigError and DataError."""
         self.config, self.agent, self.buffer, self.model, self.run = config, agent, buffer, None, run
-        self.generations, self.metrics, self.seconds = [], {}, {"rollout": 0.0, "update": 0.0}
+        self.generations, self.metrics, self.seconds = [], {}, {"model": 0.0, "rollout": 0.0, "update": 0.0}
         self.n_imagined = config.batch_size - agent.n_real
         if config.push_down_states == "model" and not self.n_imagined:
             raise ConfigError("--push_down_states model needs imagined states; lower --real_ratio")
@@ -751,11 +753,12 @@ class Imagination:
     def imagine(self, observations: Tensor, actor: TanhGaussianActor) -> Batch:
         """Rollouts from normalised observations [B, O]; each one stops where its episode ends."""
         config, parts, mean, std = self.config, [], actor.observation_mean, actor.observation_std
+        predict = self.model.dynamics.predict
         for _ in range(config.rollout_length):
             actions = sample_actions(*actor(observations), 1)[0].squeeze(1)
             if config.rollout_actions == "uniform":
                 actions.uniform_(-1, 1)
-            following, rewards, end, uncertainty = self.model.dynamics.predict(observations * std + mean, actions)
+            following, rewards, end, uncertainty = predict(observations * std + mean, actions, config.mopo_penalty > 0)
             ended = torch.rand_like(end) < end if self.ends is None else self.ends(following)
             rewards = rewards.clamp(*self.reward_range) - config.mopo_penalty * uncertainty
             following = actor.normalise(following.clamp(self.low, self.high))
@@ -772,18 +775,20 @@ class Imagination:
         with seeded(config, 3, step):  # first states, actions, transitions
             rows = torch.randint(self.buffer.size, (config.rollout_batch_size,), device=self.counts.device)
             parts = [self.imagine(self.buffer.columns[0][part], actor) for part in rows.split(self.chunk)]
-        slot, n = step // config.rollout_freq % config.model_retain, sum(len(x.rewards) for x in parts)
-        for ring, column in zip(self.rings, zip(*parts)):
-            ring[slot * self.slot_size : slot * self.slot_size + n] = torch.cat(column)
+        columns = Batch(*map(torch.cat, zip(*parts)))
+        slot, n = step // config.rollout_freq % config.model_retain, len(columns.rewards)
+        for ring, column in zip(self.rings, columns):
+            ring[slot * self.slot_size : slot * self.slot_size + n] = column
         self.counts[slot] = n
         self.metrics["rollout_length"] = n / config.rollout_batch_size
-        self.metrics["rollout_reward"] = torch.cat([x.rewards for x in parts]).mean().item()
+        self.metrics["rollout_reward"] = columns.rewards.mean().item()
         self.seconds["rollout"] += time.perf_counter() - started
 
     def begin(self, save_run: Callable) -> None:
         """Fits the model, and imagines the generations of a resumed run again."""
         if self.model:
             self.model.fit(save_run)
+            self.metrics, self.seconds["model"] = self.model.metrics, self.model.seconds
         for generation in self.run.checkpoint["generations"] if self.run.resumed else ():
             self.generate(**generation)
 
@@ -796,9 +801,7 @@ class Imagination:
     def row(self) -> dict[str, float]:
         """Metrics of model and rollouts, and their shares of the time so far."""
         self.seconds["update"] += self.run.seconds
-        seconds = {"model": self.model.seconds if self.model else 0.0} | self.seconds
-        shares = {f"{name}_time_share": x / sum(seconds.values()) for name, x in seconds.items()}
-        return (self.model.metrics if self.model else {}) | self.metrics | shares
+        return self.metrics | {f"{x}_time_share": y / sum(self.seconds.values()) for x, y in self.seconds.items()}
 
     def state(self) -> dict[str, Any]:
         return {"generations": self.generations, "model": self.model.state if self.model else {}}
@@ -1501,9 +1504,8 @@ class Run:
         self.rows, self.names, self.sums = [], [], torch.zeros(2, 1)  # [2, M + 1]: since the last record, and row
         self.done, self.seconds = 0, 0.0  # step of the last record; seconds of updates since the last row
         self.saved, self.save_seconds = time.perf_counter(), 0.0
-        if self.path.exists():
-            with contextlib.suppress(OSError):  # a finished run may be read-only
-                self.lock()
+        with contextlib.suppress(OSError):  # the folder does not exist yet or, of a finished run, is read-only
+            self.lock()
         self.resumed = (self.path / "checkpoint.pt").exists()
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
         self.rng = torch.cuda if "cuda" in config.device else torch
@@ -1623,8 +1625,6 @@ class Run:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
-        if not self.resumed and (self.path / "checkpoint.pt").exists():
-            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")

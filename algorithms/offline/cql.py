@@ -165,6 +165,8 @@ class TanhGaussianActor(nn.Module):
 class EnsembleCritic(nn.Module):
     """Q(s, a) of E critics, with one batched product per layer."""
 
+    max_rows = 1000  # at once, on a CPU and without gradients, so that a layer's activations stay in the cache
+
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
@@ -180,12 +182,15 @@ class EnsembleCritic(nn.Module):
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """N actions per state: [B, O] and [B, N, A], or [E, B, N, A] with actions per critic -> [E, B, N]."""
         *leading, n_actions, _ = actions.shape
+        n = max(1, self.max_rows // n_actions)
+        if observations.is_cpu and len(observations) > n and not torch.is_grad_enabled():
+            return torch.cat([self(*part) for part in zip(observations.split(n), actions.split(n, dim=-3))], dim=1)
         observations = observations.unsqueeze(-2).expand(*leading, n_actions, -1)
         x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
         x = x.to(self.dtype or x.dtype).expand(len(self.weights[0]), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype)).relu_()  # [E, B N, hidden]
-        q = torch.baddbmm(self.biases[-1], x.to(self.weights[-1].dtype), self.weights[-1])
+        q = (x * self.weights[-1].mT).sum(dim=-1, keepdim=True) + self.biases[-1]  # one column is slow as a product
         return q.view(-1, leading[-1], n_actions)
 
 
@@ -211,7 +216,7 @@ def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> 
 def sample_actions(mean: Tensor, log_std: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Draws N actions per state, by reparametrisation: [B, A] -> actions [B, N, A], log-densities [B, N]."""
     mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
-    noise = torch.randn(len(mean), n, mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    noise = torch.randn_like(mean.repeat(1, n, 1))  # [B, N, A]
     pre_tanh = mean + log_std.exp() * noise  # [B, N, A]
     return pre_tanh.tanh(), tanh_gaussian_log_prob(pre_tanh, noise, log_std)
 
@@ -323,16 +328,14 @@ class CQL(nn.Module):
         """The same values, with a cheaper gradient of the same expectation. The gradient of T logsumexp(scores) is the
         mean gradient of Q under the soft-max of the scores: k actions are drawn from it for each state and critic.
         actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
-        n_critics, batch_size, n_scores = scores.shape
-        k = self.config.cql_backprop_actions
-        uniform = torch.rand(n_critics, batch_size, k, dtype=scores.dtype, device=scores.device)
+        *shape, n_scores = scores.shape
+        uniform = torch.rand(*shape, self.config.cql_backprop_actions, dtype=scores.dtype, device=scores.device)
         cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
-        drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)
-        places = drawn + actions.shape[1] - n_scores  # [E, B, k], among all actions
-        actions = actions.expand(n_critics, -1, -1, -1)
-        drawn = actions.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, actions.shape[-1]))  # [E, B, k, A]
-        q = self.critic(batch.observations, torch.cat([actions[:, :, :1], drawn], dim=2))  # [E, B, 1 + k]
-        q_drawn = self.bound(batch, q[..., 1:], places).mean(dim=-1)  # [E, B]
+        drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)  # [E, B, k], among the scores
+        places = F.pad(drawn + actions.shape[1] - n_scores, (1, 0))  # [E, B, 1 + k], among all; first the data's
+        actions = actions.unsqueeze(0).take_along_dim(places.unsqueeze(-1), dim=2)  # [E, B, 1 + k, A]
+        q = self.critic(batch.observations, actions)  # [E, B, 1 + k]
+        q_drawn = self.bound(batch, q[..., 1:], places[..., 1:]).mean(dim=-1)  # [E, B]
         return q[..., 0], log_sum_exp + (q_drawn - q_drawn.detach())
 
     @torch.no_grad()
@@ -342,9 +345,9 @@ class CQL(nn.Module):
         # Without importance sampling the first score is the data's, and the shares do not add up to 1.
         shares = scores.softmax(dim=-1)[..., -n_proposals:].mean(dim=(0, 1)).chunk(3)
         metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
-        for i, source in enumerate(("rand", "next_actions", "current_actions")):
-            metrics |= per_critic(f"cql_q{{}}_{source}", q[..., 1:].chunk(3, dim=-1)[i].mean(dim=(1, 2)))
-            metrics[f"cql_weight_{source}"] = shares[i].sum()
+        for source, values, share in zip(("rand", "next_actions", "current_actions"), q[..., 1:].chunk(3, -1), shares):
+            metrics |= per_critic(f"cql_q{{}}_{source}", values.mean(dim=(1, 2)))
+            metrics[f"cql_weight_{source}"] = share.sum()
         log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
         constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
         clipped = (state_gap < config.cql_clip_diff_min) | (state_gap > config.cql_clip_diff_max)
@@ -361,16 +364,16 @@ class CQL(nn.Module):
         """mean and log_std [2B, A] of the actor at observations and next observations -> TD target [B], and N random, N
         next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions are used
         twice: in the target, and as proposals at s, with their density at s' (as in the authors' code)."""
-        config, (batch_size, action_dim) = self.config, batch.actions.shape
+        config = self.config
         n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
         (current_actions, next_actions), (current_log_prob, next_log_prob) = actions.chunk(2), log_prob.chunk(2)
         n_backup = n if config.cql_max_target_backup else 1
         td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
         if self.cql_alpha == 0:
-            return td_target, actions.new_empty(batch_size, 0, action_dim), log_prob.new_empty(batch_size, 0)
+            return td_target, current_actions[:, :0], current_log_prob[:, :0]
         random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
-        random_log_prob = torch.full_like(current_log_prob, -action_dim * math.log(2))
+        random_log_prob = torch.full_like(current_log_prob, -batch.actions.shape[1] * math.log(2))
         proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
         return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
 
@@ -423,7 +426,7 @@ class CQL(nn.Module):
         self.n_updates += 1
         if self.n_updates % self.config.target_update_period == 0:
             with torch.no_grad():
-                targets, sources = list(self.target_critic.parameters()), list(self.critic.parameters())
+                targets, sources = list(self.target_critic.parameters()), self.parameter_groups["critic"]
                 torch._foreach_lerp_(targets, sources, self.config.soft_target_update_rate)
         return metrics
 
@@ -1129,9 +1132,8 @@ class Run:
         self.rows, self.names, self.sums = [], [], torch.zeros(2, 1)  # [2, M + 1]: since the last record, and row
         self.done, self.seconds = 0, 0.0  # step of the last record; seconds of updates since the last row
         self.saved, self.save_seconds = time.perf_counter(), 0.0
-        if self.path.exists():
-            with contextlib.suppress(OSError):  # a finished run may be read-only
-                self.lock()
+        with contextlib.suppress(OSError):  # the folder does not exist yet or, of a finished run, is read-only
+            self.lock()
         self.resumed = (self.path / "checkpoint.pt").exists()
         self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
         self.rng = torch.cuda if "cuda" in config.device else torch
@@ -1251,8 +1253,6 @@ class Run:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
-        if not self.resumed and (self.path / "checkpoint.pt").exists():
-            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
