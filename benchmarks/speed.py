@@ -7,19 +7,20 @@
     python benchmarks/speed.py --script offline/combo --part model --variants dynamics_members=1,dynamics_elites=1 -
     python benchmarks/speed.py --script offline/combo --part rollouts
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
-    python benchmarks/speed.py --variants OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 --copies 1 2 4
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --copies 1 2 --variants - compile=True --peer ../CORL
 
 A variant is a list of options of the script and, in capitals, environment variables (`-`: none). Each variant runs in
 a process of its own. Windows of time alternate between the variants, and the median counts. `--peer` is a checkout of
 CORL (https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads
 that the scripts set. `--env` also times the online steps of finetune/cql: acting, environment, file and buffer, without
 updates. `--part` times one part of offline/combo instead: updates of its model, or imagined transitions. `--copies` is
-the number of a variant's processes that run at once, as packed runs on one GPU or CPU do; the rate is their sum.
-`--beside` is the number of busy processes that run at the same time. If either has several numbers, they are measured
-in turn. Rows are added to benchmarks/results/speed.csv.
+the number of a variant's processes that run at once, as packed runs on one GPU or CPU do; CORL then has as many, and
+the rate is their sum. `--beside` is the number of busy processes that run at the same time. If either has several
+numbers, they are measured in turn. Rows are added to benchmarks/results/speed.csv.
 
-utilisation: updates per second times the operations of an update, divided by the rate that this machine reaches for the
-products of a critic's hidden layer alone (forward and both gradients), in the same type, in the same run.
+utilisation: updates per second times the operations of an update, divided by the rate that as many processes on this
+machine reach for the products of a critic's hidden layer alone (forward and both gradients), in the same type, in the
+same run.
 """
 
 import contextlib
@@ -275,9 +276,7 @@ def compare(job):
     specs += [("peer", job.peer)] if job.peer else []
     online = [("online", variant) for variant in job.variants if job.env]
     # Started one after the other, since compiling uses all cores.
-    workers = [
-        [start(job, *spec) for _ in range(max(job.copies) if spec[0] == "script" else 1)] for spec in specs + online
-    ]
+    workers = [[start(job, *spec) for _ in range(max(job.copies))] for spec in specs + online]
     rows = []
     for n_beside, copies in itertools.product(job.beside, job.copies):
         rates = [[] for _ in workers]

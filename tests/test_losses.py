@@ -359,6 +359,22 @@ def test_ensemble_is_two_networks_that_start_apart_and_targets_with_them():
             assert close(q[e, b, n], x @ critic.weights[-1][e, :, 0] + critic.biases[-1][e, 0, 0])
 
 
+@pytest.mark.parametrize("max_rows, largest", ((1, 7), (7, 7), (30, 28), (1000, 77)))
+@pytest.mark.parametrize("shape", ((11, 7, A), (2, 11, 7, A)), ids=("shared", "per critic"))
+def test_without_gradients_critics_see_states_in_pieces(shape, max_rows, largest, monkeypatch):
+    """The values are the same, whether the pieces come out even or not. A state is never split."""
+    critic, product, rows = make_agent().critic, torch.baddbmm, []
+    monkeypatch.setattr(torch, "baddbmm", lambda bias, x, weight: rows.append(x.shape[1]) or product(bias, x, weight))
+    monkeypatch.setattr(cql.EnsembleCritic, "max_rows", max_rows)
+    observations, actions = torch.randn(11, S), torch.rand(shape) * 2 - 1
+    whole = critic(observations, actions)
+    assert set(rows) == {77}
+    rows.clear()
+    with torch.no_grad():
+        assert close(critic(observations, actions), whole.detach(), 1e-12)
+    assert max(rows) == largest
+
+
 def test_log_std_is_scaled_shifted_and_bounded():
     """multiplier * network - 1, both learned, between -20 and 2; the mean is the network's."""
     actor = make_agent(fresh=True, policy_log_std_multiplier=0.5).actor

@@ -58,12 +58,16 @@ def test_a_row_for_each_variant_alone_and_beside_a_busy_process(measure):
 
 
 def test_the_rate_of_copies_is_their_sum(measure, monkeypatch):
-    """Workers answer 1, 2, 3, ... to the requests of a window, those of the products before those of the script."""
-    prepared, answers = (1, 0.0, None, 0.0, 1), iter(range(1, 100))
+    """Workers answer 1, 2, 3, ... to the requests of a window: the products in both types, the script, the peer. All
+    have as many copies."""
+    prepared, answers = (1e9, 0.0, None, 0.0, 1), iter(range(1, 100))
     connection = type("Connection", (), {"send": lambda *_: None, "recv": lambda _: next(answers)})()
     monkeypatch.setattr(speed, "start", lambda *_: (connection, prepared))
-    rows = measure("--copies", "1", "3")
-    assert [(row["copies"], row["updates_per_second"]) for row in rows] == [("1", "3"), ("3", f"{6 + 7 + 8}")]
+    rows = measure("--copies", "1", "3", f"--peer={speed.ROOT}")
+    rates = {("-", "1"): 3, ("CORL", "1"): 4, ("-", "3"): 11 + 12 + 13, ("CORL", "3"): 14 + 15 + 16}
+    assert {(row["variant"], row["copies"]): float(row["updates_per_second"]) for row in rows} == rates
+    assert [row["ratio"] for row in rows] == ["0.75", "1.0", "0.8", "1.0"]
+    assert [float(row["utilisation"]) * 1e-9 for row in rows] == pytest.approx([3 / 1, 4 / 1, 36 / 18, 45 / 18])
 
 
 @pytest.mark.parametrize("part", [None, "model", "rollouts"])
