@@ -9,14 +9,15 @@
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
     OMP_NUM_THREADS=1 python benchmarks/speed.py --copies 1 2 --variants - compile=True --peer ../CORL
 
-A variant is a list of options of the script and, in capitals, environment variables (`-`: none). Each variant runs in
-a process of its own. Windows of time alternate between the variants, and the median counts. `--peer` is a checkout of
-CORL (https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads
-that the scripts set. `--env` also times the online steps of finetune/cql: acting, environment, file and buffer, without
-updates. `--part` times one part of offline/combo instead: updates of its model, or imagined transitions. `--copies` is
-the number of a variant's processes that run at once, as packed runs on one GPU or CPU do; CORL then has as many, and
-the rate is their sum. `--beside` is the number of busy processes that run at the same time. If either has several
-numbers, they are measured in turn. Rows are added to benchmarks/results/speed.csv.
+A variant is a list of options of the script, of its classes' constants (`EnsembleCritic.max_rows=500`) and, in
+capitals, of environment variables (`-`: none). Each variant runs in a process of its own. Windows of time alternate
+between the variants, and the median counts. `--peer` is a checkout of CORL (https://github.com/corl-team/CORL), whose
+classes and replay buffer are timed on the same job, with the threads that the scripts set. `--env` also times the
+online steps of finetune/cql: acting, environment, file and buffer, without updates. `--part` times one part of
+offline/combo instead: updates of its model, or imagined transitions. `--copies` is the number of a variant's processes
+that run at once, as packed runs on one GPU or CPU do; CORL then has as many, and the rate is their sum. `--beside` is
+the number of busy processes that run at the same time. If either has several numbers, they are measured in turn. Rows
+are added to benchmarks/results/speed.csv.
 
 utilisation: updates per second times the operations of an update, divided by the rate that as many processes on this
 machine reach for the products of a critic's hidden layer alone (forward and both gradients), in the same type, in the
@@ -82,10 +83,15 @@ def count_operations(function):
 
 
 def make_config(job, variant):
-    """The script's configuration for the job, and environment variables. Raises ValueError for an unknown option."""
+    """The script's configuration for the job, environment variables, and constants of classes as (class, name, value).
+    Raises ValueError for an unknown name."""
     script = SCRIPTS[job.script]
     options = dict(option.partition("=")[::2] for option in variant.split(",") if variant != "-")
     variables = {name: options.pop(name) for name in list(options) if name.isupper()}
+    constants = [(*name.split("."), int(options.pop(name))) for name in list(options) if name.count(".") == 1]
+    constants = [(getattr(script, owner, None), name, value) for owner, name, value in constants]
+    if unknown := [name for owner, name, _ in constants if not hasattr(owner, name)]:
+        raise ValueError(f"no such constant: {', '.join(unknown)}")
     kinds = {field.name: field.type for field in fields(script.TrainConfig)}
     if unknown := options.keys() - kinds.keys():
         raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
@@ -93,13 +99,15 @@ def make_config(job, variant):
     never = dict.fromkeys(("eval_freq", "log_interval", "max_timesteps"), 10**9)
     sizes = {"batch_size": job.batch, "cql_n_actions": job.actions, "q_n_hidden_layers": job.layers}
     defaults = {name: value for name, value in (never | sizes).items() if name in kinds}
-    return script.TrainConfig(device=job.device, **defaults | options), variables
+    return script.TrainConfig(device=job.device, **defaults | options), variables, constants
 
 
 def prepare_script(job, variant):
     """Prepares the script's own agent and loop, with the job's sizes. Returns a function that runs updates and returns
     their number, the operations of one update, and the seconds of compilation."""
-    script, (config, _), data = SCRIPTS[job.script], make_config(job, variant), random_data(job)
+    script, (config, _, constants), data = SCRIPTS[job.script], make_config(job, variant), random_data(job)
+    for owner, name, value in constants:
+        setattr(owner, name, value)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     if script is cql_dqn:
@@ -148,7 +156,7 @@ def prepare_updates(script, config, agent, sample, run=None):
 
 def prepare_online(job, variant):
     """Does the same for online steps of finetune/cql: the function makes one step in each environment."""
-    config, _ = make_config(job, variant)
+    config, *_ = make_config(job, variant)
     options = {"env": "none", "eval_env": job.env, "offline_iterations": 0, "online_iterations": 10**9}
     options |= {"failure_reward": config.failure_reward or 0.0, "normalize": False, "buffer_size": 10**5}
     # The open file stays until the process ends.
@@ -211,6 +219,15 @@ def count_launches(function, device):
     return sum(event.count for event in profiler.key_averages() if "Launch" in event.key) / n
 
 
+def print_profile(variant, function):
+    """Where the CPU's time goes: microseconds and calls per update of the costliest operations, without what they call.
+    What is missing from the time of an update is Python's."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        n = sum(function() for _ in range(50))
+    for event in sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:15]:
+        print(f"{variant}: {event.self_cpu_time_total / n:8.0f} us {event.count / n:7.1f} calls of {event.key[:40]}")
+
+
 def peak_memory(device):
     """The peak memory of the device, or of the process, in MB."""
     if "cuda" in device:
@@ -235,6 +252,8 @@ def work(connection, job, kind, variant):
     function, operations, seconds = kinds[kind](job, variant)
     for _ in range(5):  # on a GPU updates are recorded in the fourth call
         function()
+    if job.profile and kind == "script":
+        print_profile(variant, function)
     launches = count_launches(function, job.device)
     connection.send((operations, seconds, launches, peak_memory(job.device) - before, torch.get_num_threads()))
     while duration := connection.recv():
@@ -330,6 +349,7 @@ def main():
     add("--actions", type=int, default=10, help="cql_n_actions (default %(default)s)")
     add("--beside", type=int, nargs="+", default=[0], metavar="N", help="number of busy processes meanwhile")
     add("--copies", type=int, nargs="+", default=[1], metavar="N", help="number of processes of a variant at once")
+    add("--profile", action="store_true", help="print the costliest operations of each variant")
     add("--windows", type=int, default=7, help="windows per variant (default %(default)s)")
     add("--seconds", type=float, default=3.0, help="length of a window (default %(default)s)")
     add("--device", default=cql.TrainConfig().device, help="cpu or cuda (default %(default)s)")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from algorithms.offline import cql
 from benchmarks import speed
 
 TINY = ["--observation=3", "--action=2", "--batch=8", "--layers=1", "--actions=2", "--windows=1", "--seconds=0.05"]
@@ -77,10 +78,25 @@ def test_parts_of_combo(part, measure, here):
     assert row["part"] == (part or "") and float(row["updates_per_second"]) > 0 and float(row["gflop_per_update"]) > 0
 
 
-def test_a_variant_is_options_and_environment_variables():
+def test_profile_counts_the_products_of_an_update(measure, here, capsys):
+    """With one hidden layer: two layers, of the network at states and next states and of the target at next states."""
+    measure("--script=discrete/cql_dqn", "--profile")
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.endswith("calls of aten::addmm"))
+    assert line.split()[:3:2] == ["-:", "us"] and line.split()[3] == "6.0" and float(line.split()[1]) > 0
+
+
+def test_a_variant_is_options_constants_and_environment_variables():
     job = type("Job", (), {"script": "offline/cql", "device": "cpu", "batch": 8, "layers": 1, "actions": 2})
-    config, variables = speed.make_config(job, "GOMP_SPINCOUNT=0,cql_alpha=2")
+    variant = "GOMP_SPINCOUNT=0,cql_alpha=2,EnsembleCritic.max_rows=7"
+    config, variables, constants = speed.make_config(job, variant)
     assert variables == {"GOMP_SPINCOUNT": "0"} and (config.cql_alpha, config.batch_size) == (2, 8)
+    assert constants == [(cql.EnsembleCritic, "max_rows", 7)]
+
+
+def test_constants_of_a_variant_reach_the_script(measure, here, monkeypatch):
+    monkeypatch.setattr(cql.EnsembleCritic, "max_rows", 1000)
+    measure("--variants=EnsembleCritic.max_rows=7")
+    assert cql.EnsembleCritic.max_rows == 7
 
 
 def test_busy_processes_end():
@@ -109,6 +125,8 @@ def test_operations_of_the_discrete_script_are_those_of_the_products():
     [
         ["--variants=sped=1"],
         ["--variants=precision=half"],
+        ["--variants=EnsembleCritic.no_such=3"],
+        ["--variants=NoClass.max_rows=3"],
         ["--peer=/nowhere"],
         ["--beside=-1"],
         ["--copies=0"],

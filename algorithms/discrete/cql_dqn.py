@@ -731,7 +731,8 @@ class ReplayBuffer:
         return Batch(*[column[indices] for column in self.columns])
 
     def sample(self, batch_size: int) -> Batch:
-        return self.rows(torch.randint(self.size, (batch_size,), device=self.columns[0].device))
+        rows = torch.randint(self.size, (batch_size,), device=self.columns[0].device)
+        return Batch(*[column.index_select(0, rows) for column in self.columns])  # faster than column[rows]
 
 
 def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:

@@ -707,8 +707,7 @@ class WorldModel:
 def termination_rule(kind: str, names: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
     """Rule for the ends of imagined episodes. auto is the task's rule if it is known and right on the data, else what
     the model learns (None) or, without ends in the data, never."""
-    name = next((x for x in ENDS if x in re.split("[^a-z0-9]+", names)), "")
-    found = ""
+    name, found = next((x for x in ENDS if x in re.split("[^a-z0-9]+", names)), ""), ""
     if name:
         right = (ENDS[name](observations) == terminals.bool()).float()
         agreement = min(right[terminals == x].mean().item() for x in terminals.unique())
@@ -1141,7 +1140,8 @@ class ReplayBuffer:
         return Batch(*[column[indices] for column in self.columns])
 
     def sample(self, batch_size: int) -> Batch:
-        return self.rows(torch.randint(self.size, (batch_size,), device=self.columns[0].device))
+        rows = torch.randint(self.size, (batch_size,), device=self.columns[0].device)
+        return Batch(*[column.index_select(0, rows) for column in self.columns])  # faster than column[rows]
 
 
 def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
