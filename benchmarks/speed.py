@@ -9,19 +9,20 @@
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
     OMP_NUM_THREADS=1 python benchmarks/speed.py --copies 1 2 --variants - compile=True --peer ../CORL
 
-A variant is a list of options of the script, of its classes' constants (`EnsembleCritic.max_rows=500`) and, in
-capitals, of environment variables (`-`: none). Each variant runs in a process of its own. Windows of time alternate
-between the variants, and the median counts. `--peer` is a checkout of CORL (https://github.com/corl-team/CORL), whose
-classes and replay buffer are timed on the same job, with the threads that the scripts set. `--env` also times the
-online steps of finetune/cql: acting, environment, file and buffer, without updates. `--part` times one part of
-offline/combo instead: updates of its model, or imagined transitions. `--copies` is the number of a variant's processes
-that run at once, as packed runs on one GPU or CPU do; CORL then has as many, and the rate is their sum. `--beside` is
-the number of busy processes that run at the same time. If either has several numbers, they are measured in turn. Rows
-are added to benchmarks/results/speed.csv.
+A variant is a list of options of the script, of whole-number constants of its classes (`EnsembleCritic.max_rows=500`)
+and, in capitals, of environment variables (`-`: none). Each variant runs in a process of its own. Windows of time
+alternate between the variants, and the median counts. `--peer` is a checkout of CORL
+(https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads that
+the scripts set. `--env` also times the online steps of finetune/cql: acting, environment, file and buffer, without
+updates. `--part` times one part of offline/combo instead: updates of its model, or imagined transitions. `--copies` is
+the number of a variant's processes that run at once, as packed runs on one GPU or CPU do; CORL and the products that
+utilisation refers to get as many, and the rates, of online steps too, are sums. `--beside` is the number of busy
+processes that run at the same time. If either has several numbers, they are measured in turn. Rows are added to
+benchmarks/results/speed.csv.
 
-utilisation: updates per second times the operations of an update, divided by the rate that as many processes on this
-machine reach for the products of a critic's hidden layer alone (forward and both gradients), in the same type, in the
-same run.
+utilisation: updates per second times the operations of an update, divided by the rate that this machine reaches for the
+products of a critic's hidden layer alone (forward and both gradients), in the same type, in the same run. CORL and the
+products have the threads of this command's environment.
 """
 
 import contextlib
@@ -223,9 +224,10 @@ def print_profile(variant, function):
     """Where the CPU's time goes: microseconds and calls per update of the costliest operations, without what they call.
     What is missing from the time of an update is Python's."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        n = sum(function() for _ in range(50))
+        n = sum(function() for _ in range(5))
     for event in sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:15]:
-        print(f"{variant}: {event.self_cpu_time_total / n:8.0f} us {event.count / n:7.1f} calls of {event.key[:40]}")
+        times = f"{event.self_cpu_time_total / n:9.1f} us {event.count / n:7.1f} calls of {event.key[:40]}"
+        print(f"{variant}: {times}", flush=True)
 
 
 def peak_memory(device):

@@ -223,8 +223,9 @@ def test_a_step_draws_an_elite_and_noise_for_each_row(all_members):
     model.elites.copy_(torch.tensor([1, 3]))
     means = torch.tensor([0.0, 10.0, 20.0, 30.0]).view(4, 1, 1)
     zeros = torch.zeros(4, 1, 1)
+    seen = []
     model.forward = lambda x: (
-        (means + zeros).expand(4, x.shape[-2], 4),
+        seen.append(x) or (means + zeros).expand(4, x.shape[-2], 4),
         zeros.expand(4, x.shape[-2], 4) - 4,
         means[..., 0] + x[..., 0],
     )
@@ -235,7 +236,11 @@ def test_a_step_draws_an_elite_and_noise_for_each_row(all_members):
     noise = drawn - torch.where(first, 10.0, 30.0).unsqueeze(1)
     assert torch.allclose(noise.std(dim=0), torch.tensor(-2.0).exp(), rtol=0.1)
     assert np.corrcoef(noise.T.numpy())[np.triu_indices(4, 1)] == pytest.approx(0, abs=0.1)
-    assert uncertainty == 0.0 if not all_members else torch.allclose(uncertainty, 2 * torch.tensor(-2.0).exp())
+    if all_members:
+        assert torch.allclose(uncertainty, 2 * torch.tensor(-2.0).exp())
+    else:  # the elites' rows only, each in one place
+        assert uncertainty == 0.0 and seen[0].shape == (4, max(first.sum(), 2000 - first.sum()), 5)
+        assert seen[0].any(dim=-1).sum(dim=1).tolist() == [0, first.sum(), 0, 2000 - first.sum()]
 
 
 @pytest.mark.parametrize("n_rows", (0, 1, 2, 500))

@@ -360,13 +360,15 @@ def test_ensemble_is_two_networks_that_start_apart_and_targets_with_them():
 
 
 @pytest.mark.parametrize("max_rows, largest", ((1, 7), (7, 7), (30, 28), (1000, 77)))
-@pytest.mark.parametrize("shape", ((11, 7, A), (2, 11, 7, A)), ids=("shared", "per critic"))
-def test_without_gradients_critics_see_states_in_pieces(shape, max_rows, largest, monkeypatch):
-    """The values are the same, whether the pieces come out even or not. A state is never split."""
+@pytest.mark.parametrize("own_actions, own_states", ((False, False), (True, False), (True, True)))
+def test_without_gradients_critics_see_states_in_pieces(own_states, own_actions, max_rows, largest, monkeypatch):
+    """The values are the same, whether the pieces come out even or not, also with states or actions of each critic's
+    own. A state is never split."""
     critic, product, rows = make_agent().critic, torch.baddbmm, []
     monkeypatch.setattr(torch, "baddbmm", lambda bias, x, weight: rows.append(x.shape[1]) or product(bias, x, weight))
     monkeypatch.setattr(cql.EnsembleCritic, "max_rows", max_rows)
-    observations, actions = torch.randn(11, S), torch.rand(shape) * 2 - 1
+    observations = torch.randn(*(2,) * own_states, 11, S)
+    actions = torch.rand(*(2,) * own_actions, 11, 7, A) * 2 - 1
     whole = critic(observations, actions)
     assert set(rows) == {77}
     rows.clear()
@@ -602,11 +604,16 @@ def test_drawn_numbers_beyond_the_rounded_sum_of_the_weights_are_the_last_action
 # Precision and compilation.
 
 
-def test_bfloat16_is_near():
+def test_bfloat16_is_near(monkeypatch):
     torch.set_default_dtype(torch.float32)
     agents = [make_agent(precision=precision, hidden_dim=64) for precision in ("float32", "bfloat16")]
     batch = make_batch(batch_size=64)
     check_bfloat16(agents, batch, batch.observations, batch.actions.unsqueeze(1))
+    whole = agents[1].critic(batch.observations, batch.actions.unsqueeze(1))
+    monkeypatch.setattr(cql.EnsembleCritic, "max_rows", 30)
+    with torch.no_grad():
+        pieces = agents[1].critic(batch.observations, batch.actions.unsqueeze(1))
+    assert pieces.dtype == torch.float32 and torch.allclose(pieces, whole, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -614,6 +621,7 @@ def test_bfloat16_is_near():
 )
 def test_traced_gradients_are_the_same(options, monkeypatch):
     torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(cql.EnsembleCritic, "max_rows", 20)  # so that there are pieces
     agent = make_agent(compile=True, batch_size=B, q_n_hidden_layers=1, policy_n_hidden_layers=1, **options)
     check_traced(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4, monkeypatch)
 

@@ -781,8 +781,7 @@ class Task:
         """Mean, spread and score of episodes; the reference returns, if known, score 0 and 100."""
         mean, std, score = float(returns.mean()), float(returns.std()), None
         if self.reference is not None:
-            low, high = self.reference
-            score = float(100 * (mean - low) / (high - low))
+            score = float(100 * (mean - self.reference[0]) / np.ptp(self.reference))
         return {"eval_return": mean, "eval_return_std": std, "d4rl_normalized_score": score}
 
     def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
@@ -925,8 +924,8 @@ def describe(row: dict[str, Any]) -> str:
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
-    shown = [name for name in row if name.startswith("holdout_")]
-    shown = shown or ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf", "policy_loss"]
+    others = ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf", "policy_loss"]
+    shown = [name for name in row if name.startswith("holdout_")] or others
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 
 
@@ -1013,8 +1012,6 @@ class Signals:
     @classmethod
     def receive(cls, number: int, _: Any) -> None:
         if cls.received or not cls.wait:
-            with contextlib.suppress(RuntimeError):  # if the signal came while something was printed
-                sys.stdout.flush()
             os._exit(128 + number)  # an exception could get lost in the compiler
         cls.received = number
 
@@ -1216,6 +1213,8 @@ class Run:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
+        if not self.resumed and (self.path / "checkpoint.pt").exists():
+            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
@@ -1257,6 +1256,7 @@ class Run:
 
 def main(config_class: type, train: Callable) -> None:
     """The program: errors of people become one line and an exit status."""
+    sys.stdout.reconfigure(line_buffering=True)  # in a file too
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, Signals.receive)
     try:

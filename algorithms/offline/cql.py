@@ -163,9 +163,9 @@ class TanhGaussianActor(nn.Module):
 
 
 class EnsembleCritic(nn.Module):
-    """Q(s, a) of E critics, with one batched product per layer."""
+    """Q(s, a) of E critics, with one batched product per hidden layer."""
 
-    max_rows = 1000  # at once, on a CPU and without gradients, so that a layer's activations stay in the cache
+    max_rows = 1000  # states x actions at once, on a CPU without gradients: a layer's activations stay in the cache
 
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
@@ -180,17 +180,17 @@ class EnsembleCritic(nn.Module):
         self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """N actions per state: [B, O] and [B, N, A], or [E, B, N, A] with actions per critic -> [E, B, N]."""
+        """[B, O] and N actions each [B, N, A], or [B, O] or [E, B, O] and those per critic [E, B, N, A] -> [E, B, N]."""
         *leading, n_actions, _ = actions.shape
-        n = max(1, self.max_rows // n_actions)
-        if observations.is_cpu and len(observations) > n and not torch.is_grad_enabled():
-            return torch.cat([self(*part) for part in zip(observations.split(n), actions.split(n, dim=-3))], dim=1)
+        size = max(1, self.max_rows // n_actions)  # states
+        if observations.is_cpu and leading[-1] > size and not torch.is_grad_enabled():
+            return torch.cat([self(*x) for x in zip(observations.split(size, -2), actions.split(size, -3))], dim=1)
         observations = observations.unsqueeze(-2).expand(*leading, n_actions, -1)
         x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
         x = x.to(self.dtype or x.dtype).expand(len(self.weights[0]), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype)).relu_()  # [E, B N, hidden]
-        q = (x * self.weights[-1].mT).sum(dim=-1, keepdim=True) + self.biases[-1]  # one column is slow as a product
+        q = (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]  # as a product it is slow on a CPU
         return q.view(-1, leading[-1], n_actions)
 
 
@@ -341,9 +341,9 @@ class CQL(nn.Module):
     @torch.no_grad()
     def penalty_metrics(self, batch: Batch, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
         """Metrics of the penalty: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B] -> scalars."""
-        config, n_proposals = self.config, q.shape[-1] - 1
+        config = self.config
         # Without importance sampling the first score is the data's, and the shares do not add up to 1.
-        shares = scores.softmax(dim=-1)[..., -n_proposals:].mean(dim=(0, 1)).chunk(3)
+        shares = scores.softmax(dim=-1)[..., 1 - q.shape[-1] :].mean(dim=(0, 1)).chunk(3)
         metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
         for source, values, share in zip(("rand", "next_actions", "current_actions"), q[..., 1:].chunk(3, -1), shares):
             metrics |= per_critic(f"cql_q{{}}_{source}", values.mean(dim=(1, 2)))
@@ -439,7 +439,7 @@ class CQL(nn.Module):
             return np.full(len(observations), np.nan)
         observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
-        return values.view(len(observations)).cpu().numpy()
+        return values.squeeze(1).cpu().numpy()
 
     # local: a clone has no critics
     @torch.no_grad()
@@ -819,8 +819,7 @@ class Task:
         """Mean, spread and score of episodes; the reference returns, if known, score 0 and 100."""
         mean, std, score = float(returns.mean()), float(returns.std()), None
         if self.reference is not None:
-            low, high = self.reference
-            score = float(100 * (mean - low) / (high - low))
+            score = float(100 * (mean - self.reference[0]) / np.ptp(self.reference))
         return {"eval_return": mean, "eval_return_std": std, "d4rl_normalized_score": score}
 
     def check(self, metrics: dict[str, Any], agent: Any) -> dict[str, Any]:
@@ -963,8 +962,8 @@ def describe(row: dict[str, Any]) -> str:
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
-    shown = [name for name in row if name.startswith("holdout_")]
-    shown = shown or ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf", "policy_loss"]
+    others = ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf", "policy_loss"]
+    shown = [name for name in row if name.startswith("holdout_")] or others
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 
 
@@ -1051,8 +1050,6 @@ class Signals:
     @classmethod
     def receive(cls, number: int, _: Any) -> None:
         if cls.received or not cls.wait:
-            with contextlib.suppress(RuntimeError):  # if the signal came while something was printed
-                sys.stdout.flush()
             os._exit(128 + number)  # an exception could get lost in the compiler
         cls.received = number
 
@@ -1254,6 +1251,8 @@ class Run:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
+        if not self.resumed and (self.path / "checkpoint.pt").exists():
+            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
@@ -1295,6 +1294,7 @@ class Run:
 
 def main(config_class: type, train: Callable) -> None:
     """The program: errors of people become one line and an exit status."""
+    sys.stdout.reconfigure(line_buffering=True)  # in a file too
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, Signals.receive)
     try:
