@@ -180,7 +180,7 @@ class EnsembleCritic(nn.Module):
         self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """[B, O] and N actions each [B, N, A], or [B, O] or [E, B, O] and those per critic [E, B, N, A] -> [E, B, N]."""
+        """[B, O] and N actions each [B, N, A], or [(E,) B, O] and those per critic [E, B, N, A] -> [E, B, N]."""
         *leading, n_actions, _ = actions.shape
         size = max(1, self.max_rows // n_actions)  # states
         if observations.is_cpu and leading[-1] > size and not torch.is_grad_enabled():
