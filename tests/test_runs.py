@@ -908,7 +908,11 @@ def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval
     step = 24 if log_interval == 2 else 30
     assert status == 1 and f"{metric} is " in line and f"at update {step}" in line and "learning rates" in line
     now = contents(tiny(**options).checkpoints_path + "/run")
-    assert {**now, "config.yaml": None} == {**good, "config.yaml": None}
+    for files in (now, good):  # a resume writes the configuration again, and a model with the same content
+        files["config.yaml"] = None
+        if "dynamics.pt" in files:
+            files["dynamics.pt"] = files["dynamics.pt"][0]
+    assert now == good
 
 
 def test_signal_saves_no_checkpoint_of_a_run_that_diverged(script, tiny, diverge, monkeypatch, capsys, tmp_path):

@@ -478,7 +478,7 @@ class CQL(nn.Module):
         log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
         constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
         clipped = (state_gap < config.cql_clip_diff_min) | (state_gap > config.cql_clip_diff_max)
-        metrics["cql_net_gap"], metrics["cql_clipped_share"] = state_gap.mean() - constant_q_gap, clipped.float().mean()
+        metrics |= {"cql_net_gap": state_gap.mean() - constant_q_gap, "cql_clipped_share": clipped.float().mean()}
         return metrics | {"cql_effective_weight": self.penalty_weight()}
 
     def alpha_prime_loss(self, gap: Tensor) -> Tensor:
@@ -557,7 +557,7 @@ class CQL(nn.Module):
         """Returns the critics' prediction min Q(s, pi(s)), deterministic actions, raw observations: [B, O] -> [B]."""
         observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
-        return values.squeeze(1).cpu().numpy()
+        return values.view(len(observations)).cpu().numpy()
 
     @torch.no_grad()
     def holdout_metrics(self, batch: Batch) -> dict[str, float]:
