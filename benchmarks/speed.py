@@ -89,10 +89,14 @@ def make_config(job, variant):
     script = SCRIPTS[job.script]
     options = dict(option.partition("=")[::2] for option in variant.split(",") if variant != "-")
     variables = {name: options.pop(name) for name in list(options) if name.isupper()}
-    constants = [(*name.split("."), int(options.pop(name))) for name in list(options) if name.count(".") == 1]
-    constants = [(getattr(script, owner, None), name, value) for owner, name, value in constants]
-    if unknown := [name for owner, name, _ in constants if not hasattr(owner, name)]:
-        raise ValueError(f"no such constant: {', '.join(unknown)}")
+    constants = []
+    for name in [name for name in options if name.count(".") == 1]:
+        owner, attribute = name.split(".")
+        kind = getattr(script, owner, None)
+        known = isinstance(kind, type) and kind is not script.TrainConfig
+        if not known or type(getattr(kind, attribute, None)) is not int:
+            raise ValueError(f"no such whole-number constant of a class: {name}")
+        constants.append((kind, attribute, int(options.pop(name))))
     kinds = {field.name: field.type for field in fields(script.TrainConfig)}
     if unknown := options.keys() - kinds.keys():
         raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
@@ -103,12 +107,18 @@ def make_config(job, variant):
     return script.TrainConfig(device=job.device, **defaults | options), variables, constants
 
 
+def apply_variant(job, variant):
+    """Sets the constants. Returns the configuration."""
+    config, _, constants = make_config(job, variant)
+    for owner, name, value in constants:
+        setattr(owner, name, value)
+    return config
+
+
 def prepare_script(job, variant):
     """Prepares the script's own agent and loop, with the job's sizes. Returns a function that runs updates and returns
     their number, the operations of one update, and the seconds of compilation."""
-    script, (config, _, constants), data = SCRIPTS[job.script], make_config(job, variant), random_data(job)
-    for owner, name, value in constants:
-        setattr(owner, name, value)
+    script, config, data = SCRIPTS[job.script], apply_variant(job, variant), random_data(job)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     if script is cql_dqn:
@@ -157,7 +167,7 @@ def prepare_updates(script, config, agent, sample, run=None):
 
 def prepare_online(job, variant):
     """Does the same for online steps of finetune/cql: the function makes one step in each environment."""
-    config, *_ = make_config(job, variant)
+    config = apply_variant(job, variant)
     options = {"env": "none", "eval_env": job.env, "offline_iterations": 0, "online_iterations": 10**9}
     options |= {"failure_reward": config.failure_reward or 0.0, "normalize": False, "buffer_size": 10**5}
     # The open file stays until the process ends.

@@ -862,8 +862,7 @@ class Success(gym.Wrapper):
     """Replaces `info` by the success: a number, NaN if the environment reports none."""
 
     def reset(self, **options: Any) -> tuple[Any, dict]:
-        observation, _ = self.env.reset(**options)
-        return observation, {}
+        return self.env.reset(**options)[0], {}
 
     def step(self, action: Any) -> tuple:
         *result, info = self.env.step(action)
@@ -1256,7 +1255,8 @@ class Run:
 
 def main(config_class: type, train: Callable) -> None:
     """The program: errors of people become one line and an exit status."""
-    sys.stdout.reconfigure(line_buffering=True)  # in a file too
+    if sys.stdout:  # else it is closed
+        sys.stdout.reconfigure(line_buffering=True)  # in a file too
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, Signals.receive)
     try:

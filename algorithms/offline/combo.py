@@ -192,7 +192,7 @@ class EnsembleCritic(nn.Module):
         """dtype: that of the hidden layers' products. The last layer keeps the parameters': values need digits."""
         super().__init__()
         self.dtype = dtype
-        sizes = [observation_dim + action_dim] + [hidden_dim] * n_hidden_layers + [1]
+        sizes = [observation_dim + action_dim, *[hidden_dim] * n_hidden_layers, 1]
         members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
         self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
         self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
@@ -393,7 +393,7 @@ class CQL(nn.Module):
     @torch.no_grad()
     def td_target(self, batch: Batch, next_actions: Tensor, next_log_prob: Tensor) -> Tensor:
         """r + gamma (1 - terminal) max_n min_e Q'(s', a'_n); N = 1 is the usual target: [B, N, A], [B, N] -> [B]."""
-        next_q = self.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [B, N]
+        next_q = self.target_critic(batch.next_observations, next_actions).amin(dim=0)  # [B, N]
         next_q, best = next_q.max(dim=1)  # [B]
         if self.config.backup_entropy:
             next_q = next_q - self.alpha() * next_log_prob.gather(1, best.unsqueeze(1)).squeeze(1)
@@ -1271,8 +1271,7 @@ class Success(gym.Wrapper):
     """Replaces `info` by the success: a number, NaN if the environment reports none."""
 
     def reset(self, **options: Any) -> tuple[Any, dict]:
-        observation, _ = self.env.reset(**options)
-        return observation, {}
+        return self.env.reset(**options)[0], {}
 
     def step(self, action: Any) -> tuple:
         *result, info = self.env.step(action)
@@ -1665,7 +1664,8 @@ class Run:
 
 def main(config_class: type, train: Callable) -> None:
     """The program: errors of people become one line and an exit status."""
-    sys.stdout.reconfigure(line_buffering=True)  # in a file too
+    if sys.stdout:  # else it is closed
+        sys.stdout.reconfigure(line_buffering=True)  # in a file too
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, Signals.receive)
     try:
