@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import errno
+import io
 import itertools
 import math
 import os
@@ -652,6 +653,27 @@ script.torch.compile = compile
     process = start(plan, compile=True)
     process.join(600)  # it would sleep for longer
     assert process.exitcode == 143
+
+
+@once
+def test_run_that_another_process_began_and_left_meanwhile_is_not_overwritten(script, tiny, tmp_path):
+    late = script.Run(tiny(), 20)
+    script.train(tiny())
+    before = contents(tmp_path / "runs")
+    with pytest.raises(script.DataError, match="another process has just made"):
+        late.begin(None, 0)
+    assert contents(tmp_path / "runs") == before
+
+
+@once
+def test_lines_reach_a_log_at_once_and_a_closed_output_is_no_error(script, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["program", "--device=cpu"])
+    log, seen = io.TextIOWrapper(io.BytesIO()), []
+    for output in (log, None):
+        monkeypatch.setattr(sys, "stdout", output)
+        script.main(script.TrainConfig, lambda config: (print("a line"), seen.append(log.buffer.getvalue())))
+    assert seen == [b"a line\n", b"a line\n"]
 
 
 @once

@@ -707,7 +707,7 @@ class WorldModel:
 def termination_rule(kind: str, names: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
     """Rule for the ends of imagined episodes. auto is the task's rule if it is known and right on the data, else what
     the model learns (None) or, without ends in the data, never."""
-    name, found = next((x for x in [*ENDS][:-1] if x in re.split("[^a-z0-9]+", names)), ""), ""
+    name, found = next((x for x in ENDS if x in re.split("[^a-z0-9]+", names)), ""), ""
     if name:
         right = (ENDS[name](observations) == terminals.bool()).float()
         agreement = min(right[terminals == x].mean().item() for x in terminals.unique())
