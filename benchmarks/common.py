@@ -6,6 +6,8 @@ import csv
 import functools
 import importlib.util
 import io
+import itertools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -130,6 +132,42 @@ def open_policy(path: Path, script: Optional[Path] = None) -> tuple[ModuleType, 
             reason = error
     cure = "if it comes from your own copy of a script, name the copy with --script"
     raise DataError(f"{path} is not a policy.pt or checkpoint.pt of this project's scripts; {cure} ({reason})")
+
+
+def local_dataset(name: str) -> Optional[Path]:
+    """The folder of a local dataset, where a name without a slash also stands for d4rl/<name>; None without one."""
+    root = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+    names = [name] if "/" in name else [name, f"d4rl/{name}"]
+    return next((root / x for x in names if (root / x).exists()), None)
+
+
+def read_dataset(name: str) -> dict[str, Any]:
+    """What load_dataset returns, of the script that takes such actions. Raises that script's DataError."""
+    reasons = []
+    for module in map(importlib.import_module, SCRIPTS):
+        try:
+            return module.load_dataset(name)
+        except module.DataError as error:
+            reasons.append(error)
+    raise next((x for x in reasons if "this script takes" not in str(x)), reasons[0])  # that is the other's kind
+
+
+def encoding_of(policy: Callable) -> Optional[dict[str, Any]]:
+    """Names, categories, offsets and bounds of the columns that a policy was trained on, if its data were a table."""
+    return getattr(getattr(policy, "__self__", None), "encoding", None)
+
+
+def check_encoding(path: Path, policy: Callable, env: str, encoding: Optional[dict[str, Any]]) -> None:
+    """Raises DataError if a policy was trained on columns that differ from those of the dataset `env`."""
+    own = encoding_of(policy)
+    if bool(own) != bool(encoding):
+        named, other = (path, f"--env {env}") if own else (f"--env {env}", path)
+        print(f"{named} has names of columns and {other} none: nothing says that their numbers mean the same")
+    elif own and own != encoding:
+        columns = itertools.zip_longest(*(x["observations"] + x["actions"] for x in (own, encoding)))
+        first, second = next(pair for pair in columns if pair[0] != pair[1])
+        cure = "import_data.py --like imports data as those of the policy"
+        raise DataError(f"{path} and --env {env} encode columns differently, first {first} and {second}: {cure}")
 
 
 def check_actions(actions: Any, space: Any) -> None:

@@ -6,7 +6,8 @@ This writes runs/<run>/policy.onnx, one file that needs neither torch nor this r
 float32 [batch, O], takes raw observations (Dict observations are flattened in the sorted order of their keys). Its
 output `action` is in the environment's units: float32 [batch, A] within its bounds, int64 [batch] for Discrete actions,
 [batch, A] for MultiDiscrete ones. Observations are normalised and actions scaled inside the file. The file is kept only
-if onnxruntime computes the same actions from it as torch.
+if onnxruntime computes the same actions from it as torch. Its metadata hold JSON texts: `action_low` and `action_high`
+and, if the data were a table, `encoding`, the names, categories and offsets of its columns (see docs/data.md).
 
 A policy of your own copy of a script, with another network, needs --script path/to/copy.py. Its load_policy must return
 a method of a torch module that has the buffers and the method `actions` of the original network.
@@ -18,6 +19,7 @@ stderr and leaves an older file as it was.
 import argparse
 import contextlib
 import importlib
+import json
 import logging
 import os
 import warnings
@@ -69,6 +71,11 @@ def to_onnx(actor: nn.Module) -> bytes:
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
         part.ClearField("metadata_props")  # stack traces, with the folders of this machine
+    described = {"encoding": getattr(actor, "encoding", None)}
+    described |= {name: getattr(actor, name).tolist() for name in ("action_low", "action_high")}
+    for name, value in described.items():
+        if value is not None:
+            model.metadata_props.add(key=name, value=json.dumps(value))
     return model.SerializeToString()
 
 

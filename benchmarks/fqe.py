@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import torch
 import yaml
-from common import DataError, OptionError, Parser, fail, one_line_errors, open_policy, prefix
+from common import DataError, OptionError, Parser, check_encoding, fail, one_line_errors, open_policy, prefix
 from torch import Tensor
 from tqdm import tqdm
 
@@ -73,7 +73,7 @@ class FittedQ:
         self.bounds = [(bound - self.centre) / self.scale for bound in value_bounds(data, discount)]
         self.rewards = tensor((data["rewards"] - self.centre * (1 - discounts)) / self.scale)
         self.discounts, self.known = tensor(discounts), tensor(data["terminals"] | ~data["timeouts"])
-        mean, std = data["observations"].mean(axis=0), data["observations"].std(axis=0) + 1e-3
+        mean, std = data["observations"].mean(axis=0), cql.scale(data["observations"])
         self.observations = tensor((data["observations"] - mean) / std)
         self.next_observations = tensor((data["next_observations"] - mean) / std)
         own = np.roll(data["actions"], -1, axis=0)[None]  # the next step's; another episode's where there is none
@@ -201,7 +201,7 @@ def read_data(args: argparse.Namespace, first: Opened) -> dict[str, Any]:
 def encode(actions: np.ndarray, data: dict[str, Any], discrete: bool, name: str) -> np.ndarray:
     """Actions as the networks see them, [N, k] -> [N, A]: in [-1, 1], or each part one-hot. Raises a DataError."""
     limits, script = {key: data[key] for key in ("action_low", "action_high")}, cql_dqn if discrete else cql
-    encoded, low, high = script.encode_actions({"actions": np.float32(actions)} | limits, name)
+    encoded, low, high = script.encode_actions({"actions": actions} | limits, name)
     if not discrete:
         return encoded
     parts = [column[:, None] == np.arange(*ends) for column, *ends in zip(actions.T, low, high + 1)]
@@ -243,6 +243,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     policies = [Opened(path, *open_policy(path, args.script)) for path in find_policies(args.policies)]
     args.discount = training_discount([x.path for x in policies]) if args.discount is None else args.discount
     data = read_data(args, policies[0])
+    for policy in policies:
+        check_encoding(policy.path, policy.act, args.env, data.get("encoding"))
     following, n_parts = ~(data["terminals"] | data["timeouts"]), data["actions"].shape[1]
     states = data["next_observations"], data["observations"][episode_rows(data)[0]]
     with prefix(f"{policies[0].path} does not fit --env {args.env}"):

@@ -25,9 +25,19 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from common import DataError, Parser, fail, know_robotics, make_env, one_line_errors, open_policy, prefix
+from common import (
+    DataError,
+    Parser,
+    check_encoding,
+    fail,
+    know_robotics,
+    local_dataset,
+    make_env,
+    one_line_errors,
+    open_policy,
+    prefix,
+)
 from gymnasium.wrappers import RecordVideo
-from minari.storage import get_dataset_path
 
 
 def without_renderer(message):
@@ -38,17 +48,16 @@ def without_renderer(message):
 
 
 def find_environment(name, script):
-    """The id and arguments of the environment that --env means, and the reference scores of a dataset, else None.
+    """The id and arguments of the environment that --env means, and the data if it is a dataset, else an empty dict.
     Raises DataError."""
-    paths = [get_dataset_path(prefix + name) for prefix in ("", "d4rl/")]
-    if name in gym.registry or "/" not in name and not any(path.exists() for path in paths):
-        return {"id": name}, None
+    if name in gym.registry or "/" not in name and not local_dataset(name):
+        return {"id": name}, {}
     data = script.load_dataset(name)
     environment = data.get("environment", {"id": "none"})
     know_robotics(environment["id"])
     if environment["id"] not in gym.registry:  # a name in data could import any module
         raise DataError(f"--env {name} has no environment that Gymnasium knows: give the id of one")
-    return environment, data.get("reference_scores")
+    return environment, data
 
 
 def make(environment, **more):
@@ -128,7 +137,10 @@ def film(args, environment, play):
 
 def run(args):
     script, policy = open_policy(args.policy, args.script)
-    environment, reference = find_environment(args.env, script)
+    environment, data = find_environment(args.env, script)
+    if data:
+        check_encoding(args.policy, policy, args.env, data.get("encoding"))
+    reference = data.get("reference_scores")
 
     def play(environment, n_episodes, seed):
         arguments = dict(environment)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from benchmarks.common import ROOT, DataError, OptionError
+from benchmarks.common import ROOT, DataError, OptionError, local_dataset, read_dataset
 
 TEXTS = ["dataset", "method", "run", "status"]  # columns of runs.csv that hold no numbers
 KEYS = ["dataset", "method", "seed", "run", "status", "last_step", "online_from", "episodes"]  # of runs.csv
@@ -441,26 +441,22 @@ def stored_behaviours(names: list[str], notes: list[str]) -> Behaviours:
 
 
 def behaviour(dataset: str, notes: list[str]) -> Optional[dict[str, float]]:
-    """The returns of a local Minari dataset, without a last episode that was cut short; None if there is no such
-    dataset, and where it cannot be read, which is noted."""
-    import minari
+    """The returns of a local dataset, without a last episode that was cut short; None if there is no such dataset, and
+    where it cannot be read, which is noted."""
+    from algorithms.offline.cql import episodes  # here, since torch takes seconds to import
 
-    try:
-        if not minari.storage.get_dataset_path(dataset).exists():
-            return None
-        data = minari.load_dataset(dataset)
-        episodes = [(len(x.rewards), x.terminations[-1], float(np.sum(x.rewards))) for x in data.iterate_episodes()]
-        ends = [data.storage.metadata.get(f"ref_{x}_score") for x in ("min", "max")]
-    except Exception as error:  # whatever Minari makes of another kind of dataset, or of a damaged one
-        notes.append(
-            f"the data of {dataset} cannot be read, so their returns are missing ({type(error).__name__}: {error})"
-        )
+    if not local_dataset(dataset):
         return None
-    lengths, terminated, returns = map(np.array, zip(*episodes))
-    if len(returns) > 1 and not terminated[-1] and lengths[-1] < lengths.max():
-        returns = returns[:-1]
+    try:
+        data = read_dataset(dataset)
+    except ValueError as error:
+        if not hasattr(error, "status"):  # it is not a script's DataError
+            raise
+        notes.append(f"the data of {dataset} cannot be read, so their returns are missing ({error})")
+        return None
+    returns, ends = episodes(data)[2], data.get("reference_scores")
     mean = float(returns.mean())
-    score = math.nan if None in ends else 100 * (mean - ends[0]) / (ends[1] - ends[0])
+    score = 100 * (mean - ends[0]) / (ends[1] - ends[0]) if ends else math.nan
     return {"return": mean, "std": float(returns.std()), "episodes": len(returns), "score": score}
 
 

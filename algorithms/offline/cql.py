@@ -135,6 +135,7 @@ class TanhGaussianActor(nn.Module):
         self.head = layers[-1]
         self.log_std_multiplier = nn.Parameter(torch.tensor(float(log_std_multiplier)))
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
+        self.encoding = None  # names, categories and offsets of a table's columns
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
         self.register_buffer("action_low", -torch.ones(action_dim))
@@ -157,8 +158,10 @@ class TanhGaussianActor(nn.Module):
         return torch.clamp(actions, self.action_low, self.action_high)
 
     @torch.no_grad()
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Same as `actions`, for arrays. Raises ValueError."""
+    def act(self, observations: Any) -> Any:
+        """Same as `actions`, for arrays; for a row by name, a dict of actions by name. Raises ValueError."""
+        if hasattr(observations, "keys"):
+            return decode_action(self.act(encode_row(observations, self.encoding)), self)
         return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()
 
 
@@ -481,6 +484,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     buffer, holdout = ReplayBuffer(data, config.device), holdout_batch(config, holdout)
     run.restore(agent)
     agent.actor.load_state_dict(scaling, strict=False)
+    agent.actor.encoding = task.encoding
     run.begin(task, agent.n_updates)
     try:
         run_until = updater(config, agent, buffer.sample, run)
@@ -536,6 +540,7 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+OPTIONAL = "action_low action_high reference_scores environment episode_returns encoding"
 MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; most steps of one, as a policy may stand still
 GRAPH_UPDATES = 10  # updates in one CUDA graph
 EVALUATION = (
@@ -626,8 +631,8 @@ def parse_arguments(config_class: type) -> Any:
 
 
 def flatten(observations: Any, space: gym.Space) -> np.ndarray:
-    """One float32 vector per observation, [N, ...] -> [N, O]: parts of Dicts (goal environments) in the sorted order of
-    their keys, without texts; Discrete ones one-hot. Raises DataError for other kinds and for images."""
+    """One vector per observation, [N, ...] -> [N, O]: parts of Dicts (goal environments) in the sorted order of their
+    keys, without texts; Discrete ones one-hot. Raises DataError for other kinds and for images."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flatten(observations[key], part) for key, part in sorted(space.items())], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
@@ -636,17 +641,18 @@ def flatten(observations: Any, space: gym.Space) -> np.ndarray:
         return np.empty((len(observations), 0), dtype=np.float32)
     if not space.shape or len(space.shape) > 1 and math.prod(space.shape) > 1024:
         raise DataError(f"observations are {space}; this script takes vectors, small grids, and Dicts of them")
-    return np.asarray(observations, dtype=np.float32).reshape(len(observations), -1)
+    return np.reshape(observations, (len(observations), -1))
 
 
 def load_dataset(name: str) -> dict[str, Any]:
-    """The transitions of a Minari dataset in order, local or else downloaded; a name of D4RL stands for d4rl/<name>.
-    This is the one function to replace for other data. Raises DataError.
+    """The transitions of a dataset in order: an imported one, or a Minari one, local or else downloaded; a name of D4RL
+    stands for d4rl/<name>. This is the one function to replace for other data. Raises DataError.
 
     observations [T, O], actions [T, A] in the environment's units, rewards [T], next_observations [T, O], and the flags
     terminals [T] (the next state is terminal) and timeouts [T] (the episode ends for another reason). Optional:
     action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes,
-    and `wrappers`: names and arguments).
+    and `wrappers`: names and arguments), episode_returns [episodes] (where they are not the sums of the rewards) and
+    encoding (names, categories and offsets of a table's columns, see docs/data.md).
     """
     path = minari.storage.get_dataset_path(name)
     if "/" not in name and not path.exists():
@@ -657,7 +663,12 @@ def load_dataset(name: str) -> dict[str, Any]:
     with explain(problem):
         if not path.exists():
             minari.download_dataset(name)
-        metadata = json.loads((path / "data/metadata.json").read_text())
+        imported, recorded = path / "metadata.json", path / "data/metadata.json"
+        metadata = json.loads((imported if imported.exists() else recorded).read_text())
+    if imported.exists() and recorded.exists():
+        raise DataError(f"{path} holds two datasets, {imported} and {recorded}: remove one")
+    if imported.exists():
+        return load_flat(name, path, metadata, problem)
     # If spaces are missing, Minari makes the environment, by an entry point that could name any code.
     if not {"observation_space", "action_space"} <= metadata.keys():
         raise DataError(f"{problem} (its metadata lacks the spaces)")
@@ -673,8 +684,8 @@ def load_dataset(name: str) -> dict[str, Any]:
             raise DataError(f"{problem} (the parts of episode {i} differ in length or size)")
         # The next observation is known at time-outs too, so that they bootstrap.
         timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
-        actions, rewards = np.float32(episode.actions).reshape(n, -1), np.float32(episode.rewards)
-        parts.append((observations[:-1], actions, rewards, observations[1:], episode.terminations, timeouts))
+        actions = np.reshape(episode.actions, (n, -1))
+        parts.append((observations[:-1], actions, episode.rewards, observations[1:], episode.terminations, timeouts))
     data |= dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
     scores = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     if None not in scores:
@@ -687,14 +698,34 @@ def load_dataset(name: str) -> dict[str, Any]:
     return data
 
 
+def load_flat(name: str, path: Path, metadata: dict[str, Any], problem: str) -> dict[str, Any]:
+    """The same of an imported dataset: one .npy file per column, the rest in metadata.json. Raises DataError."""
+    if (found := (metadata.get("format"), metadata.get("kind"))) != (1, "transitions"):
+        raise DataError(
+            f"{problem} (it has format {found[0]} of {found[1]}; this script reads format 1 of transitions)"
+        )
+    with explain(problem):
+        data = {file.stem: np.load(file) for file in path.glob("*.npy")}
+        discrete = data["actions"].dtype.kind == "i"
+        kind = np.int64 if discrete else np.float64
+        low, high = (np.array(metadata[f"action_{end}"], kind) for end in ("low", "high"))
+        space = (
+            gym.spaces.MultiDiscrete(high - low + 1, start=low) if discrete else gym.spaces.Box(low, high, dtype=kind)
+        )
+    optional = {key: metadata[key] for key in OPTIONAL.split() if key in metadata}
+    return optional | action_bounds(space, f"--env {name}") | data
+
+
 def check_dataset(data: dict[str, Any], config: Any) -> None:
-    """Converts the columns to float32, and flags to bool. Raises DataError for data that cannot be trained on."""
-    known = {*COLUMNS, "action_low", "action_high", "reference_scores", "environment"}
+    """Converts columns to float32, flags to bool, and whole numbers of actions to int64. Raises DataError for data that
+    cannot be trained on."""
+    known = {*COLUMNS, *OPTIONAL.split()}
     if unknown := data.keys() - known:
         raise DataError(f"--env {config.env}: unknown columns {sorted(unknown)}; known are {sorted(known)}")
     n = len(data.get("rewards", ()))
     for key in COLUMNS:
-        column = np.asarray(data.get(key, ()), dtype=np.float32)
+        wide = np.asarray(data.get(key, ()))
+        column = wide.astype(np.int64 if key == "actions" and wide.dtype.kind in "iu" else np.float32, copy=False)
         if (
             column.ndim != 1 + key.endswith(("observations", "actions"))
             or len(column) != n
@@ -704,14 +735,28 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
         if (bad := ~(np.abs(column) < 1e15)).any():
             fault = f"NaN, infinity or huge numbers, first in transition {np.argwhere(bad)[0, 0]}"
             raise DataError(f"--env {config.env}: {key} hold {fault}")
+        if merged := merged_columns(wide, column):
+            cure = "subtract a constant, or import a table, which does so"
+            raise DataError(f"--env {config.env}: float32 merges values of {key} {merged}: {cure}")
         data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
     if n > config.buffer_size:
         raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n} transitions; raise it")
 
 
+def merged_columns(wide: np.ndarray, column: np.ndarray) -> list[int]:
+    """Columns with large numbers and a small range, different ones of which float32 makes equal: [T(, A)], twice."""
+    if wide.dtype in (bool, column.dtype) or column.dtype == np.int64 or not len(wide):
+        return []
+    wide, column = (x.reshape(len(x), -1) for x in (wide, column))
+    low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
+    step, spread = np.spacing(np.maximum(-low, high).astype(np.float32)), high - low
+    suspect = (step > 1e-3 * spread) & (spread > 1e-6) | (step >= 1) & (step > 1e-6 * spread)
+    return [i for i in np.flatnonzero(suspect).tolist() if len(np.unique(column[:, i])) < len(np.unique(wide[:, i]))]
+
+
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns each transition's episode number and its discounted return to the end of the episode, [T], and the return
-    of each episode, except for a last one that was cut short."""
+    of each episode (the dataset's own, if it has them), except for a last one that was cut short."""
     ends, to_go, following = data["terminals"] | data["timeouts"], [], 0.0
     numbers = np.append(0, ends.cumsum()[:-1])
     for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1].tolist()):
@@ -719,7 +764,7 @@ def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, n
         to_go.append(following)
     returns, lengths = np.bincount(numbers, weights=data["rewards"]), np.bincount(numbers)
     cut_short = not data["terminals"][-1] and lengths[-1] < lengths.max()
-    return numbers, np.array(to_go[::-1]), returns[: len(returns) - cut_short]
+    return numbers, np.array(to_go[::-1]), data.get("episode_returns", returns[: len(returns) - cut_short])
 
 
 # local: continuous actions
@@ -737,7 +782,8 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     actions, size = data["actions"], data["actions"].shape[1:]
     low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
     largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound means no bound
-    if not ((-largest < low) & (low < high) & (high < largest)).all():
+    fine = high - low > 1e-4 * np.maximum(np.abs(low), np.abs(high))  # else float32 cannot hold the range apart
+    if not ((-largest < low) & fine & (high < largest)).all():
         raise DataError(f"--env {name}: actions need bounds of about their own size, not {low} to {high}")
     scaled = (actions.astype(np.float64) - low) * (2 / (high.astype(np.float64) - low)) - 1
     if np.abs(scaled).max(initial=0) > 1 + 2e-3:
@@ -809,7 +855,10 @@ class Task:
         # A hundred times the largest possible return: conservative values may well be below any return.
         largest_reward = float(np.abs(self.training_rewards(data["rewards"])).max(initial=1))
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
+        self.encoding = data.get("encoding")
         if self.envs:
+            if self.encoding and any(x.get("offset") for part in self.encoding.values() for x in part):
+                raise ConfigError(f"an environment does not know the offsets of {config.env}: give --eval_env none")
             narrow_actions(data, self.envs, config.env)
 
     def training_rewards(self, rewards: np.ndarray) -> np.ndarray:
@@ -976,6 +1025,8 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
     sizes, behaviour = f"{len(numbers):,} transitions, {n_episodes:,} episodes", describe(task.score(returns))
     print(f"{config.env}: {sizes}, behaviour {behaviour}, mean discounted return {task.data_return:.4g}")
     n_held_out = min(math.ceil(config.holdout_fraction * n_episodes), n_episodes - 1)
+    if config.holdout_fraction and not n_held_out:
+        print(f"{config.env}: nothing is held out, since it is one episode; there are no holdout metrics")
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
     holdout = {key: data[key][held_out] for key in COLUMNS}
     data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
@@ -983,16 +1034,27 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
     mean, std = np.zeros(size, np.float32), np.ones(size, np.float32)
     if checkpoint:
         mean, std = (checkpoint["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std"))
+        check_encoding(checkpoint["policy"].get("encoding"), task.encoding, f"the checkpoint and --env {config.env}")
     elif config.normalize:
-        mean = data["observations"].mean(0, dtype=np.float64).astype(np.float32)
-        std = np.float32([column.std(dtype=np.float64) + 1e-3 for column in data["observations"].T])
+        mean, std = data["observations"].mean(0, dtype=np.float64).astype(np.float32), scale(data["observations"])
+        constant = np.flatnonzero(np.ptp(data["observations"], axis=0) == 0)
+        if constant.size:
+            names = number_names(task.encoding, size)
+            print(f"{config.env}: constant in the data, so divided by 1: {', '.join(names[i] for i in constant)}")
     if len(mean) != size:
         raise DataError(f"{config.env} has observations that are not of the checkpoint's size {len(mean)}")
     for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
         part[key] = part[key] - mean
         part[key] /= std
     scaling = {"observation_mean": mean, "observation_std": std, "action_low": low, "action_high": high}
-    return data, holdout, {name: torch.tensor(x, dtype=torch.float32) for name, x in scaling.items()}
+    return data, holdout, {name: torch.tensor(x) for name, x in scaling.items()}
+
+
+def scale(columns: np.ndarray) -> np.ndarray:
+    """Returns what to divide columns by, [T, O] -> [O]: their standard deviation, or more, so that rare values do not
+    become huge; 1 where a column is constant."""
+    std, spread = np.array([x.std(dtype=np.float64) for x in columns.T]), np.ptp(columns, axis=0)
+    return np.where(spread > 0, np.maximum(std + np.minimum(1e-3, std / 10), spread / 100), 1.0).astype(np.float32)
 
 
 def save(path: Path, content: str | dict[str, Any]) -> None:
@@ -1020,14 +1082,16 @@ def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
         raise DataError(f"{path} {fault}") from error
 
 
-def load_policy(path: Path | str, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+def load_policy(path: Path | str, device: str = "cpu") -> Callable[[Any], Any]:
     """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: from raw observations,
-    [O] or [B, O], to actions in the environment's units, [A] or [B, A]. Raises DataError."""
+    [O] or [B, O], to actions in the environment's units, [A] or [B, A]. If the data are a table, it also takes a row by
+    name, a dict or a pandas row in the table's own values, and returns a dict. Raises DataError."""
     state = load(path, device)
     with explain(f"{path} is not a policy.pt or checkpoint.pt of this script"):
         state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
+    actor.encoding = state.get("encoding")
     return actor.eval().act
 
 
@@ -1038,6 +1102,56 @@ def as_observations(observations: Any, like: Tensor) -> Tensor:
     if array.shape[-1:] != like.shape or not np.isfinite(array).all():
         raise DataError(f"an observation takes {len(like)} finite numbers (not NaN, infinity or shape {array.shape})")
     return torch.tensor(array, device=like.device)
+
+
+def number_names(encoding: Optional[dict[str, Any]], size: int) -> list[str]:
+    """Names of the numbers of an observation, [O]."""
+    names = []
+    for column in (encoding or {}).get("observations") or [{"name": f"observations[{i}]"} for i in range(size)]:
+        names += [f"{column['name']}={value}" for value in column["values"]] if "values" in column else [column["name"]]
+    return names
+
+
+def check_encoding(first: Any, second: Any, problem: str) -> None:
+    """Raises DataError if the columns of two tables differ in name, order, categories, offset or bounds."""
+    if first and second and first != second:
+        columns = itertools.zip_longest(*(x["observations"] + x["actions"] for x in (first, second)))
+        pair = next(pair for pair in columns if pair[0] != pair[1])
+        raise DataError(
+            f"{problem} differ in a column: {pair[0]} and {pair[1]}; import_data.py --like makes equal ones"
+        )
+    if bool(first) != bool(second):
+        print(f"{problem}: one has names of columns, so nothing says that the numbers of both mean the same")
+
+
+def encode_row(row: Any, encoding: Optional[dict[str, Any]]) -> np.ndarray:
+    """The observation of a row by name, a dict or pandas row in the table's own values: -> [O]. Raises DataError."""
+    numbers, columns = [], (encoding or {}).get("observations")
+    if not columns:
+        raise DataError("the data of this policy had no names of columns: give it an array")
+    for name, column in ((x["name"], x) for x in columns):
+        values = [str(value) for value in column.get("values", ())]
+        if name not in row:
+            raise DataError(f"column {name} is missing")
+        if not values:
+            with explain(f"{name} is {row[name]!r}: it takes a number"):
+                numbers.append(float(row[name]) - column["offset"])
+        elif str(row[name]) in values:
+            numbers += [value == str(row[name]) for value in values]
+        else:
+            raise DataError(f"{name} is {row[name]!r}, which the data lack: it takes {', '.join(values)[:500]}")
+    return np.array(numbers, dtype=np.float64)
+
+
+def decode_action(action: np.ndarray, actor: Any) -> dict[str, Any]:
+    """An action [A] by name, in the table's own values."""
+    decoded, lows = {}, actor.action_low.tolist()
+    for column, x, low in zip(actor.encoding["actions"], np.ravel(action).tolist(), lows):
+        if "values" in column:
+            decoded[column["name"]] = column["values"][x - low]
+        else:
+            decoded[column["name"]] = min(max(x + column["offset"], column["low"]), column["high"])
+    return decoded
 
 
 class Signals:
@@ -1228,7 +1342,8 @@ class Run:
         started = time.perf_counter()
         if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
             return
-        policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
+        actor, text = agent.actor, io.StringIO()
+        policy = {"sizes": list(actor.sizes), "weights": actor.state_dict(), "encoding": actor.encoding}
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [self.names, self.sums, self.done, self.seconds], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
