@@ -56,7 +56,7 @@ from tqdm import tqdm
 @dataclass
 class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
-    env: str = "halfcheetah-medium-expert-v2"  # dataset: a Minari id, or a D4RL name that import_data.py imported
+    env: str = "halfcheetah-medium-expert-v2"  # id of a local or public dataset, or a D4RL name that import_data.py imported
     eval_env: Optional[str] = None  # Gymnasium id to evaluate in; None: the dataset's own; none: no evaluation
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
@@ -659,7 +659,7 @@ def load_dataset(name: str) -> dict[str, Any]:
         name, path = f"d4rl/{name}", path.parent / "d4rl" / name
     if name.startswith("d4rl/") and not path.exists():
         raise DataError(f"--env {name}: import it to {path} by: python benchmarks/import_data.py {name[5:]}")
-    problem = f"--env {name} cannot be read from {path}; record or import it, or choose one of `minari list local`"
+    problem = f"--env {name} cannot be read from {path}; record or import it; import_data.py --list shows what is there"
     with explain(problem):
         if not path.exists():
             minari.download_dataset(name)
