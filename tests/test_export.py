@@ -1,5 +1,6 @@
 """benchmarks/export.py: an ONNX file that acts like the policy, and the messages for users' errors."""
 
+import json
 import subprocess
 import sys
 import types
@@ -94,6 +95,15 @@ def test_one_valid_file_that_acts_as_the_policy(exported):
         assert actions.shape == (batch_size, 3) and actions.dtype == np.float32
         assert np.all((actions >= LOW) & (actions <= HIGH)) and np.abs(actions - policy(observations)).max() < 1e-6
         assert batch_size < 3 or np.all(np.ptp(actions, axis=0) > 0.5 * (HIGH - LOW))
+
+
+def test_the_encoding_is_in_the_metadata(packages, tmp_path):
+    import onnx
+
+    actor = cql.TanhGaussianActor(2, 1, 4, 1)
+    actor.encoding = {"observations": [{"name": "x", "offset": 1.5}, {"name": "y", "offset": 0.0}], "actions": []}
+    stored = {x.key: json.loads(x.value) for x in onnx.load_from_string(export.to_onnx(actor)).metadata_props}
+    assert stored == {"encoding": actor.encoding, "action_low": [-1.0], "action_high": [1.0]}
 
 
 @pytest.mark.parametrize(("sizes", "head", "n_outputs"), [([4], "dqn", 1), ([4, 3], "c51", 5), ([4], "qr", 5)])

@@ -12,6 +12,9 @@ import torch
 from conftest import DATASET, equal, kinds, once, refusal, table, weights
 from minari.data_collector import EpisodeBuffer
 
+from benchmarks import fqe, record
+from benchmarks.report_runs import behaviour
+
 ID = "flat/table-v0"
 DISCRETE = "algorithms.discrete.cql_dqn"
 COUNTRY = {"name": "country", "values": ["AT", "DE", "FR"]}
@@ -387,3 +390,42 @@ def test_an_environment_does_not_know_offsets(script, tiny):
     data = arrays(script)
     status, line = refusal(script.train, tiny(env="mine", eval_env="Counter-v0"), data=data)
     assert status == 2 and "--eval_env none" in line
+
+
+# Programs
+
+
+def refused_by(program, capsys, *arguments):
+    """The exit status and what a program says on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        program.main([*map(str, arguments)])
+    return stop.value.code, capsys.readouterr().err
+
+
+@kinds
+@pytest.mark.parametrize("kind", ["categories", "order", "offset", "bounds"])
+def test_programs_refuse_data_that_are_encoded_otherwise(kind, script, write, policy, tmp_path, capsys):
+    data = as_stored(arrays(script)) | {"environment": {"id": "Counter-v0"}}
+    write(data | {"encoding": changed(encoding(script), kind)}, name="flat/other-v0")
+    path = tmp_path / "runs/run/policy.pt"
+    for program, *options in ((fqe, "--updates", 5, "--seeds", 1), (record, "--no_video")):
+        status, err = refused_by(program, capsys, path, "--env", "flat/other-v0", *options)
+        assert status == 1 and err.count("\n") == 1 and "encode columns differently" in err and "--like" in err
+
+
+@kinds
+def test_fqe_takes_data_that_are_encoded_alike(script, write, policy, tmp_path, capsys):
+    write(as_stored(arrays(script)))
+    fqe.main([str(tmp_path / "runs/run/policy.pt"), "--env", ID, "--updates", "5", "--seeds", "1"])
+    assert "nothing says" not in capsys.readouterr().out
+    write({key: value for key, value in as_stored(arrays(script)).items() if key != "encoding"}, name="flat/bare-v0")
+    fqe.main([str(tmp_path / "runs/run/policy.pt"), "--env", "flat/bare-v0", "--updates", "5", "--seeds", "1"])
+    assert "nothing says" in capsys.readouterr().out
+
+
+@once
+def test_a_report_reads_the_returns_of_an_imported_dataset(script, write):
+    write(as_stored(arrays(script)) | {"reference_scores": [0.0, 10.0], "episode_returns": np.array([4.0, 6.0])})
+    assert behaviour(ID, []) == {"return": 5.0, "std": 1.0, "episodes": 2, "score": 50.0}
+    notes = []
+    assert behaviour("flat/missing-v0", notes) is None and not notes

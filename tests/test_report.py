@@ -471,7 +471,10 @@ def test_returns_of_the_data(make, tmp_path, monkeypatch):
     next((tmp_path / "minari").rglob("metadata.json")).write_text("{")
     status, _, err = make("again", "--out", "damaged")
     assert status == 0 and "note: again/behaviour.csv cannot be read" in err
-    assert f"note: the data of {DATASET} cannot be read, so their returns are missing (" in err and "JSONDecodeError" in err
+    assert (
+        f"note: the data of {DATASET} cannot be read, so their returns are missing (" in err
+        and "JSONDecodeError" in err
+    )
 
 
 # The page

@@ -339,7 +339,12 @@ def test_files_hold_tensors_and_plain_values_only(script, run):
     folder = run()
     policy = torch.load(folder / "policy.pt", weights_only=True)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert policy.keys() == {"sizes", "weights", "encoding"} and checkpoint.keys() >= {"agent", "policy", "config", "rows"}
+    assert policy.keys() == {"sizes", "weights", "encoding"} and checkpoint.keys() >= {
+        "agent",
+        "policy",
+        "config",
+        "rows",
+    }
     assert [str(row["step"]) for row in checkpoint["rows"]] == [row["step"] for row in table(folder)]
     assert script.TrainConfig(**checkpoint["config"]) == script.TrainConfig(
         **yaml.safe_load((folder / "config.yaml").read_text())
