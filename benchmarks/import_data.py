@@ -608,42 +608,22 @@ def read_part(name):
         metadata, columns = read_flat(name)
         return metadata | columns
     dataset = open_minari(name)
+    metadata = dataset.storage.metadata
+    if "observation_names" in metadata:
+        raise DataError(f"{name} is a table without an encoding, which an earlier version stored: import it again")
     continuous = isinstance(dataset.action_space, gym.spaces.Box)
     with prefix(name):
         data = importlib.import_module(SCRIPTS[continuous]).load_dataset(name)
-    metadata = dataset.storage.metadata
     data["space"] = dataset.observation_space
     data["notes"] = [str(metadata.get("description")), "Infos, seeds and options are not kept."]
     if not continuous:
         data["actions"] = data["actions"].astype(np.int64)
-    if "observation_names" in metadata:
-        data["encoding"] = old_encoding(metadata, *(data[key].tolist() for key in ("action_low", "action_high")))
     try:
         as_json(data.get("environment"))
     except ValueError as error:
         data["notes"].append(f"The environment is left out: {error}.")
         del data["environment"]
     return data
-
-
-def old_encoding(metadata, low, high):
-    """The encoding of a table that an earlier version stored in Minari's form, with a label for each number."""
-    observations, actions = [], []
-    for label in metadata["observation_names"]:
-        name, is_category, value = label.partition("=")
-        if not is_category:
-            observations.append({"name": label, "offset": 0.0})
-        elif observations and observations[-1]["name"] == name:
-            observations[-1]["values"].append(value)
-        else:
-            observations.append({"name": name, "values": [value]})
-    for name, *bounds in zip(metadata["action_names"], low, high):
-        if isinstance(bounds[0], float):
-            actions.append({"name": name, "offset": 0.0} | dict(zip(("low", "high"), bounds)))
-        else:
-            values = metadata["action_categories"].get(name) or [*range(bounds[0], bounds[1] + 1)]
-            actions.append({"name": name, "values": values})
-    return {"observations": observations, "actions": actions}
 
 
 def meaning(part, other):

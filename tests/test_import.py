@@ -575,78 +575,104 @@ def new_part(name, lengths=(3, 4), added=None, **options):
     return buffers
 
 
-def values(episode, n):
-    """The first n steps of an episode, flags apart."""
-    parts = {**episode.observations, **episode.infos}, {"actions": episode.actions, "rewards": episode.rewards}
-    return [(key, x.dtype, x[: n + 1 - i].tolist()) for i, part in enumerate(parts) for key, x in sorted(part.items())]
+def rows_of(buffers, lengths):
+    """The first rows of some episodes, flattened as the scripts do."""
+    parts = []
+    for buffer, n in zip(buffers, lengths, strict=True):
+        place, goal = (buffer.observations[key][: n + 1] for key in ("place", "goal"))
+        observations = np.float32(np.column_stack([np.eye(5)[goal], place]))
+        parts.append((observations[:-1], buffer.actions[:n, None], np.float32(buffer.rewards[:n]), observations[1:]))
+    return [np.concatenate(column).tolist() for column in zip(*parts)]
 
 
 def test_combined_are_the_first_rows_of_each(run):
     first, second = new_part("test/first-v0"), new_part("test/second-v0", [2, 5])
     status, out, err = run(*PARTS, "--rows", 5, 7)
     assert status == 0 and "5 of 7 rows, 2 of 2 episodes; the last one is cut after 2 of its 4 rows" in out, err
-    assert "12 transitions, 4 episodes" in out and metadata()["combined_datasets"] == PARTS[1:3]
-    dataset, lengths = minari.load_dataset(ID), [3, 2, 2, 5]
-    for episode, part, n in zip(dataset.iterate_episodes(), first + second, lengths, strict=True):
-        assert values(episode, 99) == values(part, n)
-    ends = [(x.terminations.tolist(), x.truncations.tolist()) for x in dataset.iterate_episodes()]
-    assert ends == [
-        ([False, False, True], [False] * 3), ([False, False], [False, True]),
-        ([False, True], [False] * 2), ([False] * 5, [False] * 4 + [True]),
-    ]  # fmt: skip
-    noted = [
-        (x["seed"], x["options"]["wind"], x["total_steps"]) for x in dataset.storage.get_episode_metadata(range(4))
-    ]
-    assert noted == [(0, 0, 3), (1, 1, 2), (0, 0, 2), (1, 1, 5)]
+    assert "12 transitions, 4 episodes" in out and metadata()["source"]["files"] == PARTS[1:3]
+    columns, lengths = read()
+    assert lengths == [3, 2, 2, 5] and [x.tolist() for x in columns[:4]] == rows_of(first + second, lengths)
+    assert np.flatnonzero(columns[4]).tolist() == [2, 6] and np.flatnonzero(columns[5]).tolist() == [4, 11]
+    assert columns[1].dtype == np.int64 and (metadata()["action_low"], metadata()["action_high"]) == ([0], [2])
+    assert "Infos, seeds and options are not kept" in " ".join(metadata()["notes"])
     assert run(*PARTS[:-1], "test/first-v0")[0] == 1  # it exists
     assert run(*PARTS[:-1], "test/first-v0", "--force")[0] == 0  # of itself and another
-    assert [len(x.rewards) for x in minari.load_dataset("test/first-v0").iterate_episodes()] == [3, 4, 2, 5]
+    columns, lengths = read("test/first-v0")
+    assert lengths == [3, 4, 2, 5] and [x.tolist() for x in columns[:4]] == rows_of(first + second, lengths)
+    assert not (place("test/first-v0") / "data").exists() and not (place() / "returns.npy").exists()
+
+
+def test_combined_flat_datasets_keep_returns_before_dropping(run):
+    """Of a, rows 3 and 5 are dropped, time-outs; of b, the last row is cut off by --rows."""
+    write("a.hdf5", n=6, timeouts=flags(6, 2), rewards=np.float32([1, 2, 4, 8, 16, 32]))
+    write("b.hdf5", n=6, terminals=flags(6, 1, 5), rewards=np.float32([1, 2, 4, 8, 16, 32]))
+    assert run("a.hdf5", "--id", "test/first-v0")[0] == run("b.hdf5", "--id", "test/second-v0")[0] == 0
+    assert np.load(place("test/first-v0") / "returns.npy").tolist() == [7, 56]
+    assert run(*PARTS, "--rows", 4, 6)[0] == 0 and read()[0][2].tolist() == [1, 2, 8, 16, 1, 2, 4, 8, 16, 32]
+    assert np.load(place() / "returns.npy").tolist() == [7, 56, 3, 60] and metadata()["episodes"] == 4
+    assert run(*PARTS, "--rows", 3, 5, "--force")[0] == 0
+    assert np.load(place() / "returns.npy").tolist() == [7, 3] and read()[1] == [2, 1, 2, 3]
+    assert [x for x in metadata()["notes"] if x.startswith("test/first-v0: 2 rows were dropped")]
+    assert run("--combine", "test/second-v0", "test/first-v0", "--id", ID, "--force")[0] == 0
+    assert np.load(place() / "returns.npy").tolist() == [3, 60, 7, 56]
 
 
 def test_combined_metadata_are_what_all_share(run):
     """Environments are compared as runs use them: the one of the evaluation, else that of the recording."""
     score = {"ref_min_score": -1.0, "ref_max_score": 2.5}
-    new_part("test/first-v0", env="CartPole-v1", algorithm_name="one", author="Ann", added=score)
-    new_part("test/second-v0", eval_env="CartPole-v1", algorithm_name="two", author="Bob", added=score)
-    assert (out := run(*PARTS)[1]) and "algorithm_name (one; two)" in out and "environment" not in out
-    stored, dataset = metadata(), minari.load_dataset(ID)
-    assert stored.items() >= score.items() and dataset._eval_env_spec == gym.spec("CartPole-v1")
-    assert "algorithm_name" not in stored and stored["author"] == {"Ann", "Bob"} and dataset.env_spec is None
+    new_part("test/first-v0", env="CartPole-v1", added=score)
+    new_part("test/second-v0", eval_env="CartPole-v1", added=score)
+    out, environment = run(*PARTS)[1], {"id": "CartPole-v1", "max_episode_steps": 500, "wrappers": []}
+    assert "Left out" not in out and "CartPole-v1, at most 500 steps, score 0 at -1 and 100 at 2.5" in out
+    assert metadata()["environment"].items() >= environment.items() and metadata()["reference_scores"] == [-1, 2.5]
     new_part("test/third-v0", env="Acrobot-v1", eval_env="CartPole-v1", added=score | {"ref_min_score": -2.0})
-    assert run("--combine", "test/first-v0", "test/third-v0", "--id", ID, "--force")[0] == 0
-    assert minari.load_dataset(ID).env_spec is None and metadata().keys() & score.keys() == {"ref_max_score"}
+    assert run("--combine", ID, "test/third-v0", "--id", "test/last-v0")[0] == 0  # a flat one and a Minari one
+    assert metadata("test/last-v0").keys() & {"environment", "reference_scores"} == {"environment"}
     new_part("test/fourth-v0", env="CartPole-v1", eval_env="Acrobot-v1")
     out = run("--combine", "test/first-v0", "test/fourth-v0", "--id", ID, "--force")[1]
-    assert "environment (CartPole-v1, at most 500 steps; Acrobot-v1" in out and "ref_max_score (2.5; none)" in out
-    dataset = minari.load_dataset(ID)  # an environment of the recording that all share is not evaluated in
-    assert dataset._eval_env_spec is None and dataset.env_spec is None and not metadata().keys() & score.keys()
-    new_part("test/fifth-v0", env="CartPole-v1")
-    assert run("--combine", "test/first-v0", "test/fifth-v0", "--id", ID, "--force")[0] == 0
-    assert minari.load_dataset(ID).env_spec == gym.spec("CartPole-v1")
+    assert "environment (CartPole-v1, at most 500 steps" in out and "Acrobot-v1" in out
+    assert "reference_scores ([-1.0, 2.5]; None)" in out
+    assert not metadata().keys() & {"environment", "reference_scores"}
 
 
-NAMES = {"observation_names": ["x", "y"], "action_categories": {"offer": ["call", "mail"]}}
 UNEQUAL = {
     "a part of the observation": (
         {"observation_space": gym.spaces.Dict({**SPACES["observation_space"], "goal": gym.spaces.Discrete(6)})},
-        ["observations[goal]: Discrete(5) and Discrete(6)"],
+        ["observations: 7 numbers and 8 numbers"],
     ),
-    "actions": ({"action_space": gym.spaces.Discrete(4)}, ["actions: Discrete(3) and Discrete(4)"]),
-    "names": ({"added": NAMES | {"observation_names": ["x", "z"]}}, ["observation_names[1]: y and z"]),
-    "categories": (
-        {"added": NAMES | {"action_categories": {"offer": ["mail", "call"]}}},
-        ["action_categories[offer][0]: call and mail"],
+    "equal sizes": (
+        {"observation_space": gym.spaces.Dict(SPACES["observation_space"].spaces | {"goal": gym.spaces.Discrete(5, start=1)})},
+        ["space[goal]: Discrete(5) and Discrete(5, start=1)"],
     ),
-    "no names": ({"added": {}}, ["observation_names[0]: x and None"]),
+    "actions": ({"action_space": gym.spaces.Discrete(4)}, ["action_high[0]: 2 and 3"]),
+    "names": ({"added": {"observation_names": ["x", "z"]}}, ["import it again"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", UNEQUAL)
 def test_datasets_that_differ_are_not_combined(fault, run):
     options, words = UNEQUAL[fault]
-    new_part("test/first-v0", added=NAMES)
-    new_part("test/second-v0", **{"added": NAMES} | options)
-    one_line(run(*PARTS), 1, ["test/first-v0", "test/second-v0", *words])
+    new_part("test/first-v0")
+    new_part("test/second-v0", **options)
+    one_line(run(*PARTS), 1, ["test/second-v0", *words])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"country": list("ADADFF")}, ["encoding[observations][2][values][0]: AT and A"]),
+        ({"offer": TABLE.offer.str.upper()}, ["encoding[actions][0][values][0]: call and CALL"]),
+        ({"offer": list("aabbaa")}, ["action_high[0]: 2 and 1"]),
+        ({"vip": [1, 0, 0, 1, 1, 0]}, ["observations: 7 numbers and 6 numbers"]),
+        ({"x_spend": TABLE.x_spend / 1e6 + 1e9}, ["encoding[observations][0][offset]: 0.0 and 1000000000.0"]),
+    ],
+)
+def test_tables_that_differ_are_not_combined(changes, words, run):
+    assert table_run(run, **{"id": ["test/first-v0"]})[0] == 0
+    assert table_run(run, TABLE.assign(**changes), **{"id": ["test/second-v0"]})[0] == 0
+    one_line(run(*PARTS), 1, ["test/first-v0 and test/second-v0 differ in", *words])
+    assert table_run(run, **{"id": ["test/second-v0"], "force": []})[0] == run(*PARTS)[0] == 0
+    assert metadata()["encoding"] == metadata("test/first-v0")["encoding"]
 
 
 def test_what_cannot_be_combined_leaves_all_as_it_was(run, root):
@@ -656,8 +682,9 @@ def test_what_cannot_be_combined_leaves_all_as_it_was(run, root):
     with h5py.File(root / "test/second-v0/data/main_data.hdf5", "r+") as file:
         del file["episode_1/rewards"]  # met when the rest is written
     before = contents(root)
+    one_line(run("--combine", ID, "test/first-v0", *PARTS[3:-1], "test/last-v0", "--rows", 8, 8), 1,
+             ["test/first-v0 has 7 rows", "--rows 8"])  # fmt: skip
     one_line(run(*PARTS, "--force"), 1, ["test/second-v0 cannot be read"])
-    one_line(run(*PARTS, "--force", "--rows", 8, 1), 1, ["test/first-v0 has 7 rows", "--rows 8"])
     one_line(run("--combine", ID, ID, *PARTS[3:], "--force"), 1, [ID, "once"])
     one_line(run("--combine", ID, "test/first-v0", *PARTS[3:]), 1, [ID, "--force"])
     assert contents(root) == before
