@@ -26,7 +26,17 @@ from unittest.mock import patch
 import gymnasium as gym
 import minari
 import numpy as np
-from common import Parser, check_actions, fail, make_env, one_line_errors, open_policy, prefix, reference_scores
+from common import (
+    Parser,
+    check_actions,
+    dataset_form,
+    fail,
+    make_env,
+    one_line_errors,
+    open_policy,
+    prefix,
+    reference_scores,
+)
 from gymnasium.vector.utils import concatenate, create_empty_array
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
@@ -145,12 +155,15 @@ def make_policy(name, env, script=None):
 
 
 def free_place(dataset_id, force):
-    """Minari's root, if the dataset can be stored there. Raises OSError."""
+    """Minari's root, if the dataset can be stored there. Raises OSError and DataError."""
     root = get_dataset_path()
     target = root / dataset_id
     if not os.access(root, os.W_OK):
         raise PermissionError(f"no permission to write in {root}")
-    if target.exists() and not (force and (target / "data").is_dir()):
+    for folder in list(target.parents)[: len(Path(dataset_id).parts) - 1]:
+        if dataset_form(folder):
+            raise FileExistsError(f"{folder} is a dataset, which cannot hold another")
+    if target.exists() and not (dataset_form(target) and force):
         raise FileExistsError(f"{target} exists; --force replaces a dataset")
     return root
 

@@ -199,6 +199,17 @@ def make_env(env_id: str, option: str = "--env", /, **arguments: Any) -> Any:
         raise OptionError(f"{option} {env_id} cannot be used: {str(error) or repr(error)}") from error
 
 
+def dataset_form(path: Path) -> Optional[str]:
+    """The form of the dataset in a folder, "flat" or "Minari"; None if there is none. Raises DataError for both."""
+    flat = any((path / name).exists() for name in ("metadata.json", "observations.npy"))
+    minari = (path / "data").exists()
+    if flat and minari:
+        raise DataError(
+            f"{path} holds two datasets, a flat one (metadata.json, *.npy) and a Minari one (data): move one"
+        )
+    return "flat" if flat else "Minari" if minari else None
+
+
 class D4RL(NamedTuple):
     """A row of d4rl.csv: a dataset of D4RL."""
 

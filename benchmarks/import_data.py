@@ -1,4 +1,4 @@
-r"""Make a local Minari dataset, the one format that the training scripts read. The sources are
+r"""Make a local dataset that the training scripts read. The sources are
 
 D4RL's files by name, downloaded if they are not in $D4RL_DATASET_DIR (default ~/.d4rl/datasets):
 
@@ -14,38 +14,52 @@ a table of logged data, CSV or Parquet, with one row per step:
     python benchmarks/import_data.py shop.csv --id mine/shop-v0 --episode customer --step time \
         --observations 'x_*' country --actions discount --reward profit --terminal left
 
-or local datasets with equal spaces, to be joined; all rows of each, or the first --rows:
+a later table, encoded as that one was:
+
+    python benchmarks/import_data.py june.csv --id mine/june-v0 --like mine/shop-v0 --episode customer --step time \
+        --reward profit --terminal left
+
+or local datasets of equal sizes and encodings, to be joined; all rows of each, or the first --rows:
 
     python benchmarks/import_data.py --combine hopper-medium-v2 hopper-expert-v2 --rows 900000 100000 --id mine/mix-v0
 
-The dataset goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets). Numbers are stored as float32. Rows whose next
-observation is not known are dropped and counted. --combine leaves numbers as they are. Exit status: 0 stored, 1 the
-data cannot be used, 2 a bad command line. An error is one line on stderr and stores nothing.
+The dataset goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets), and --list lists what is there. Numbers are
+stored as float32. Rows whose next observation is not known are dropped and counted. Exit status: 0 stored, 1 the data
+cannot be used, 2 a bad command line. An error is one line on stderr and stores nothing.
 """
 
 import argparse
 import contextlib
-import copy
 import difflib
-import fnmatch
+import hashlib
+import importlib
+import json
 import math
 import os
+import re
 import shlex
+import shutil
 import sys
-import textwrap
 import urllib.request
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import gymnasium as gym
 import h5py
 import minari
 import numpy as np
-from common import DataError, Parser, d4rl, fail, make_env, reference_scores
-from minari.data_collector import EpisodeBuffer
+from common import SCRIPTS, DataError, Parser, d4rl, dataset_form, fail, make_env, prefix, reference_scores
+from import_table import (
+    Recording,
+    check_flags,
+    check_numbers,
+    check_precision,
+    is_coarse,
+    middle,
+    read_table,
+    refuse_precision,
+    shorten,
+)
 from minari.dataset.minari_dataset import parse_dataset_id
 from minari.dataset.minari_storage import MinariStorage
 from tqdm import tqdm
@@ -54,39 +68,11 @@ from benchmarks import collect
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 READ_SECONDS = 10  # a server may be silent for so long
-LARGEST = 1e15  # beyond it squares overflow float32
 MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
 MAX_ACTIONS = 100_000  # values of a discrete action; the scripts take no more
-MAX_CATEGORIES = 1000  # of a text column
 TOLERANCE = 1e-3  # share of the range by which an action may be outside its bounds: rounding
 NO_ENVIRONMENT = "No environment: runs train without evaluation unless --eval_env names one."
-COLUMN_NAMES = ("observation_names", "action_names", "action_categories")  # of a table, in the metadata
-OWN_METADATA = {  # not taken over from the datasets that are joined, even if they agree
-    "action_space", "author", "author_email", "combined_datasets", "data_format", "dataset_id", "dataset_size",
-    "description", "env_spec", "eval_env_spec", "jpeg_encoding", "minari_version", "observation_space",
-    "total_episodes", "total_steps",
-}  # fmt: skip
-
-
-@dataclass
-class Recording:
-    """Steps in order, episode after episode. A column that is not known is None."""
-
-    observations: np.ndarray  # [n, ...]
-    actions: np.ndarray  # [n] or [n, A]
-    rewards: np.ndarray  # [n]
-    terminals: np.ndarray  # [n], the next state is terminal
-    timeouts: np.ndarray = None  # [n], the episode ends here all the same
-    next_observations: np.ndarray = None  # [n, ...]
-    action_low: np.ndarray = None  # [A]
-    action_high: np.ndarray = None  # [A]
-    rows: np.ndarray = None  # [n], the row of the table that each step comes from
-    names: dict = field(default_factory=dict)  # of columns and categories, for the metadata
-    notes: list = field(default_factory=list)  # sentences for the user and the metadata
-
-    def note(self, text):
-        print(textwrap.shorten(text, 600, placeholder=" ..."))
-        self.notes.append(text)
+COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # of a flat dataset
 
 
 # ---------------------------------------------------------------------------------------------------- D4RL's names
@@ -129,21 +115,7 @@ def download(url, path):
     h5py.File(path).close()  # raises where a part is missing
 
 
-# --------------------------------------------------------------------------------------------------- reading a file
-
-
-def check_numbers(values, column):
-    """Raises DataError for NaN, infinity and numbers beyond LARGEST."""
-    if values.size and not (values.min() > -LARGEST and values.max() < LARGEST):
-        row, *place = np.argwhere(~(np.abs(values) < LARGEST))[0].tolist()
-        column += "".join(f"[{i}]" for i in place)
-        raise DataError(f"{column} is {values[row, *place]:g} in row {row} (from 0): correct or remove such rows")
-
-
-def check_flags(values, column):
-    if (bad := ~np.isin(values, (0, 1))).any():
-        row = bad.argmax()
-        raise DataError(f"{column} is {values[row]} in row {row} (from 0): it must be 0 or 1")
+# --------------------------------------------------------------------------------------------------- an HDF5 file
 
 
 def check_layout(columns, present):
@@ -172,189 +144,42 @@ def check_layout(columns, present):
         raise DataError(
             f"all must have the same number of rows: {', '.join(f'{key} {n}' for key, n in lengths.items())}"
         )
+    if not lengths["rewards"]:
+        raise DataError("it has no rows")
     sizes = [columns[key].shape for key in ("observations", "next_observations") if key in columns]
     if len(set(sizes)) > 1:
         raise DataError(f"observations and next_observations differ in shape: {sizes[0]} and {sizes[1]}")
 
 
 def read_hdf5(path):
-    keys = [key for key in Recording.__annotations__ if key not in ("rows", "names", "notes")]
+    keys = (*COLUMNS, "action_low", "action_high")
     try:
         with h5py.File(path) as file:
             columns = {key: file[key] for key in keys if isinstance(file.get(key), h5py.Dataset)}
             check_layout(columns, file)
-            for key, column in columns.items():
-                whole = key == "actions" and column.dtype.kind in "biu"
-                columns[key] = column.astype(np.int64 if whole else np.float32)[()]
+            return Recording(**{key: read_column(key, column) for key, column in columns.items()})
     except DataError:
         raise
     except Exception as error:  # h5py raises nearly anything for a damaged file
         raise DataError(f"it is damaged or not an HDF5 file: {error}") from error
-    for key, column in columns.items():
-        if key in ("terminals", "timeouts"):
-            check_flags(column, key)
-            columns[key] = column.astype(bool)
-        else:
-            check_numbers(np.atleast_1d(column), key)
-    return Recording(**columns)
 
 
-def pick(patterns, columns, role, taken=()):
-    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken."""
-    picked = []
-    for pattern in patterns:
-        found = [pattern] if pattern in columns else [x for x in fnmatch.filter(columns, pattern) if x not in taken]
-        if not found or role not in ("observations", "actions") and found != [pattern]:
-            has = textwrap.shorten(", ".join(columns), 300, placeholder=" ...")
-            raise DataError(f"--{role} {pattern}: there is no such column; the table has {has}")
-        picked += found
-    return list(dict.fromkeys(picked))
-
-
-def open_table(path):
-    """The names of a table's columns, and a function that reads some of them."""
-    import pandas
-
-    if not {".parquet", ".pq"} & set(path.suffixes):
-        names = list(pandas.read_csv(path, nrows=0).columns)
-        return names, lambda columns: pandas.read_csv(path, usecols=columns, low_memory=False)
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError("Parquet needs pyarrow: pip install -r requirements-extra.txt, or store it as CSV") from error
-    names = pyarrow.parquet.read_schema(path).names
-    return names, lambda columns: pandas.read_parquet(path, columns=columns)
-
-
-def read_table(path, args):
-    roles = {role: getattr(args, role) for role in ("episode", "step", "reward", "terminal", "timeout")}
-    roles = {role: name for role, name in roles.items() if name is not None}
-    try:
-        names, read = open_table(path)
-        for role, name in roles.items():
-            pick([name], names, role)
-        actions = pick(args.actions, names, "actions", roles.values())
-        observations = pick(args.observations, names, "observations", [*roles.values(), *actions])
-        table = read(list(dict.fromkeys([*roles.values(), *actions, *observations])))
-    except DataError:
-        raise
-    except Exception as error:  # pandas and pyarrow raise many kinds
-        raise DataError(f"it is damaged or not a table: {error}") from error
-    told = {name for role, name in roles.items() if role not in ("episode", "step")} | {*actions}
-    if known := [name for name in observations if name in told]:
-        raise DataError(f"column {known[0]} cannot be an observation: it is an action, the reward or a flag")
-    for name in table:
-        if (empty := table[name].isna().to_numpy()).any():
-            raise DataError(f"column {name} is empty in row {empty.argmax()} (from 0): fill or remove such rows")
-    return order_table(table, roles, actions, observations)
-
-
-def order_table(table, roles, action_names, observation_names):
-    """A Recording of the rows, sorted by episode, in the order of their first rows, and by step."""
-    import pandas
-
-    observations, labels = encode_observations(table[observation_names])
-    actions, categories = encode_actions(table[action_names])
-    rewards, texts = read_column(table[roles["reward"]])
-    if texts:
-        raise DataError(f"column {roles['reward']} holds text or truth values: rewards are numbers")
-    flags = {role: read_flags(table[roles[role]]) for role in ("terminal", "timeout") if role in roles}
-    episodes = pandas.factorize(table[roles["episode"]])[0]
-    steps, span = read_steps(table[roles["step"]]) if "step" in roles else (np.arange(len(table)), "the file's order")
-    order = np.lexsort((steps, episodes))
-    episodes, steps, terminals = episodes[order], steps[order], flags["terminal"][order]
-    recording = Recording(observations[order], actions[order], np.float32(rewards)[order], terminals, rows=order)
-    goes_on = np.append(episodes[1:] == episodes[:-1], False)[: len(table)]
-    recording.timeouts = ~goes_on & ~terminals
-    if "timeout" in flags:
-        recording.timeouts |= flags["timeout"][order]
-    recording.names = {"observation_names": labels, "action_names": action_names, "action_categories": categories}
-    recording.note(f"{len(table):,} rows, {(~goes_on).sum():,} episodes by {roles['episode']}; steps: {span}.")
-    if ties := (goes_on[:-1] & (steps[1:] == steps[:-1])).sum():
-        recording.note(f"{ties:,} rows have the same step as the row before; they keep the file's order.")
-    if early := (terminals & goes_on).sum():
-        recording.note(f"{early:,} terminal rows are not the last of their episode: the episode is split there.")
-    recording.note(f"Observations ({len(labels)}): {', '.join(labels)}.")
-    for name, texts in categories.items():
-        recording.note(f"Actions of {name}: {', '.join(f'{i} is {text}' for i, text in enumerate(texts))}.")
-    return recording
-
-
-def encode_observations(table):
-    """Observations [n, O], with text and truth values one-hot, and a label for each number."""
-    columns, labels = [], []
-    for name in table:
-        values, texts = read_column(table[name])
-        columns.append(np.float32(values)[:, None] if texts is None else np.eye(len(texts), dtype=np.float32)[values])
-        labels += [name] if texts is None else [f"{name}={text}" for text in texts]
-    return np.concatenate(columns, axis=1), labels
-
-
-def encode_actions(table):
-    """Actions [n, A], integers if all columns are integers or categories, and the categories of each text column."""
-    columns = {name: read_column(table[name]) for name in table}
-    categories = {name: texts for name, (_, texts) in columns.items() if texts is not None}
-    actions = np.stack([values for values, _ in columns.values()], axis=1)
-    if categories and actions.dtype.kind == "f":
-        raise DataError(f"actions {', '.join(columns)} mix text and real numbers: scripts take one kind")
-    return actions if actions.dtype.kind == "i" else np.float32(actions), categories
-
-
-def read_column(column):
-    """The numbers, and None; for text and truth values the index of each category, and the categories."""
-    import pandas
-
-    name, kind = f"column {column.name}", pandas.api.types.infer_dtype(column)
-    if kind == "decimal":
-        column = column.astype(float)
-    if pandas.api.types.is_numeric_dtype(column) and kind != "boolean":
-        values = column.to_numpy(np.int64 if kind == "integer" else np.float64)
-        check_numbers(values, name)
-        return values, None
-    if kind not in ("string", "boolean", "categorical", "empty"):
-        raise DataError(
-            f"{name} holds {kind}: store text or numbers (for times, such as the hours since the episode began)"
-        )
-    texts = column.astype(str)
-    stray = pandas.to_numeric(texts, errors="coerce").isna().to_numpy()
-    if stray.any() and not stray.all():
-        row = stray.argmax()
-        raise DataError(f"{name} has text among numbers, {texts.iloc[row]!r} in row {row} (from 0): correct such rows")
-    codes, categories = pandas.factorize(texts, sort=True)
-    if stray.any() and pandas.to_datetime(categories, format="ISO8601", errors="coerce", utc=True).notna().all():
-        raise DataError(f"{name} holds times: store numbers, such as the hours since the episode began")
-    if len(categories) > MAX_CATEGORIES:
-        raise DataError(f"{name} has {len(categories):,} different texts: leave it out, or store numbers")
-    return codes.astype(np.int64), list(categories)
-
-
-def read_flags(column):
-    values, texts = read_column(column)
-    if texts is None:
-        check_flags(values, f"column {column.name}")
+def read_column(key, column):
+    """A column of an HDF5 file: flags, actions in their own precision, and numbers that float32 holds apart."""
+    values = column[()]
+    if key in ("terminals", "timeouts"):
+        check_flags(values, key)
         return values.astype(bool)
-    if not set(texts) <= {"False", "True"}:
-        raise DataError(f"column {column.name} is {str(column.iloc[0])!r} in row 0: it must be 0 or 1")
-    return (np.array(texts) == "True")[values]
+    check_numbers(np.atleast_1d(values), key)
+    if key.startswith("action"):
+        values = values.astype(np.int64 if values.dtype.kind in "biu" else np.float64)
+        return values.reshape(len(values), -1) if key == "actions" else values
+    check_precision(values, key)
+    values = values.astype(np.float32)
+    return values if key == "rewards" else values.reshape(len(values), -1)
 
 
-def read_steps(column):
-    """The rank of each row by a column of numbers, times, or texts that are times; and the column's range in words."""
-    import pandas
-
-    if pandas.api.types.is_object_dtype(column) or pandas.api.types.is_string_dtype(column):
-        try:
-            with warnings.catch_warnings(action="error"):  # about a format that pandas would guess row by row
-                try:
-                    column = pandas.to_datetime(column, format="ISO8601", utc=True)
-                except ValueError:
-                    column = pandas.to_datetime(column, utc=True)
-        except (ValueError, TypeError, UserWarning) as error:
-            raise DataError(f"column {column.name} is neither numbers nor times: {error}") from error
-    return pandas.factorize(column, sort=True)[0], f"{column.min()} to {column.max()}"
-
-
-# ----------------------------------------------------------------------------------- from rows to a Minari dataset
+# ----------------------------------------------------------------------------------------- from rows to transitions
 
 
 def find_episodes(recording, limit):
@@ -362,17 +187,18 @@ def find_episodes(recording, limit):
     changes."""
     terminals, following, n = recording.terminals, recording.next_observations, len(recording.rewards)
     if following is not None:
-        differs = (following[:-1] != recording.observations[1:]).any(axis=tuple(range(1, following.ndim)))
+        differs = (following[:-1] != recording.observations[1:]).any(axis=1)
         flagged = terminals if recording.timeouts is None else terminals | recording.timeouts
         if splits := (differs & ~flagged[:-1]).sum() * (recording.timeouts is not None):
             recording.note(f"{splits:,} episodes were split where the next observation is not that of the next row.")
         return flagged | np.append(differs, True), np.ones(n, bool)
-    if recording.timeouts is None:
+    timeouts = recording.timeouts
+    if timeouts is None:
         recording.note(f"No timeouts and no next_observations: episodes are assumed to end after {limit:,} steps.")
         rows = np.arange(n)
         starts = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
-        recording.timeouts = (rows - starts) % limit == limit - 1
-    unknown = recording.timeouts & ~terminals
+        timeouts = (rows - starts) % limit == limit - 1
+    unknown = timeouts & ~terminals
     unknown[-1] = not terminals[-1]
     if unknown.any():
         recording.note(f"{unknown.sum():,} rows were dropped: time-outs and last rows without a next observation.")
@@ -381,26 +207,45 @@ def find_episodes(recording, limit):
     return terminals | unknown, ~unknown
 
 
-def make_buffers(recording, ends, known):
-    """The episodes, one at a time: [T + 1] observations, [T] of the rest."""
-    following = recording.observations if recording.next_observations is None else recording.next_observations
-    timeouts, start = np.zeros_like(ends) if recording.timeouts is None else recording.timeouts, 0
-    with tqdm(total=len(ends), unit="row", unit_scale=True, disable=None) as bar:
-        for last in np.flatnonzero(ends):
-            rows = slice(start, last + known[last])
-            bar.update(last + 1 - start)
-            start = last + 1
-            if rows.start == rows.stop:
-                continue
-            truncations = timeouts[rows].copy()
-            truncations[-1] |= not recording.terminals[rows][-1]
-            yield EpisodeBuffer(
-                observations=np.concatenate([recording.observations[rows], following[last : last + 1]]),
-                actions=recording.actions[rows],
-                rewards=recording.rewards[rows],
-                terminations=recording.terminals[rows],
-                truncations=truncations,
-            )
+def episode_returns(rewards, terminals, ends):
+    """The return of each episode; and whether the last one was cut short, which is so if a longer one is there."""
+    numbers = np.append(0, ends.cumsum()[:-1])
+    lengths = np.bincount(numbers)
+    return np.bincount(numbers, weights=rewards), not terminals[-1] and lengths[-1] < lengths.max()
+
+
+def transitions(recording, limit):
+    """The columns of a flat dataset. Rows without a known next observation are dropped."""
+    ends, known = find_episodes(recording, limit)
+    if not known.any():
+        raise DataError("no transition has a known next observation")
+    observations, terminals, rewards = recording.observations, recording.terminals, recording.rewards
+    following = recording.next_observations
+    if following is None:
+        following = observations[np.arange(len(ends)) + (known & ~terminals)]
+    before = np.append(~known[1:], False)  # the row after it is dropped, so that its own episode ends
+    columns = {
+        "observations": observations,
+        "actions": recording.actions,
+        "rewards": rewards,
+        "next_observations": following,
+        "terminals": terminals,
+        "timeouts": (ends | before) & ~terminals,
+    }
+    if known.all():
+        return columns
+    columns = {key: column[known] for key, column in columns.items()}
+    returns, cut_short = episode_returns(rewards, terminals, ends)
+    kept = np.bincount(np.append(0, ends.cumsum()[:-1]), weights=known) > 0  # episodes that still have rows
+    kept[-1] &= not cut_short
+    stored, cut_short = episode_returns(columns["rewards"], columns["terminals"], episode_ends(columns))
+    if not np.array_equal(returns[kept], stored[: len(stored) - cut_short]):
+        columns["returns"] = returns[kept]
+    return columns
+
+
+def episode_ends(columns):
+    return columns["terminals"] | columns["timeouts"]
 
 
 def n_numbers(space):
@@ -412,21 +257,30 @@ def n_numbers(space):
     return math.prod(space.shape or ())
 
 
-def evaluation(env_id, limit, recording):
-    """The environment's specification, with this step limit if there is one, and its action space."""
+def as_json(value):
+    """The text of metadata. Raises ValueError for what JSON does not have, such as a function."""
+    return json.dumps(value, indent=1, ensure_ascii=False, default=lambda x: np.asarray(x).tolist())
+
+
+def evaluation(env_id, limit, size):
+    """The environment, with this step limit if there is one, as load_dataset returns it; and its action space."""
     cure = "name another --eval_env, or none"
     try:
         env = make_env(env_id, "--eval_env")
-        spec = copy.deepcopy(gym.spec(env_id))
-        spec.max_episode_steps = limit or spec.max_episode_steps
-        spec.to_json()  # Minari stores it, and fails where the entry point is not a text
+        spec = gym.spec(env_id)
+        environment = {key: value for key, value in spec.kwargs.items() if key != "render_mode"}
+        environment |= {"id": spec.id, "max_episode_steps": limit or spec.max_episode_steps}
+        environment["wrappers"] = [[wrapper.name, wrapper.kwargs] for wrapper in spec.additional_wrappers]
+        as_json(environment)
     except (DataError, TypeError, ValueError) as error:
         raise DataError(f"{error}; {cure}") from error
     env.close()
-    sizes = math.prod(recording.observations.shape[1:]), n_numbers(env.observation_space)
-    if sizes[0] != sizes[1]:
-        raise DataError(f"observations have {sizes[0]} numbers, those of {env_id} have {sizes[1]}: {cure}")
-    return spec, env.action_space
+    if size != (wanted := n_numbers(env.observation_space)):
+        raise DataError(f"observations have {size} numbers, those of {env_id} have {wanted}: {cure}")
+    return environment, env.action_space
+
+
+# --------------------------------------------------------------------------------------------------------- actions
 
 
 def bounds_of(space):
@@ -450,8 +304,6 @@ def choose_bounds(actions, given, space, discrete):
         bounds, source = (-1, 1), "the data fit these bounds; --action_low and --action_high name others"
     else:
         bounds, source = (low, high), "the data's range; --action_low and --action_high name others"
-        if discrete:
-            source += "; --action_kind continuous takes them as real numbers"
     bounds = [np.ravel(bound).astype(np.float64) for bound in bounds]
     if wrong := [bound.size for bound in bounds if bound.size not in (1, len(low))]:
         raise DataError(
@@ -466,17 +318,25 @@ def choose_bounds(actions, given, space, discrete):
 
 
 def fit_actions(recording, args, space):
-    """The space of the actions: Discrete or MultiDiscrete for whole numbers, else a Box. Converts the actions to it."""
-    actions = recording.actions.reshape(len(recording.actions), -1)  # [n, A]
-    columns = recording.names.get("action_names") or [f"actions[{i}]" for i in range(actions.shape[1])]
+    """Converts the actions to int64 or float32. Returns their bounds as stored, [A] each. Completes the encoding; an
+    HDF5 file gets one where its actions are numbered anew."""
+    actions, table = recording.actions, recording.encoding is not None
+    encoding = recording.encoding or {
+        "observations": [],
+        "actions": [{"name": f"actions[{i}]"} for i in range(actions.shape[1])],
+    }
+    entries = encoding["actions"]
 
     def refuse(bad, reason):
         row, column = np.argwhere(bad)[0]
         place = row if recording.rows is None else recording.rows[row]
-        raise DataError(f"{columns[column]} is {actions[row, column]:g} in row {place} (from 0): {reason}")
+        raise DataError(f"{entries[column]['name']} is {actions[row, column]:.10g} in row {place} (from 0): {reason}")
 
     given = args.action_low or recording.action_low, args.action_high or recording.action_high
     given = None if given[0] is None else given
+    texts = [entry["name"] for entry in entries if "values" in entry and not args.like]
+    if texts and (given or space or args.action_kind == "continuous"):
+        raise DataError(f"column {texts[0]} holds text or truth values: store the numbers of its actions")
     integers, fractions = actions.dtype.kind == "i", actions != np.rint(actions)
     discrete = not fractions.any() and (integers or given is None)
     if space is not None:
@@ -489,24 +349,64 @@ def fit_actions(recording, args, space):
     if discrete and one_hot and given is None and space is None:
         raise DataError("actions are one-hot: store the number of each action (or give action_low and action_high)")
     low, high, source = choose_bounds(actions, given, space, discrete)
-    span = " to ".join(f"{x[0]:g}" if len({*x}) == 1 else str(x) for x in (low, high))
+    cure = f"{source}; --action_low and --action_high set the bounds"
+    if args.like:
+        source = cure = f"those of {args.like}"
+    span = " to ".join(f"{x[0]:.10g}" if len({*x}) == 1 else str(x) for x in (low, high))
     margin = 0 if discrete else TOLERANCE * (high - low)
-    if (actions.min(axis=0) < low - margin).any() or (actions.max(axis=0) > high + margin).any():
-        outside = (actions < low - margin) | (actions > high + margin)
-        refuse(outside, f"it is outside {span} ({source}); --action_low and --action_high set the bounds")
-    if discrete and np.prod(high - low + 1) > MAX_ACTIONS:
-        raise DataError(f"actions {span} are more than {MAX_ACTIONS:,} in all: give --action_kind continuous")
-    kind = "whole numbers" if discrete else "real numbers"
+    if (outside := (actions < low - margin) | (actions > high + margin)).any():
+        refuse(outside, f"it is outside {span} ({cure})")
+    kind = "real numbers"
+    if discrete:
+        kind = "whole numbers (Discrete)" if len(low) == 1 else "whole numbers (MultiDiscrete)"
+        if texts:
+            source = f"categories of {shorten(texts)}"
+        elif not (space or args.action_kind or args.like):
+            source += "; --action_kind continuous takes them as real numbers"
     recording.note(f"Actions: {len(low)} column{'s' * (len(low) > 1)} of {kind}, {span} ({source}).")
     if not discrete:
-        recording.actions = np.float32(actions)
-        return gym.spaces.Box(np.float32(low), np.float32(high))
-    recording.actions = actions.astype(np.int64)
-    low, sizes = low.astype(np.int64), (high - low + 1).astype(np.int64)
-    if len(low) > 1:
-        return gym.spaces.MultiDiscrete(sizes, start=low)
-    recording.actions = recording.actions[:, 0]
-    return gym.spaces.Discrete(sizes[0], start=low[0])
+        return shift_actions(recording, entries, low, high, table)
+    low, high = number_actions(recording, entries, low, high, free=given is None and space is None)
+    if table or any("values" in entry for entry in entries):
+        recording.encoding = encoding
+        for i, entry in enumerate(entries):
+            entry.setdefault("values", [*range(low[i], high[i] + 1)])
+    return low.tolist(), high.tolist()
+
+
+def number_actions(recording, entries, low, high, free):
+    """Converts the actions to int64. Numbers the values of a column anew, from 0, if they are free and have holes."""
+    recording.actions = actions = recording.actions.astype(np.int64)
+    low, high = low.astype(np.int64), high.astype(np.int64)
+    for i, entry in enumerate(entries):
+        values = np.unique(actions[:, i])
+        if free and len(values) <= high[i] - low[i]:
+            actions[:, i] = np.searchsorted(values, actions[:, i])
+            low[i], high[i], entry["values"] = 0, len(values) - 1, values.tolist()
+        if "values" in entry:
+            numbers = shorten(f"{low[i] + k} is {value}" for k, value in enumerate(entry["values"]))
+            recording.note(f"Actions of {entry['name']}: {numbers}.")
+    if np.prod(high - low + 1.0) > MAX_ACTIONS:
+        raise DataError(f"there are more than {MAX_ACTIONS:,} actions in all: give --action_kind continuous")
+    return low, high
+
+
+def shift_actions(recording, entries, low, high, table):
+    """Converts the actions to float32, less an offset where a table's numbers need one."""
+    for entry, *bounds in zip(entries, low.tolist(), high.tolist()):
+        coarse = is_coarse(*bounds) or np.float32(bounds[0]) == np.float32(bounds[1])
+        if coarse and not table:
+            refuse_precision(entry["name"], *bounds)
+        entry.setdefault("offset", middle(*bounds) if coarse else 0.0)
+        entry |= dict(zip(("low", "high"), bounds))
+        if entry["offset"]:
+            recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
+    offsets = np.array([entry["offset"] for entry in entries])
+    recording.actions = np.float32(recording.actions - offsets)
+    return np.float32(low - offsets).tolist(), np.float32(high - offsets).tolist()
+
+
+# --------------------------------------------------------------------------------------------------- a dataset
 
 
 def import_dataset(source, dataset_id, args):
@@ -516,53 +416,95 @@ def import_dataset(source, dataset_id, args):
         path, env_id, limit = d4rl_file(source), env_id or task.environment or None, limit or task.max_episode_steps
     if not path.is_file():
         raise DataError("there is no such file")
-    recording = read_table(path, args) if is_table(path) else read_hdf5(path)
-    if len(recording.rewards) == 0:
-        raise DataError("it has no rows")
-    spec, space = evaluation(env_id, limit, recording) if env_id not in (None, "none") else (None, None)
-    action_space = fit_actions(recording, args, space)
-    ends, known = find_episodes(recording, limit or 1000)
-    if not known.any():
-        raise DataError("no transition has a known next observation")
+    like = read_like(args.like) if args.like else None
+    recording = read_table(path, args, like) if is_table(path) else read_hdf5(path)
+    environment, space = None, None
+    if env_id not in (None, "none"):
+        environment, space = evaluation(env_id, limit, recording.observations.shape[1])
+    low, high = fit_actions(recording, args, None if like else space)
+    encoding = recording.encoding or {"observations": [], "actions": []}
+    offsets = [x["name"] for role in ("observations", "actions") for x in encoding[role] if x.get("offset")]
+    if environment and offsets:
+        raise DataError(f"column {offsets[0]} needs an offset, which {env_id} does not know: give --eval_env none")
+    columns = transitions(recording, limit or 1000)
     scores = args.ref_min_score, args.ref_max_score
     if None in scores:
-        scores = task and task.scores or spec and reference_scores(spec.id)
-    if spec is None:
+        scores = task and task.scores or environment and reference_scores(environment["id"])
+    if environment is None:
         recording.note(NO_ENVIRONMENT)
-    collect.store(
-        dataset_id,
-        make_buffers(recording, ends, known),
-        root,
-        added=recording.names | dict(zip(("ref_min_score", "ref_max_score"), scores or ())),
-        eval_env=spec,
-        observation_space=gym.spaces.Box(-np.inf, np.inf, recording.observations.shape[1:]),
-        action_space=action_space,
-        description=f"{args.command}: {' '.join(recording.notes)}",
-    )
-    tell_stored(root, dataset_id, known.sum(), ends.sum(), spec, scores)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    metadata = {
+        "action_low": low,
+        "action_high": high,
+        "reference_scores": scores,
+        "environment": environment,
+        "encoding": recording.encoding,
+        "notes": recording.notes,
+        "source": {"command": args.command, "files": [str(path)], "sha256": digest},
+    }
+    store_flat(dataset_id, columns, metadata, root)
 
 
-def environment_text(spec):
-    """A specification in words; equal texts are equal environments."""
-    if spec is None:
-        return "none"
-    arguments = [f"{key}={value!r}" for key, value in sorted(spec.kwargs.items()) if key != "render_mode"]
-    wrappers = map(str, spec.additional_wrappers)
-    return ", ".join([spec.id, f"at most {spec.max_episode_steps} steps", *arguments, *wrappers])
-
-
-def tell_stored(root, dataset_id, n_rows, n_episodes, spec, scores):
-    evaluated = f", evaluated in {environment_text(spec)}" if spec else ""
+def store_flat(dataset_id, columns, metadata, root):
+    """Writes a dataset beside its place and moves it there, so that it is whole or absent. metadata: what the columns
+    do not tell; what is None is left out. Raises OSError."""
+    target = root / dataset_id
+    staging, replaced = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    episodes, kind = int(episode_ends(columns).sum()), columns["actions"].dtype.kind
+    metadata = {"format": 1, "kind": "transitions"} | metadata
+    metadata |= {"transitions": len(columns["rewards"]), "episodes": episodes}
+    metadata["actions"] = "continuous" if kind == "f" else "discrete"
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    try:
+        staging.mkdir(parents=True)
+        for name, values in columns.items():
+            with open(staging / f"{name}.npy", "wb") as file:
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+                file.write(np.ascontiguousarray(values).data)  # np.save does not say that a disk is full
+                sync(file)
+        with open(staging / "metadata.json", "w", encoding="utf-8") as file:
+            file.write(as_json(metadata))
+            sync(file)
+        if target.exists():
+            target.rename(replaced)
+        staging.rename(target)
+    finally:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        for folder in (staging, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # namespaces that are still empty
+            for folder in list(target.parents)[: len(Path(dataset_id).parts) - 1]:
+                folder.rmdir()
+    environment, scores = metadata.get("environment"), metadata.get("reference_scores")
+    evaluated = f", evaluated in {environment_text(environment)}" if environment else ""
     scored = f", score 0 at {scores[0]:g} and 100 at {scores[1]:g}" if scores else ""
-    print(f"{dataset_id}: {n_rows:,} transitions, {n_episodes:,} episodes{evaluated}{scored}, in {root / dataset_id}")
+    print(
+        f"{dataset_id}: {len(columns['rewards']):,} transitions, {episodes:,} episodes{evaluated}{scored}, in {target}"
+    )
 
 
-# ----------------------------------------------------------------------------------------------- datasets into one
+def sync(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def environment_text(environment):
+    if environment is None:
+        return "none"
+    known = ("id", "max_episode_steps", "wrappers")
+    words = [environment["id"], f"at most {environment['max_episode_steps']} steps"]
+    words += [f"{key}={value!r}" for key, value in sorted(environment.items()) if key not in known]
+    return ", ".join([*words, *(name for name, _ in environment["wrappers"])])
+
+
+# ------------------------------------------------------------------------------------------------ datasets read
 
 
 @contextlib.contextmanager
 def reading(name):
-    """Stands around calls of Minari, h5py and pyarrow alone, which raise any of these for damaged files."""
+    """Stands around calls of Minari, h5py, numpy and json alone, which raise any of these for damaged files."""
     try:
         yield
     except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -570,31 +512,127 @@ def reading(name):
 
 
 def find_dataset(name):
-    """The id of a local dataset; a D4RL name stands for d4rl/<name>."""
+    """The id of a local dataset, and its form; a D4RL name stands for d4rl/<name>."""
     root = collect.get_dataset_path()
     if "/" not in name and not (root / name).exists():
         name = f"d4rl/{name}"
-    if not (root / name / "data").is_dir():
-        cure, task = "`minari list local` lists the datasets there", name.removeprefix("d4rl/")
+    if not (form := dataset_form(root / name)):
+        cure, task = "`import_data.py --list` lists the datasets there", name.removeprefix("d4rl/")
         if task in d4rl():
             cure = f"import it by: python benchmarks/import_data.py {task}"
         raise DataError(f"{name} is not in {root}: {cure}")
-    return name
+    return name, form
 
 
-def open_dataset(name):
+def read_flat(name):
+    """The metadata of a flat dataset, and its columns, mapped from the disk."""
+    path = collect.get_dataset_path(name)
+    with reading(name):
+        metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+        if metadata["format"] != 1 or metadata["kind"] != "transitions":
+            raise ValueError(f"it has format {metadata['format']} and kind {metadata['kind']}")
+        columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in COLUMNS}
+        if {len(column) for column in columns.values()} != {metadata["transitions"]}:
+            raise ValueError(f"its columns do not have {metadata['transitions']} rows each")
+        if (path / "returns.npy").exists():
+            columns["returns"] = np.load(path / "returns.npy")
+    return metadata, columns
+
+
+def read_like(name):
+    name, form = find_dataset(name)
+    metadata = read_flat(name)[0] if form == "flat" else {}
+    if not metadata.get("encoding", {}).get("observations"):
+        raise DataError(f"--like {name} has no encoding of a table: import its table again")
+    return metadata
+
+
+def open_minari(name):
     with reading(name):
         # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
         metadata = MinariStorage.read_raw_metadata(collect.get_dataset_path(name) / "data")
         if not {"observation_space", "action_space"} <= metadata.keys():
             raise KeyError("its metadata lacks the spaces")
-        return minari.load_dataset(name)
+        dataset = minari.load_dataset(name)
+        dataset[0]
+        return dataset
 
 
-def meaning(dataset):
+def list_datasets():
+    """Prints a line per local dataset, and per leftover of a killed import. Raises DataError for two in a folder."""
+    root, errors = collect.get_dataset_path(), []
+    for folder, subfolders, _ in os.walk(root, followlinks=True):
+        name = Path(folder).relative_to(root).as_posix()
+        subfolders[:] = sorted(x for x in subfolders if not x.startswith("."))
+        if re.search(r"\.\d+\.(tmp|old)$", name):
+            print(f"{name}: left by an import that was killed")
+            subfolders.clear()
+            continue
+        try:
+            if form := dataset_form(Path(folder)):
+                subfolders.clear()
+                print(f"{name}: {summary(name, form)}")
+        except DataError as error:
+            subfolders.clear()
+            errors.append(str(error))
+    if errors:
+        raise DataError("; ".join(errors))
+
+
+def summary(name, form):
+    """A dataset in words, or what is wrong with it."""
+    try:
+        if form == "flat":
+            metadata, _ = read_flat(name)
+            counts, kind = [metadata["transitions"], metadata["episodes"]], metadata["actions"]
+            environment = metadata.get("environment", {}).get("id")
+        else:
+            dataset = open_minari(name)
+            counts, spec = [dataset.total_steps, dataset.total_episodes], dataset._eval_env_spec or dataset.env_spec
+            kind = "continuous" if isinstance(dataset.action_space, gym.spaces.Box) else "discrete"
+            environment = spec and spec.id
+    except DataError as error:
+        return f"{form} form, damaged: {error}"
+    where = environment or "no environment"
+    return f"{counts[0]:,} transitions, {counts[1]:,} episodes, {kind} actions, {where}, {form} form"
+
+
+# ----------------------------------------------------------------------------------------------- datasets into one
+
+
+def read_part(name):
+    """A dataset of either form as load_dataset returns it, with `notes` and, in Minari's form, the `space` of its
+    observations."""
+    name, form = find_dataset(name)
+    if form == "flat":
+        metadata, columns = read_flat(name)
+        return metadata | columns
+    dataset = open_minari(name)
+    metadata = dataset.storage.metadata
+    if "observation_names" in metadata:
+        raise DataError(f"{name} is a table without an encoding, which an earlier version stored: import it again")
+    continuous = isinstance(dataset.action_space, gym.spaces.Box)
+    with prefix(name):
+        data = importlib.import_module(SCRIPTS[continuous]).load_dataset(name)
+    data["space"] = dataset.observation_space
+    data["notes"] = [str(metadata.get("description")), "Infos, seeds and options are not kept."]
+    if not continuous:
+        data["actions"] = data["actions"].astype(np.int64)
+    try:
+        as_json(data.get("environment"))
+    except ValueError as error:
+        data["notes"].append(f"The environment is left out: {error}.")
+        del data["environment"]
+    return data
+
+
+def meaning(part, other):
     """All that must agree for the numbers of two datasets to mean the same."""
-    spaces = {"observations": dataset.observation_space, "actions": dataset.action_space}
-    return spaces | {key: dataset.storage.metadata.get(key) or {} for key in COLUMN_NAMES}
+    kind = "real" if part["actions"].dtype.kind == "f" else "whole"
+    found = {key: np.asarray(part[key]).tolist() for key in ("action_low", "action_high")}
+    found |= {"observations": f"{part['observations'].shape[1]} numbers", "encoding": part.get("encoding") or {}}
+    found["actions"] = f"{part['actions'].shape[1]} {kind} numbers"
+    return found | ({"space": part["space"]} if "space" in part and "space" in other else {})
 
 
 def difference(first, second, place=""):
@@ -606,122 +644,61 @@ def difference(first, second, place=""):
     return difference(parts[0].get(key), parts[1].get(key), f"{place}[{key}]" if place else key)
 
 
-def agreement(datasets):
-    """Their common environment, or None; the other metadata that they share; and the differences in words."""
-    metadata, specs = [x.storage.metadata for x in datasets], [x._eval_env_spec or x.env_spec for x in datasets]
-    keys = dict.fromkeys(key for x in metadata for key in x if key not in OWN_METADATA)
-    values = {"environment": [environment_text(spec) for spec in specs]}
-    values |= {key: [x.get(key, "none") for x in metadata] for key in keys}
-    shared = {key: x[0] for key, x in values.items() if x.count(x[0]) == len(x)}
-    unlike = [
-        f"{key} ({'; '.join(textwrap.shorten(str(value), 100, placeholder=' ...') for value in values[key])})"
-        for key in values.keys() - shared.keys()
-    ]
-    spec, recorded = specs[0] if shared.pop("environment", None) else None, {x.get("env_spec") for x in metadata}
-    if spec and len(recorded - {None}) == len(recorded) == 1:
-        shared["env_spec"] = recorded.pop()
-    for key in ("author", "author_email"):
-        if people := set().union(*(x.get(key, ()) for x in metadata)):
-            shared[key] = people
-    return spec, shared, sorted(unlike)
-
-
-class Part(NamedTuple):
-    """The first episodes of a dataset, of which the last one loses `surplus` rows."""
-
-    name: str
-    dataset: minari.MinariDataset
-    n_rows: int
-    n_episodes: int
-    surplus: int
-    text: str
-
-
-def first_rows(name, dataset, rows):
-    """The Part with this number of rows, or with all if it is None."""
-    with reading(name):
-        lengths = [int(x["total_steps"]) for x in dataset.storage.get_episode_metadata(dataset.episode_indices)]
-    total = sum(lengths)
-    if not total or rows and rows > total:
-        raise DataError(f"{name} has {total:,} rows{f', not --rows {rows}' if rows else ''}")
+def first_rows(name, part, rows):
+    """The columns of a dataset's first rows, or of all if it is None; a cut episode ends by time-out there. `returns`
+    are those of its complete episodes."""
+    ends, total = np.flatnonzero(episode_ends(part)), len(part["rewards"])
+    if rows and rows > total:
+        raise DataError(f"{name} has {total:,} rows, not --rows {rows}")
     rows = rows or total
-    ends = np.cumsum(lengths)
-    n = int(np.searchsorted(ends, rows)) + 1
-    surplus, length = int(ends[n - 1]) - rows, lengths[n - 1]
-    text = f"{name}: {rows:,} of {total:,} rows, {n:,} of {len(lengths):,} episodes"
+    n = int(np.searchsorted(ends, rows - 1)) + 1
+    surplus, length = int(ends[n - 1]) + 1 - rows, int(np.diff(ends, prepend=-1)[n - 1])
+    text = f"{name}: {rows:,} of {total:,} rows, {n:,} of {len(ends):,} episodes"
     if surplus:
         text += f"; the last one is cut after {length - surplus:,} of its {length:,} rows, which counts as a time-out"
-    return Part(name, dataset, rows, n, surplus, f"{text}.")
-
-
-def without_last(n, columns):
-    """The columns of an episode, or of a part of a Dict or Tuple, without their last n rows."""
-    if isinstance(columns, dict):
-        return {key: without_last(n, column) for key, column in columns.items()}
-    if isinstance(columns, tuple):
-        return tuple(without_last(n, column) for column in columns)
-    return columns[: len(columns) - n] if np.ndim(columns) else columns
-
-
-def read_episodes(part):
-    """Yields the episodes of a part and the metadata of each."""
-    with reading(part.name):
-        numbers = range(part.n_episodes)
-        yield from zip(part.dataset.iterate_episodes(numbers), part.dataset.storage.get_episode_metadata(numbers))
-
-
-def join(parts):
-    """Yields the episodes of all parts, one at a time."""
-    with tqdm(total=sum(part.n_rows for part in parts), unit="row", unit_scale=True, disable=None) as bar:
-        for part in parts:
-            for episode, metadata in read_episodes(part):
-                columns = {key: column for key, column in vars(episode).items() if key != "id"}
-                if part.surplus and episode.id == part.n_episodes - 1:
-                    columns = without_last(part.surplus, columns)
-                    columns["truncations"] = columns["truncations"].copy()
-                    columns["truncations"][-1] |= not columns["terminations"][-1]
-                bar.update(len(columns["rewards"]))
-                yield EpisodeBuffer(seed=metadata.get("seed"), options=metadata.get("options"), **columns)
+    columns = {key: part[key][:rows] for key in COLUMNS}
+    columns["timeouts"] = columns["timeouts"] | ((np.arange(rows) == rows - 1) & ~columns["terminals"])
+    returns = part.get("returns")
+    if returns is None:
+        returns, cut_short = episode_returns(part["rewards"], part["terminals"], episode_ends(part))
+        returns = returns[: len(returns) - cut_short]
+    return columns | {"returns": returns[: n - (surplus > 0)]}, f"{text}."
 
 
 def combine(dataset_id, args):
-    root, names = collect.free_place(dataset_id, args.force), [find_dataset(name) for name in args.combine]
+    root, names = collect.free_place(dataset_id, args.force), [find_dataset(name)[0] for name in args.combine]
     if len({*names}) < len(names):
         raise DataError(f"{', '.join(names)}: name each dataset once")
-    datasets = [open_dataset(name) for name in names]
-    meanings = [meaning(dataset) for dataset in datasets]
-    for name, other in zip(names, meanings):
-        if other != meanings[0]:
-            raise DataError(f"{names[0]} and {name} differ in {difference(meanings[0], other)}")
-    parts = [first_rows(*x) for x in zip(names, datasets, args.rows or [None] * len(names))]
-    spec, shared, unlike = agreement(datasets)
-    notes = [part.text for part in parts]
-    if unlike:
-        notes.append(f"Left out because they differ: {', '.join(unlike)}.")
-    if spec is None:
+    parts = [read_part(name) for name in names]
+    for name, part in zip(names, parts):
+        pair = meaning(parts[0], part), meaning(part, parts[0])
+        if pair[0] != pair[1]:
+            raise DataError(f"{names[0]} and {name} differ in {difference(*pair)}")
+    taken = [first_rows(*x) for x in zip(names, parts, args.rows or [None] * len(names))]
+    notes, shared = [text for _, text in taken], {}
+    for key, words in (("environment", environment_text), ("reference_scores", str)):
+        values = [json.loads(as_json(part.get(key))) for part in parts]
+        if values.count(values[0]) == len(values):
+            shared[key] = values[0]
+        else:
+            notes.append(f"Left out because they differ: {key} ({'; '.join(map(words, values))}).")
+    if not shared.get("environment"):
         notes.append(NO_ENVIRONMENT)
     print("\n".join(notes))
-    notes += [f"{part.name}: {part.dataset.storage.metadata.get('description')}" for part in parts]
-    collect.store(
-        dataset_id,
-        join(parts),
-        root,
-        added=shared | {"combined_datasets": names},
-        eval_env=spec,
-        observation_space=datasets[0].observation_space,
-        action_space=datasets[0].action_space,
-        description=f"{args.command}: {' '.join(notes)}",
-    )
-    scores = shared.get("ref_min_score"), shared.get("ref_max_score")
-    counts = sum(part.n_rows for part in parts), sum(part.n_episodes for part in parts)
-    tell_stored(root, dataset_id, *counts, spec, None if None in scores else scores)
+    notes += [f"{name}: {note}" for name, part in zip(names, parts) for note in part["notes"]]
+    columns = {key: np.concatenate([columns[key] for columns, _ in taken]) for key in (*COLUMNS, "returns")}
+    if not any("returns" in part for part in parts):
+        del columns["returns"]
+    metadata = meaning(parts[0], {}) | shared | {"notes": notes, "source": {"command": args.command, "files": names}}
+    keys = ("action_low", "action_high", "reference_scores", "environment", "encoding", "notes", "source")
+    store_flat(dataset_id, columns, {key: metadata.get(key) or None for key in keys}, root)
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
 
 def is_table(source):
-    return bool({".csv", ".parquet", ".pq"} & set(Path(source).suffixes))
+    return bool({".csv", ".tsv", ".parquet", ".pq"} & set(Path(source).suffixes))
 
 
 def is_file(source):
@@ -736,7 +713,8 @@ def parse_arguments(argv):
     add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those imported before")
     add("--combine", nargs="+", metavar="DATASET_ID", help="two or more local datasets, to be joined in this order")
     add("--rows", type=int, nargs="+", metavar="N", help="rows to take from the start of each one (default: all)")
-    add("--id", metavar="DATASET_ID", help="the new Minari id, namespace/name-v0 (D4RL names become d4rl/<name>)")
+    add("--list", action="store_true", help="list the local datasets instead")
+    add("--id", metavar="DATASET_ID", help="the new id, namespace/name-v0 (D4RL names become d4rl/<name>)")
     add("--force", action="store_true", help="replace an existing dataset")
     add("--eval_env", metavar="GYM_ID", help="Gymnasium environment to evaluate in, or none")
     add("--max_episode_steps", type=int, help="step limit of evaluations, and of episodes if no end is marked")
@@ -754,6 +732,10 @@ def parse_arguments(argv):
     table("--reward", metavar="COLUMN", help="numbers")
     table("--terminal", metavar="COLUMN", help="1 if the task ends after the row")
     table("--timeout", metavar="COLUMN", help="1 if the recording ends after the row, but not the task")
+    table("--day_first", choices=("True", "False"), help="whether 02/01/2024 in --step is 2 January")
+    table("--decimal", choices=(",", "."), help="the decimal mark of a CSV file (default: a point)")
+    table("--like", metavar="DATASET_ID", help="encode as this dataset is: its observations, actions and bounds")
+    table("--unseen", choices=("other",), help="with --like: take new categories as `other`, or as none")
     args = parser.parse_args(argv)
     args.command = shlex.join(["import_data.py", *(sys.argv[1:] if argv is None else argv)])
     check_arguments(args, parser)
@@ -762,11 +744,12 @@ def parse_arguments(argv):
 
 def check_arguments(args, parser):
     files = [source for source in args.sources if source not in d4rl() and is_file(source)]
-    needed = ("episode", "observations", "actions", "reward", "terminal")
-    given = [name for name in (*needed, "step", "timeout") if getattr(args, name) is not None]
+    needed = ("episode", "reward", "terminal") + (() if args.like else ("observations", "actions"))
+    options = (*needed, "step", "timeout", "day_first", "decimal", "like", "unseen")
+    given = [name for name in options if getattr(args, name) is not None]
     missing = [f"--{name}" for name in needed if name not in given]
-    inputs = [value for value in (args.sources, args.all, args.combine) if value]
-    joining = ("sources", "all", "combine", "rows", "id", "force", "command")
+    inputs = [value for value in (args.sources, args.all, args.combine, args.list) if value]
+    joining = ("sources", "all", "combine", "rows", "id", "force", "list", "command")
     others = [f"--{name}" for name, value in vars(args).items() if value is not None and name not in joining]
     counted = args.rows is None or len(args.rows) == len(args.combine or ()) and min(args.rows) >= 1
     low, high = args.ref_min_score, args.ref_max_score
@@ -775,6 +758,7 @@ def check_arguments(args, parser):
     parser.require({
         f"{unknown[0] if unknown else None} is neither a file nor a D4RL name; the nearest are {near}": not unknown,
         "name D4RL datasets or a file, or give --all with a domain, or --combine with datasets": len(inputs) == 1,
+        "--list stands alone": not args.list or not (others or args.id or args.rows or args.force),
         "--combine takes two datasets or more": args.combine is None or len(args.combine) > 1,
         f"{', '.join(others)}: these do not go with --combine": not args.combine or not others,
         "--rows takes a number of at least 1 for each dataset of --combine": counted,
@@ -782,6 +766,11 @@ def check_arguments(args, parser):
         "a file and --combine need --id; D4RL names take none": bool(files or args.combine) == (args.id is not None),
         f"{', '.join(f'--{name}' for name in given)}: for tables alone": not given or files and is_table(files[0]),
         f"a table needs {', '.join(missing)}": not missing or not files or not is_table(files[0]),
+        "--day_first goes with --step": args.day_first is None or args.step is not None,
+        "--decimal is for CSV files": args.decimal is None or not {".parquet", ".pq"} & set(Path(files[0]).suffixes),
+        "--unseen goes with --like": args.unseen is None or args.like is not None,
+        "--action_kind, --action_low and --action_high do not go with --like, which knows them":
+            not args.like or (args.action_kind, args.action_low, args.action_high) == (None, None, None),
         "--max_episode_steps must be at least 1": args.max_episode_steps is None or args.max_episode_steps >= 1,
         "--action_low and --action_high go together": (args.action_low is None) == (args.action_high is None),
         "--ref_min_score and --ref_max_score go together: give both or neither": (low is None) == (high is None),
@@ -795,13 +784,15 @@ def check_arguments(args, parser):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    for source in ["--combine"] if args.combine else args.sources or d4rl_domain(args.all):
+    alone = "--combine" if args.combine else "--list" if args.list else None
+    for source in [alone] if alone else args.sources or d4rl_domain(args.all):
         dataset_id = args.id or f"d4rl/{source}"
         try:
-            if args.all and not args.force and (collect.get_dataset_path(dataset_id) / "data").is_dir():
+            if args.all and not args.force and dataset_form(collect.get_dataset_path(dataset_id)):
                 print(f"{dataset_id} is here already")
-                continue
-            if args.combine:
+            elif args.list:
+                list_datasets()
+            elif args.combine:
                 combine(dataset_id, args)
             else:
                 import_dataset(source, dataset_id, args)

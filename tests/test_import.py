@@ -1,6 +1,7 @@
 """benchmarks/import_data.py: every transition is in the dataset, in order, or counted; bad data give one line."""
 
 import functools
+import hashlib
 import json
 import shutil
 import socket
@@ -104,16 +105,21 @@ def flags(n, *places):
     return np.isin(np.arange(n), places)
 
 
+def place(name=ID):
+    return minari.storage.get_dataset_path(name)
+
+
 def read(name=ID):
     """(observations, actions, rewards, next_observations, terminals, timeouts), with the episodes' lengths."""
-    episodes = [*minari.load_dataset(name).iterate_episodes()]
-    parts = [(x.observations[:-1], x.actions, x.rewards, x.observations[1:], x.terminations, x.truncations)
-             for x in episodes]  # fmt: skip
-    return [np.concatenate(column) for column in zip(*parts)], [len(x.rewards) for x in episodes]
+    columns = {path.stem: np.load(path) for path in place(name).glob("*.npy")}
+    ends = columns["terminals"] | columns["timeouts"]
+    assert ends[-1] and not (columns["terminals"] & columns["timeouts"]).any()
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    return [columns[key] for key in keys], np.diff(np.flatnonzero(ends), prepend=-1).tolist()
 
 
 def metadata(name=ID):
-    return minari.load_dataset(name).storage.metadata
+    return json.loads((place(name) / "metadata.json").read_text())
 
 
 @given(data=st.data(), n=st.integers(2, 25), following=st.booleans(), flagged=st.booleans(), limit=st.integers(1, 8))
@@ -126,39 +132,56 @@ def test_transitions_are_those_of_a_slow_reading(run, data, n, following, flagge
     jumps = terminals | timeouts | breaks | flags(n, n - 1)
     if following:
         table["next_observations"] = np.where(jumps[:, None], -7, np.roll(table["observations"], -1, axis=0))
-    expected, lengths, dropped, since = [], [0], 0, 0
+    episodes, dropped, since = [[]], 0, 0  # of (row, next observation, terminal) or, for a dropped row, (row,)
     for i in range(n):
         since += 1
         out = jumps[i] if following else timeouts[i] if flagged else since == limit
         ended = terminals[i] or out or i == n - 1
-        if following or terminals[i] or not ended:
-            step = i + 1 if i + 1 < n and not ended else i
-            state = table["next_observations"][i] if following else table["observations"][step]
-            expected.append((i, *state, terminals[i]))
-            lengths[-1] += 1
-        dropped += not (following or terminals[i] or not ended)
+        known = following or terminals[i] or not ended
+        state = table["next_observations" if following else "observations"][
+            i if following or terminals[i] else (i + 1) % n
+        ]
+        episodes[-1].append((i, *state, terminals[i]) if known else (i,))
+        dropped += not known
         if ended:
-            since, lengths = 0, [*lengths, 0] if lengths[-1] else lengths
-    lengths = lengths if lengths[-1] else lengths[:-1]
+            since = 0
+            episodes.append([])
+    episodes.pop()
+    stored = [kept for rows in episodes if (kept := [row for row in rows if len(row) > 1])]
+    expected = [row for rows in stored for row in rows]
 
     write(**{"n": n, "timeouts": None} | table)
     status, out, err = run("data.hdf5", "--id", ID, "--force", f"--max_episode_steps={limit}")
     assert status == (0 if expected else 1), err
     assert (f"{dropped} rows were dropped" in out) == (dropped > 0)
     if expected:
-        (observations, actions, rewards, next_observations, terminations, truncations), found = read()
+        (observations, actions, rewards, next_observations, terminations, timeouts), found = read()
         rows = [int(row[0]) for row in expected]
-        assert found == lengths
+        assert found == [len(rows) for rows in stored]
         assert rewards.tolist() == rows and observations.tolist() == table["observations"][rows].tolist()
         assert actions.tolist() == table["actions"][rows].tolist()
         assert np.column_stack([rewards, next_observations, terminations]).tolist() == [
             [*map(float, x)] for x in expected
         ]
-        ends = np.isin(np.arange(len(rows)), np.cumsum(found) - 1)
-        assert ((terminations | truncations) == ends).all()
-        if flagged and following:
-            assert (truncations[timeouts[rows]]).all()
-        assert observations.dtype == actions.dtype == rewards.dtype == np.float32
+        assert {x.dtype for x in (observations, actions, rewards, next_observations)} == {np.dtype(np.float32)}
+        assert (metadata()["transitions"], metadata()["episodes"]) == (len(rows), len(found))
+        check_returns(episodes, stored)
+
+
+def complete_returns(episodes):
+    """Without the last one, if a longer one shows that it was cut short; None in place of one that has no rows left."""
+    returns = [sum(row[0] for row in rows) if any(len(row) > 1 for row in rows) else None for rows in episodes]
+    last = episodes[-1][-1]
+    cut_short = not (len(last) > 1 and last[-1]) and len(episodes[-1]) < max(map(len, episodes))
+    return returns[: len(returns) - cut_short]
+
+
+def check_returns(episodes, stored):
+    """The returns before rows were dropped are stored where they are not those of the stored rows."""
+    file = place() / "returns.npy"
+    before = [x for x in complete_returns(episodes) if x is not None]
+    assert file.exists() == (before != complete_returns(stored))
+    assert not file.exists() or np.load(file).tolist() == before
 
 
 def test_splits_and_what_is_missing_are_said(run):
@@ -168,47 +191,51 @@ def test_splits_and_what_is_missing_are_said(run):
     assert "1 episodes were split" in out and read()[1] == [5, 7]
     out = run(write(timeouts=None, terminals=flags(12, 2)), "--id", ID, "--force", "--max_episode_steps", 4)[1]
     assert "end after 4 steps" in out and "3 rows were dropped" in out and "1 terminal rows" in out
-    assert read()[1] == [3, 3, 3] and "1 terminal rows" in metadata()["description"]
+    assert read()[1] == [3, 3, 3] and "1 terminal rows" in " ".join(metadata()["notes"])
 
 
 @pytest.mark.parametrize(
-    ("options", "changes", "space", "source"),
+    ("options", "changes", "low", "high", "source"),
     [
-        ([], {}, gym.spaces.Box(-1, 1, (2,)), "the data fit these bounds"),
-        (["--action_low=-3", "--action_high", "3", "4"], {}, gym.spaces.Box(-3, np.float32([3, 4])), "as given"),
-        ([], {"action_low": -2.0, "action_high": [2.0, 5.0]}, gym.spaces.Box(-2, np.float32([2, 5])), "as given"),
-        ([], {"actions": np.float32([-5, 20])[np.arange(12) % 2] + 0.5},
-         gym.spaces.Box(-4.5, 20.5, (1,)), "the data's range"),
-        (["--eval_env=Pendulum-v1"], {"actions": np.full(12, 1.5)}, gym.spaces.Box(-2, 2, (1,)), "the environment's"),
-        (["--eval_env=CartPole-v1"], {"actions": np.ones(12), "observations": np.zeros((12, 4))},
-         gym.spaces.Discrete(2), "the environment's"),
-        ([], {"actions": np.arange(12) % 3 + 4}, gym.spaces.Discrete(3, start=4), "the data's range"),
-        ([], {"actions": np.arange(12.0)[:, None] % 3}, gym.spaces.Discrete(3), "the data's range"),
-        (["--action_low=0", "--action_high=9"], {"actions": np.arange(12) % 3}, gym.spaces.Discrete(10), "as given"),
-        (["--action_kind=continuous"], {"actions": np.arange(12) % 3}, gym.spaces.Box(0, 2, (1,)), "the data's range"),
-        ([], {"actions": np.stack([np.arange(12) % 2 - 1, np.arange(12) % 3], axis=1)},
-         gym.spaces.MultiDiscrete([2, 3], start=[-1, 0]), "the data's range"),
+        ([], {}, [-1, -1], [1, 1], "the data fit these bounds"),
+        (["--action_low=-3", "--action_high", "3", "4"], {}, [-3, -3], [3, 4], "as given"),
+        ([], {"action_low": -2.0, "action_high": [2.0, 5.0]}, [-2, -2], [2, 5], "as given"),
+        ([], {"actions": np.float32([-5, 20])[np.arange(12) % 2] + 0.5}, [-4.5], [20.5], "the data's range"),
+        (["--eval_env=Pendulum-v1"], {"actions": np.full(12, 1.5)}, [-2], [2], "the environment's"),
+        (["--eval_env=CartPole-v1"], {"actions": np.ones(12), "observations": np.zeros((12, 4))}, [0], [1],
+         "the environment's"),
+        ([], {"actions": np.arange(12) % 3 + 4}, [4], [6], "the data's range"),
+        ([], {"actions": np.arange(12.0)[:, None] % 3}, [0], [2], "--action_kind continuous"),
+        (["--action_low=0", "--action_high=9"], {"actions": np.arange(12) % 3}, [0], [9], "--action_kind continuous"),
+        (["--action_kind=continuous"], {"actions": np.arange(12) % 3}, [0.0], [2.0], "the data's range"),
+        ([], {"actions": np.stack([np.arange(12) % 2 - 1, np.arange(12) % 3], axis=1)}, [-1, 0], [0, 2],
+         "MultiDiscrete"),
+        ([], {"actions": np.arange(12) % 5 + 20_000_000}, [20_000_000], [20_000_004], "20000000 to 20000004"),
     ],
 )  # fmt: skip
-def test_action_spaces(options, changes, space, source, run):
+def test_bounds_and_kinds_of_actions(options, changes, low, high, source, run):
     status, out, err = run(write(**changes), "--id", ID, *options)
     assert status == 0 and source in out, err
-    assert minari.load_dataset(ID).action_space == space and source in metadata()["description"]
+    stored = metadata()
+    assert (stored["action_low"], stored["action_high"]) == (low, high) and source in " ".join(stored["notes"])
     actions, expected = read()[0][1], columns(**changes)["actions"][:11]
-    assert all(x in space for x in actions) and np.array_equal(actions.ravel(), np.float32(expected).ravel())
+    assert actions.dtype == (np.int64 if stored["actions"] == "discrete" else np.float32)
+    assert actions.shape == (11, len(low)) and np.array_equal(actions.ravel(), expected.ravel())
+    assert "encoding" not in stored
 
 
 def test_environment_and_scores_of_a_file(run):
     name = write(terminals=flags(12, 5), actions=np.linspace(-1, 1, 12))
     assert run(name, "--id", ID)[0] == 0
-    assert minari.load_dataset(ID).env_spec is None and "ref_min_score" not in metadata()
+    assert not metadata().keys() & {"environment", "reference_scores"}
     scores = ["--ref_min_score=-1", "--ref_max_score=2.5"]
     assert run(name, "--id", ID, "--force", "--eval_env=Pendulum-v1", "--max_episode_steps=7", *scores)[0] == 0
-    spec = minari.load_dataset(ID)._eval_env_spec
-    assert (spec.id, spec.max_episode_steps) == ("Pendulum-v1", 7)
-    assert (metadata()["ref_min_score"], metadata()["ref_max_score"]) == (-1, 2.5)
-    assert run(name, "--id", ID, "--force", *scores)[0] == 0 and metadata()["ref_max_score"] == 2.5
-    assert minari.list_local_datasets().keys() == {ID}
+    assert metadata()["environment"] == {"id": "Pendulum-v1", "max_episode_steps": 7, "wrappers": []}
+    assert metadata()["reference_scores"] == [-1, 2.5]
+    assert run(name, "--id", ID, "--force", *scores)[0] == 0 and metadata()["reference_scores"] == [-1, 2.5]
+    source = metadata()["source"]
+    assert source["files"] == [name] and source["sha256"] == hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    assert source["command"].startswith("import_data.py data.hdf5 --id")
 
 
 def test_names_of_d4rl():
@@ -229,12 +256,13 @@ def test_a_name_of_d4rl(name, run, tmp_path):
     changes = {"observations": np.ones((12, n_observations)), "actions": np.full((12, n_actions), 0.5)}
     write(tmp_path / "d4rl" / f"{file}.hdf5", **changes)
     assert run(name)[0] == 0
-    spec, dataset = minari.load_dataset(f"d4rl/{name}")._eval_env_spec, f"d4rl/{name}"
-    assert (spec and (spec.id, spec.max_episode_steps)) == (env_id and (env_id, steps))
-    assert metadata(dataset)["ref_max_score"] == common.d4rl()[name].scores[1]
+    dataset = f"d4rl/{name}"
+    environment = metadata(dataset).get("environment", {"id": None, "max_episode_steps": None})
+    assert (environment["id"], environment["max_episode_steps"]) == (env_id, steps)
+    assert metadata(dataset)["reference_scores"] == [*common.d4rl()[name].scores]
     status, _, err = run(name)
     assert status == 1 and "--force" in err and run(name, "--force", "--eval_env=none")[0] == 0
-    assert minari.load_dataset(dataset)._eval_env_spec is None and "ref_max_score" in metadata(dataset)
+    assert "environment" not in metadata(dataset) and "reference_scores" in metadata(dataset)
 
 
 def test_minaris_own_namespace_keeps_its_note(run, root, tmp_path):
@@ -243,7 +271,8 @@ def test_minaris_own_namespace_keeps_its_note(run, root, tmp_path):
     note.write_text('{"description": "theirs"}')
     write(tmp_path / "d4rl" / "maze2d-umaze-sparse-v1.hdf5")
     assert run("maze2d-umaze-v1")[0] == 0 and json.loads(note.read_text()) == {"description": "theirs"}
-    assert run(write(), "--id", "a/b/c-v0")[0] == 0 and (root / "a/b/namespace_metadata.json").exists()
+    assert run(write(), "--id", "aa/bb/cc-v0")[0] == 0 and (root / "aa/bb/cc-v0/metadata.json").exists()
+    assert minari.list_local_datasets() == {}  # Minari's tools pass over the folders
 
 
 def test_missing_files_are_downloaded_once(run, tmp_path, monkeypatch):
@@ -253,7 +282,7 @@ def test_missing_files_are_downloaded_once(run, tmp_path, monkeypatch):
     for name in names:
         write(tmp_path / "server" / f"{common.d4rl()[name].file}.hdf5", observations=np.ones((12, 4)))
     assert run("--all", "maze2d")[0] == 0
-    assert minari.list_local_datasets().keys() == {f"d4rl/{name}" for name in names}
+    assert {path.parent.name for path in (tmp_path / "minari").rglob("metadata.json")} == {*names}
     shutil.rmtree("server")
     assert run("--all", "maze2d")[0] == run("maze2d-umaze-v1", "--force")[0] == 0
     assert {path.suffix for path in (tmp_path / "d4rl").iterdir()} == {".hdf5"}
@@ -311,18 +340,24 @@ def test_a_table_of_logged_data(name, run):
     status, out, err = table_run(run, table, name)
     assert status == 0 and "1 rows were dropped" in out and "0 is call, 1 is mail, 2 is none" in out, err
     (observations, actions, rewards, following, terminals, timeouts), lengths = read()
+    assert "typically" in out
     rows = {i: [*TABLE[["x_spend", "x_visits"]].loc[i], *(TABLE.country[i] == x for x in ("AT", "DE", "FR")),
                 not TABLE.vip[i], TABLE.vip[i]] for i in TABLE.index}  # fmt: skip
     assert lengths == [2, 2, 1]  # of b, whose last row is not known to be its end, a, and c
     assert observations.tolist() == [rows[i] for i in (2, 0, 3, 1, 5)]
     assert following.tolist() == [rows[i] for i in (0, 4, 1, 1, 5)]
-    assert actions.tolist() == [2, 1, 0, 2, 2] and rewards.tolist() == [0.25, 0.5, 2.5, 1.5, 7]
+    assert actions.tolist() == [[2], [1], [0], [2], [2]] and rewards.tolist() == [0.25, 0.5, 2.5, 1.5, 7]
     assert terminals.tolist() == [0, 0, 0, 1, 1] and timeouts.tolist() == [0, 1, 0, 0, 0]
     stored = metadata()
-    assert stored["observation_names"][2:] == ["country=AT", "country=DE", "country=FR", "vip=False", "vip=True"]
-    assert stored["action_categories"] == {"offer": ["call", "mail", "none"]}
-    assert "country=AT" in stored["description"] and "1 is mail" in stored["description"]
-    assert stored["action_space"] == gym.spaces.Discrete(3)
+    assert stored["encoding"] == {
+        "observations": [
+            {"name": "x_spend", "offset": 0.0}, {"name": "x_visits", "offset": 0.0},
+            {"name": "country", "values": ["AT", "DE", "FR"]}, {"name": "vip", "values": ["False", "True"]},
+        ],
+        "actions": [{"name": "offer", "values": ["call", "mail", "none"]}],
+    }  # fmt: skip
+    assert (stored["action_low"], stored["action_high"], stored["actions"]) == ([0], [2], "discrete")
+    assert np.load(place() / "returns.npy").tolist() == [-0.25, 4, 7]  # with the dropped row's reward of -1
 
 
 def test_a_table_with_numbers_as_actions(run):
@@ -332,8 +367,10 @@ def test_a_table_with_numbers_as_actions(run):
     assert status == 0, err
     (observations, actions, *_), lengths = read()
     assert lengths == [1, 2, 1] and actions.tolist() == [[0, 0.5], [30, 0.5], [10, 0.5], [50, 0.5]]
-    assert minari.load_dataset(ID).action_space == gym.spaces.Box(0, np.float32([50, 1]))
-    assert metadata()["observation_names"][:2] == ["x_spend", "x_visits"] and observations.shape == (4, 10)
+    assert (metadata()["action_low"], metadata()["action_high"]) == ([0, 0], [50, 1]) and observations.shape == (4, 10)
+    entry = {"name": "a_1", "offset": 0.0, "low": 0.0, "high": 1.0}
+    assert metadata()["encoding"]["actions"][1] == entry
+    assert [x["name"] for x in metadata()["encoding"]["observations"]][:2] == ["x_spend", "x_visits"]
     assert table_run(run, table, step=None, force=[])[0] == 0 and read()[0][2].tolist() == [0.5, 0.25, 1.5, 7]
 
 
@@ -405,7 +442,9 @@ BAD_FILES = {
         {"actions": np.arange(12) % 2, "action_low": -0.5, "action_high": 1.5}, ["whole bounds"],
     ),
     "three bounds": ({"action_low": np.zeros(3), "action_high": np.ones(3)}, ["3 bounds"]),
-    "too many numbers": ({"actions": np.arange(12) * 10**6}, ["--action_kind continuous"]),
+    "too many numbers": (
+        {"n": 200_001, "actions": np.arange(200_001) // 2 * 7}, ["100,000 actions", "--action_kind continuous"],
+    ),
 }  # fmt: skip
 
 
@@ -490,7 +529,7 @@ BAD_COMMANDS = [
     (["data.hdf5", "--id", ID, "--rows", "3"], 2, ["--rows"]),
     (["data.hdf5", "--combine", "test/first-v0", "test/second-v0", "--id", ID], 2, ["--combine"]),
     (["--combine", "test/first-v0", "test/second-v0", "--id", ID, "--ref_min_score=0"], 2, ["go with --combine"]),
-    (["--combine", "test/first-v0", "test/second-v0", "--id", ID], 1, ["test/first-v0", "minari list local"]),
+    (["--combine", "test/first-v0", "test/second-v0", "--id", ID], 1, ["test/first-v0", "--list"]),
     (["--combine", "hopper-medium-v2", "test/second-v0", "--id", ID], 1,
      ["d4rl/hopper-medium-v2 is not in", "import_data.py hopper-medium-v2"]),
     (["data.hdf5", "--id", ID, "--eval_env", "Nothing-v0"], 1, ["Nothing-v0", "--eval_env"]),
@@ -536,78 +575,104 @@ def new_part(name, lengths=(3, 4), added=None, **options):
     return buffers
 
 
-def values(episode, n):
-    """The first n steps of an episode, flags apart."""
-    parts = {**episode.observations, **episode.infos}, {"actions": episode.actions, "rewards": episode.rewards}
-    return [(key, x.dtype, x[: n + 1 - i].tolist()) for i, part in enumerate(parts) for key, x in sorted(part.items())]
+def rows_of(buffers, lengths):
+    """The first rows of some episodes, flattened as the scripts do."""
+    parts = []
+    for buffer, n in zip(buffers, lengths, strict=True):
+        place, goal = (buffer.observations[key][: n + 1] for key in ("place", "goal"))
+        observations = np.float32(np.column_stack([np.eye(5)[goal], place]))
+        parts.append((observations[:-1], buffer.actions[:n, None], np.float32(buffer.rewards[:n]), observations[1:]))
+    return [np.concatenate(column).tolist() for column in zip(*parts)]
 
 
 def test_combined_are_the_first_rows_of_each(run):
     first, second = new_part("test/first-v0"), new_part("test/second-v0", [2, 5])
     status, out, err = run(*PARTS, "--rows", 5, 7)
     assert status == 0 and "5 of 7 rows, 2 of 2 episodes; the last one is cut after 2 of its 4 rows" in out, err
-    assert "12 transitions, 4 episodes" in out and metadata()["combined_datasets"] == PARTS[1:3]
-    dataset, lengths = minari.load_dataset(ID), [3, 2, 2, 5]
-    for episode, part, n in zip(dataset.iterate_episodes(), first + second, lengths, strict=True):
-        assert values(episode, 99) == values(part, n)
-    ends = [(x.terminations.tolist(), x.truncations.tolist()) for x in dataset.iterate_episodes()]
-    assert ends == [
-        ([False, False, True], [False] * 3), ([False, False], [False, True]),
-        ([False, True], [False] * 2), ([False] * 5, [False] * 4 + [True]),
-    ]  # fmt: skip
-    noted = [
-        (x["seed"], x["options"]["wind"], x["total_steps"]) for x in dataset.storage.get_episode_metadata(range(4))
-    ]
-    assert noted == [(0, 0, 3), (1, 1, 2), (0, 0, 2), (1, 1, 5)]
+    assert "12 transitions, 4 episodes" in out and metadata()["source"]["files"] == PARTS[1:3]
+    columns, lengths = read()
+    assert lengths == [3, 2, 2, 5] and [x.tolist() for x in columns[:4]] == rows_of(first + second, lengths)
+    assert np.flatnonzero(columns[4]).tolist() == [2, 6] and np.flatnonzero(columns[5]).tolist() == [4, 11]
+    assert columns[1].dtype == np.int64 and (metadata()["action_low"], metadata()["action_high"]) == ([0], [2])
+    assert "Infos, seeds and options are not kept" in " ".join(metadata()["notes"])
     assert run(*PARTS[:-1], "test/first-v0")[0] == 1  # it exists
     assert run(*PARTS[:-1], "test/first-v0", "--force")[0] == 0  # of itself and another
-    assert [len(x.rewards) for x in minari.load_dataset("test/first-v0").iterate_episodes()] == [3, 4, 2, 5]
+    columns, lengths = read("test/first-v0")
+    assert lengths == [3, 4, 2, 5] and [x.tolist() for x in columns[:4]] == rows_of(first + second, lengths)
+    assert not (place("test/first-v0") / "data").exists() and not (place() / "returns.npy").exists()
+
+
+def test_combined_flat_datasets_keep_returns_before_dropping(run):
+    """Of a, rows 3 and 5 are dropped, time-outs; of b, the last row is cut off by --rows."""
+    write("a.hdf5", n=6, timeouts=flags(6, 2), rewards=np.float32([1, 2, 4, 8, 16, 32]))
+    write("b.hdf5", n=6, terminals=flags(6, 1, 5), rewards=np.float32([1, 2, 4, 8, 16, 32]))
+    assert run("a.hdf5", "--id", "test/first-v0")[0] == run("b.hdf5", "--id", "test/second-v0")[0] == 0
+    assert np.load(place("test/first-v0") / "returns.npy").tolist() == [7, 56]
+    assert run(*PARTS, "--rows", 4, 6)[0] == 0 and read()[0][2].tolist() == [1, 2, 8, 16, 1, 2, 4, 8, 16, 32]
+    assert np.load(place() / "returns.npy").tolist() == [7, 56, 3, 60] and metadata()["episodes"] == 4
+    assert run(*PARTS, "--rows", 3, 5, "--force")[0] == 0
+    assert np.load(place() / "returns.npy").tolist() == [7, 3] and read()[1] == [2, 1, 2, 3]
+    assert [x for x in metadata()["notes"] if x.startswith("test/first-v0: 2 rows were dropped")]
+    assert run("--combine", "test/second-v0", "test/first-v0", "--id", ID, "--force")[0] == 0
+    assert np.load(place() / "returns.npy").tolist() == [3, 60, 7, 56]
 
 
 def test_combined_metadata_are_what_all_share(run):
     """Environments are compared as runs use them: the one of the evaluation, else that of the recording."""
     score = {"ref_min_score": -1.0, "ref_max_score": 2.5}
-    new_part("test/first-v0", env="CartPole-v1", algorithm_name="one", author="Ann", added=score)
-    new_part("test/second-v0", eval_env="CartPole-v1", algorithm_name="two", author="Bob", added=score)
-    assert (out := run(*PARTS)[1]) and "algorithm_name (one; two)" in out and "environment" not in out
-    stored, dataset = metadata(), minari.load_dataset(ID)
-    assert stored.items() >= score.items() and dataset._eval_env_spec == gym.spec("CartPole-v1")
-    assert "algorithm_name" not in stored and stored["author"] == {"Ann", "Bob"} and dataset.env_spec is None
+    new_part("test/first-v0", env="CartPole-v1", added=score)
+    new_part("test/second-v0", eval_env="CartPole-v1", added=score)
+    out, environment = run(*PARTS)[1], {"id": "CartPole-v1", "max_episode_steps": 500, "wrappers": []}
+    assert "Left out" not in out and "CartPole-v1, at most 500 steps, score 0 at -1 and 100 at 2.5" in out
+    assert metadata()["environment"].items() >= environment.items() and metadata()["reference_scores"] == [-1, 2.5]
     new_part("test/third-v0", env="Acrobot-v1", eval_env="CartPole-v1", added=score | {"ref_min_score": -2.0})
-    assert run("--combine", "test/first-v0", "test/third-v0", "--id", ID, "--force")[0] == 0
-    assert minari.load_dataset(ID).env_spec is None and metadata().keys() & score.keys() == {"ref_max_score"}
+    assert run("--combine", ID, "test/third-v0", "--id", "test/last-v0")[0] == 0  # a flat one and a Minari one
+    assert metadata("test/last-v0").keys() & {"environment", "reference_scores"} == {"environment"}
     new_part("test/fourth-v0", env="CartPole-v1", eval_env="Acrobot-v1")
     out = run("--combine", "test/first-v0", "test/fourth-v0", "--id", ID, "--force")[1]
-    assert "environment (CartPole-v1, at most 500 steps; Acrobot-v1" in out and "ref_max_score (2.5; none)" in out
-    dataset = minari.load_dataset(ID)  # an environment of the recording that all share is not evaluated in
-    assert dataset._eval_env_spec is None and dataset.env_spec is None and not metadata().keys() & score.keys()
-    new_part("test/fifth-v0", env="CartPole-v1")
-    assert run("--combine", "test/first-v0", "test/fifth-v0", "--id", ID, "--force")[0] == 0
-    assert minari.load_dataset(ID).env_spec == gym.spec("CartPole-v1")
+    assert "environment (CartPole-v1, at most 500 steps" in out and "Acrobot-v1" in out
+    assert "reference_scores ([-1.0, 2.5]; None)" in out
+    assert not metadata().keys() & {"environment", "reference_scores"}
 
 
-NAMES = {"observation_names": ["x", "y"], "action_categories": {"offer": ["call", "mail"]}}
 UNEQUAL = {
     "a part of the observation": (
         {"observation_space": gym.spaces.Dict({**SPACES["observation_space"], "goal": gym.spaces.Discrete(6)})},
-        ["observations[goal]: Discrete(5) and Discrete(6)"],
+        ["observations: 7 numbers and 8 numbers"],
     ),
-    "actions": ({"action_space": gym.spaces.Discrete(4)}, ["actions: Discrete(3) and Discrete(4)"]),
-    "names": ({"added": NAMES | {"observation_names": ["x", "z"]}}, ["observation_names[1]: y and z"]),
-    "categories": (
-        {"added": NAMES | {"action_categories": {"offer": ["mail", "call"]}}},
-        ["action_categories[offer][0]: call and mail"],
+    "equal sizes": (
+        {"observation_space": gym.spaces.Dict(SPACES["observation_space"].spaces | {"goal": gym.spaces.Discrete(5, start=1)})},
+        ["space[goal]: Discrete(5) and Discrete(5, start=1)"],
     ),
-    "no names": ({"added": {}}, ["observation_names[0]: x and None"]),
+    "actions": ({"action_space": gym.spaces.Discrete(4)}, ["action_high[0]: 2 and 3"]),
+    "names": ({"added": {"observation_names": ["x", "z"]}}, ["import it again"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", UNEQUAL)
 def test_datasets_that_differ_are_not_combined(fault, run):
     options, words = UNEQUAL[fault]
-    new_part("test/first-v0", added=NAMES)
-    new_part("test/second-v0", **{"added": NAMES} | options)
-    one_line(run(*PARTS), 1, ["test/first-v0", "test/second-v0", *words])
+    new_part("test/first-v0")
+    new_part("test/second-v0", **options)
+    one_line(run(*PARTS), 1, ["test/second-v0", *words])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"country": list("ADADFF")}, ["encoding[observations][2][values][0]: AT and A"]),
+        ({"offer": TABLE.offer.str.upper()}, ["encoding[actions][0][values][0]: call and CALL"]),
+        ({"offer": list("aabbaa")}, ["action_high[0]: 2 and 1"]),
+        ({"vip": [1, 0, 0, 1, 1, 0]}, ["observations: 7 numbers and 6 numbers"]),
+        ({"x_spend": TABLE.x_spend / 1e6 + 1e9}, ["encoding[observations][0][offset]: 0.0 and 1000000000.0"]),
+    ],
+)
+def test_tables_that_differ_are_not_combined(changes, words, run):
+    assert table_run(run, **{"id": ["test/first-v0"]})[0] == 0
+    assert table_run(run, TABLE.assign(**changes), **{"id": ["test/second-v0"]})[0] == 0
+    one_line(run(*PARTS), 1, ["test/first-v0 and test/second-v0 differ in", *words])
+    assert table_run(run, **{"id": ["test/second-v0"], "force": []})[0] == run(*PARTS)[0] == 0
+    assert metadata()["encoding"] == metadata("test/first-v0")["encoding"]
 
 
 def test_what_cannot_be_combined_leaves_all_as_it_was(run, root):
@@ -617,8 +682,9 @@ def test_what_cannot_be_combined_leaves_all_as_it_was(run, root):
     with h5py.File(root / "test/second-v0/data/main_data.hdf5", "r+") as file:
         del file["episode_1/rewards"]  # met when the rest is written
     before = contents(root)
+    one_line(run("--combine", ID, "test/first-v0", *PARTS[3:-1], "test/last-v0", "--rows", 8, 8), 1,
+             ["test/first-v0 has 7 rows", "--rows 8"])  # fmt: skip
     one_line(run(*PARTS, "--force"), 1, ["test/second-v0 cannot be read"])
-    one_line(run(*PARTS, "--force", "--rows", 8, 1), 1, ["test/first-v0 has 7 rows", "--rows 8"])
     one_line(run("--combine", ID, ID, *PARTS[3:], "--force"), 1, [ID, "once"])
     one_line(run("--combine", ID, "test/first-v0", *PARTS[3:]), 1, [ID, "--force"])
     assert contents(root) == before

@@ -1,0 +1,484 @@
+"""Tables for import_data.py: text and dates become numbers, and an encoding says how. Also what HDF5 files share: the
+recording that both become, and the checks of its numbers."""
+
+import fnmatch
+import math
+import textwrap
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+from common import DataError
+
+LARGEST = 1e15  # beyond it squares overflow float32
+MAX_CATEGORIES = 1000  # of a text column
+NUMBER = r"[+-]?(?:\d+|\d{1,3}(?:[.,' \u00a0\u202f]\d{3})+)(?:[.,]\d*)?"  # a text that people read as a number
+ZONE = r"[T ]\d.*(?:Z|[+-]\d\d(?::?\d\d)?)$"  # a time that ends with a time zone
+
+
+@dataclass
+class Recording:
+    """Steps in order, episode after episode. A column that is not known is None."""
+
+    observations: np.ndarray  # [n, O]
+    actions: np.ndarray  # [n, A], int64 or float64, in the units of the source
+    rewards: np.ndarray  # [n]
+    terminals: np.ndarray  # [n], the next state is terminal
+    timeouts: np.ndarray = None  # [n], the episode ends here all the same
+    next_observations: np.ndarray = None  # [n, O]
+    action_low: np.ndarray = None  # [A], in the units of the source
+    action_high: np.ndarray = None  # [A]
+    rows: np.ndarray = None  # [n], the row of the table that each step comes from
+    encoding: dict = None  # of a table; its actions are completed with their bounds
+    notes: list = field(default_factory=list)  # sentences for the user and the metadata
+
+    def note(self, text):
+        print(textwrap.shorten(text, 600, placeholder=" ..."))
+        self.notes.append(text)
+
+
+def shorten(items):
+    """The first of the items, with commas."""
+    return textwrap.shorten(", ".join(map(str, items)), 300, placeholder=" ...")
+
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+
+def check_numbers(values, column):
+    """Raises DataError for NaN, infinity and numbers beyond LARGEST."""
+    if values.size and not (values.min() > -LARGEST and values.max() < LARGEST):
+        row, *place = np.argwhere(~(np.abs(values) < LARGEST))[0].tolist()
+        column += "".join(f"[{i}]" for i in place)
+        raise DataError(f"{column} is {values[row, *place]:g} in row {row} (from 0): correct or remove such rows")
+
+
+def check_flags(values, column):
+    if (bad := ~np.isin(values, (0, 1))).any():
+        row = bad.argmax()
+        raise DataError(f"{column} is {values[row]} in row {row} (from 0): it must be 0 or 1")
+
+
+def is_coarse(low, high):
+    """Whether float32 has few numbers between these two, for the distance that they are from 0."""
+    spread, step = high - low, float(np.spacing(np.float32(max(abs(low), abs(high)))))
+    return spread > 0 and (step > 1e-3 * spread and spread > 1e-6 or step >= 1 and step > 1e-6 * spread)
+
+
+def middle(low, high):
+    """A round number near the middle between two."""
+    return float(round((low + high) / 2, -math.floor(math.log10(high - low))))
+
+
+def merges(values):
+    """Whether float32 makes some numbers [n] of a coarse column equal."""
+    return is_coarse(values.min().item(), values.max().item()) and n_unique(np.float32(values)) < n_unique(values)
+
+
+def n_unique(values):
+    return len(np.unique(values))
+
+
+def refuse_precision(column, low, high):
+    cure = f"subtract {middle(low, high):.15g} from it"
+    raise DataError(f"{column} runs from {low:.15g} to {high:.15g}, where float32 has too few digits: {cure}")
+
+
+def check_precision(values, column):
+    """Raises DataError for a column of values [n, ...] whose numbers float32 cannot hold apart."""
+    if values.dtype.itemsize > 2 and values.dtype != np.float32:
+        for place in np.ndindex(values.shape[1:]):
+            if merges(part := values[:, *place]):
+                name = column + "".join(f"[{i}]" for i in place)
+                refuse_precision(name, part.min().item(), part.max().item())
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def pick(patterns, columns, role, taken=()):
+    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken."""
+    picked = []
+    for pattern in patterns:
+        found = [pattern] if pattern in columns else [x for x in fnmatch.filter(columns, pattern) if x not in taken]
+        if not found or role not in ("observations", "actions") and found != [pattern]:
+            raise DataError(f"--{role} {pattern}: there is no such column; the table has {shorten(columns)}")
+        picked += found
+    if double := [name for name in picked if columns.count(name) > 1]:
+        raise DataError(f"--{role}: several columns are named {double[0]}")
+    return list(dict.fromkeys(picked))
+
+
+def open_table(path, args, note):
+    """The names of a table's columns, and a function that reads some of them."""
+    import pandas
+
+    if not {".parquet", ".pq"} & set(path.suffixes):
+        first = {"header": None, "nrows": 1, "dtype": str, "keep_default_na": False}
+        rows = {separator: pandas.read_csv(path, sep=separator, **first) for separator in ",;\t"}
+        separator = max(rows, key=lambda x: rows[x].shape[1])
+        if separator != ",":
+            note(f"The columns are separated by {'semicolons' if separator == ';' else 'tabs'}.")
+        names = [name or f"Unnamed: {i}" for i, name in enumerate(rows[separator].iloc[0])]  # as pandas names them
+        return names, lambda columns: read_csv(path, separator, columns, args)
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError("Parquet needs pyarrow: pip install -r requirements-extra.txt, or store it as CSV") from error
+    names = pyarrow.parquet.read_schema(path).names
+    return names, lambda columns: pandas.read_parquet(path, columns=columns)
+
+
+def read_csv(path, separator, columns, args):
+    """Some columns of a CSV file, as they stand there: only an empty field is empty, and the episodes are texts. Other
+    columns are read too, since pandas passes over a row that is too long if it is to read some alone."""
+    import pandas
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        try:
+            table = pandas.read_csv(
+                path, sep=separator, decimal=args.decimal or ".", index_col=False, low_memory=False,
+                dtype={args.episode: str}, keep_default_na=False, na_values=[""], float_precision="round_trip",
+            )  # fmt: skip
+        except pandas.errors.ParserWarning as error:
+            raise DataError(
+                "its rows have more fields than its first line: put numbers with commas in quotes"
+            ) from error
+    return table[columns]
+
+
+def read_table(path, args, like=None):
+    """A Recording of a table. like: the metadata of a dataset whose encoding is used."""
+    notes = []
+    roles = {role: getattr(args, role) for role in ("episode", "step", "reward", "terminal", "timeout")}
+    roles = {role: name for role, name in roles.items() if name is not None}
+    try:
+        names, read = open_table(path, args, notes.append)
+        for role, name in roles.items():
+            pick([name], names, role)
+        actions = pick_columns("actions", args, names, roles.values(), like)
+        observations = pick_columns("observations", args, names, [*roles.values(), *actions], like)
+        table = read(list(dict.fromkeys([*roles.values(), *actions, *observations])))
+    except DataError:
+        raise
+    except Exception as error:  # pandas and pyarrow raise many kinds
+        raise DataError(f"it is damaged or not a table: {error}") from error
+    told = {name for role, name in roles.items() if role not in ("episode", "step")} | {*actions}
+    if known := [name for name in observations if name in told]:
+        raise DataError(f"column {known[0]} cannot be an observation: it is an action, the reward or a flag")
+    for name in table:
+        if (empty := table[name].isna().to_numpy()).any():
+            raise DataError(f"column {name} is empty in row {empty.argmax()} (from 0): fill or remove such rows")
+    if not len(table):
+        raise DataError("it has no rows")
+    return order_table(table, roles, actions, observations, Reader(path, args, like), notes)
+
+
+def pick_columns(role, args, names, taken, like):
+    """The columns of the observations or actions: the options' ones, or those of the dataset of --like."""
+    patterns = getattr(args, role)
+    picked = pick(patterns, names, role, taken) if patterns else None
+    if like is None:
+        return picked
+    wanted = [entry["name"] for entry in like["encoding"][role]]
+    if picked is not None and {*picked} != {*wanted}:
+        raise DataError(f"--{role} names {shorten(picked)}; those of {args.like} are {shorten(wanted)}")
+    if missing := [name for name in wanted if name not in names]:
+        raise DataError(f"it lacks {shorten(missing)}, {role} of {args.like}; it has {shorten(names)}")
+    return pick(wanted, names, role)
+
+
+def order_table(table, roles, action_names, observation_names, reader, notes):
+    """A Recording of the rows, sorted by episode, in the order of their first rows, and by step."""
+    import pandas
+
+    observations, observation_entries = reader.observations(table[observation_names])
+    actions, action_entries = reader.actions(table[action_names])
+    rewards, texts = reader.column(table[roles["reward"]])
+    if texts:
+        raise DataError(f"column {roles['reward']} holds text or truth values: rewards are numbers")
+    check_precision(rewards, f"column {roles['reward']}")
+    flags = {role: reader.flags(table[roles[role]]) for role in ("terminal", "timeout") if role in roles}
+    episodes = pandas.factorize(table[roles["episode"]])[0]
+    if "step" in roles:
+        steps, span = read_steps(table[roles["step"]], reader.day_first, notes.append)
+    else:
+        steps, span = np.arange(len(table)), "the file's order"
+    order = np.lexsort((steps, episodes))
+    episodes, steps, terminals = episodes[order], steps[order], flags["terminal"][order]
+    recording = Recording(observations[order], actions[order], np.float32(rewards)[order], terminals, rows=order)
+    goes_on = np.append(episodes[1:] == episodes[:-1], False)
+    recording.timeouts = ~goes_on & ~terminals
+    if "timeout" in flags:
+        recording.timeouts |= flags["timeout"][order]
+    recording.encoding = {"observations": observation_entries, "actions": action_entries}
+    if reader.like:
+        recording.action_low, recording.action_high = reader.bounds()
+    for text in notes:
+        recording.note(text)
+    recording.note(f"{len(table):,} rows, {(~goes_on).sum():,} episodes by {roles['episode']}; steps: {span}.")
+    if "step" in roles:
+        tell_distances(steps, goes_on[:-1], recording.note)
+    if early := (terminals & goes_on).sum():
+        recording.note(f"{early:,} terminal rows are not the last of their episode: the episode is split there.")
+    tell_encoding(recording, reader.notes, observations.shape[1])
+    return recording
+
+
+def tell_encoding(recording, notes, size):
+    entries = recording.encoding["observations"]
+    labels = [f"{x['name']}={value}" if "values" in x else x["name"] for x in entries for value in x.get("values", "-")]
+    recording.note(f"Observations ({size}): {', '.join(labels)}.")
+    for entry in entries:
+        if entry.get("offset"):
+            recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
+    for text in notes:
+        recording.note(text)
+
+
+# ---------------------------------------------------------------------------------------------------- columns
+
+
+class Reader:
+    """Turns columns into numbers, and says how in the entries of an encoding. With --like it follows another one's."""
+
+    def __init__(self, path, args, like):
+        self.csv, self.decimal = not {".parquet", ".pq"} & set(path.suffixes), args.decimal or "."
+        self.day_first = args.day_first and args.day_first == "True"
+        self.like, self.like_id, self.unseen, self.notes = like, args.like, args.unseen, []
+
+    def known(self, role, name):
+        """The entry of a column in the other dataset's encoding, if there is one."""
+        return next(x for x in self.like["encoding"][role] if x["name"] == name) if self.like else {}
+
+    def column(self, column):
+        """Numbers [n], and None; for text and truth values the index of each category, and the categories."""
+        import pandas
+
+        name, kind = f"column {column.name}", pandas.api.types.infer_dtype(column)
+        if kind == "decimal":
+            column = column.astype(float)
+        if pandas.api.types.is_numeric_dtype(column) and kind != "boolean":
+            check_numbers(column.to_numpy(np.float64), name)
+            return column.to_numpy(np.int64 if kind == "integer" else np.float64), None
+        if kind not in ("string", "boolean", "categorical", "empty"):
+            raise DataError(
+                f"{name} holds {kind}: store text or numbers (for times, such as the hours since the episode began)"
+            )
+        codes, texts = pandas.factorize(column.astype(str), sort=True)
+        texts = pandas.Series(texts, dtype=str)
+        self.check_texts(name, codes, texts)
+        if pandas.to_datetime(texts, format="ISO8601", errors="coerce", utc=True).notna().all() and self.csv:
+            raise DataError(f"{name} holds times: store numbers, such as the hours since the episode began")
+        if len(texts) > MAX_CATEGORIES:
+            raise DataError(f"{name} has {len(texts):,} different texts: leave it out, or store numbers")
+        return codes.astype(np.int64), texts.tolist()
+
+    def check_texts(self, name, codes, texts):
+        """Raises DataError for texts that are numbers, or some of which are. In Parquet all may be: texts are meant."""
+        import pandas
+
+        numbers = pandas.to_numeric(texts, errors="coerce").notna().to_numpy()
+        alike = texts.str.fullmatch(NUMBER).to_numpy(bool)
+        if not (numbers | alike).any() or numbers.all() and not self.csv:
+            return
+        row = 0 if numbers.all() else (~numbers)[codes].argmax()
+        place = f"{texts[codes[row]]!r} in row {row} (from 0)"
+        if not alike[codes[row]]:
+            raise DataError(f"{name} has text among numbers, {place}: correct such rows")
+        cure = "numbers have no separators of thousands, and at most 15 digits"
+        if self.csv:
+            cure += "; --decimal , reads decimal commas" if self.decimal == "." else " and, with --decimal , no points"
+        raise DataError(f"{name} holds {place}: {cure}")
+
+    def flags(self, column):
+        values, texts = self.column(column)
+        if texts is None:
+            check_flags(values, f"column {column.name}")
+            return values.astype(bool)
+        if not set(texts) <= {"False", "True"}:
+            raise DataError(f"column {column.name} is {str(column.iloc[0])!r} in row 0: it must be 0 or 1")
+        return (np.array(texts) == "True")[values]
+
+    def observations(self, table):
+        """Observations [n, O], with text and truth values one-hot, and the entries of the columns."""
+        parts, entries = [], []
+        for name in table:
+            values, texts = self.column(table[name])
+            entry = self.known("observations", name)
+            if texts is None and "values" not in entry:
+                part, entry = self.numbers(name, values, entry.get("offset"))
+            elif "offset" in entry:
+                raise DataError(f"column {name} holds text; in {self.like_id} it holds numbers")
+            else:
+                entry = entry or {"name": name, "values": texts}
+                part = self.categories(entry, values, texts)
+            parts.append(part)
+            entries.append(entry)
+        return np.concatenate(parts, axis=1), entries
+
+    def numbers(self, name, values, offset):
+        """Numbers as they are stored [n, 1], and their entry; less an offset if float32 could not tell them apart."""
+        low, high = values.min().item(), values.max().item()
+        if offset is None and low == high:
+            offset = float(low) if abs(float(np.float32(low)) - low) >= 0.5 else 0.0
+        elif offset is None:
+            lost = is_coarse(low, high) and (np.float32(values) != values).any()
+            offset = middle(low, high) if lost else 0.0
+        stored = values - offset
+        whole = offset and (values == np.rint(values)).all()
+        if merges(stored) or whole and n_unique(np.float32(stored)) < n_unique(values):
+            less = f", less the {offset:.15g} of {self.like_id}" if self.like else ""
+            raise DataError(
+                f"column {name} runs from {low:.15g} to {high:.15g}{less}, where float32 makes numbers equal: "
+                "leave it out, or store coarser numbers"
+            )
+        return np.float32(stored)[:, None], {"name": name, "offset": offset}
+
+    def categories(self, entry, values, texts):
+        """One number per category [n, k], 1 for the row's own."""
+        index, unseen = self.places(entry, values, texts)
+        if unseen:
+            told = f"column {entry['name']} holds {tell_counts(unseen)}, which {self.like_id} does not"
+            if not self.unseen:
+                raise DataError(f"{told}: give --unseen other, or remove these rows")
+            other = entry["values"].index("other") if "other" in entry["values"] else -1
+            index[index < 0] = other
+            self.notes.append(f"{told[0].upper()}{told[1:]}: {'other' if other >= 0 else 'zeros'} in their place.")
+        k = len(entry["values"])
+        return np.eye(k + 1, k, dtype=np.float32)[index]  # its last row, -1, is zeros
+
+    def places(self, entry, values, texts):
+        """The index of each row's value among those of the entry, or -1; and the counts of those without."""
+        if texts is None:
+            uniques, values = np.unique(values, return_inverse=True)
+            texts = [str(int(x) if x == int(x) else x) for x in uniques.tolist()]
+        known = {str(value): i for i, value in enumerate(entry["values"])}
+        index = np.array([known.get(text, -1) for text in texts])
+        return index[values], {text: (values == i).sum() for i, text in enumerate(texts) if index[i] < 0}
+
+    def actions(self, table):
+        """Actions [n, A], int64 if all columns are integers or categories, and the entries of the columns."""
+        columns, entries = [], []
+        for i, name in enumerate(table):
+            values, texts = self.column(table[name])
+            entry = dict(self.known("actions", name)) or ({"name": name} | ({"values": texts} if texts else {}))
+            if self.like and "values" in entry:
+                values, unseen = self.places(entry, values, texts)
+                if unseen:
+                    raise DataError(f"column {name} holds {tell_counts(unseen)}, not an action of {self.like_id}")
+                values += self.like["action_low"][i]
+            elif self.like and texts:
+                raise DataError(f"column {name} holds text; in {self.like_id} it holds numbers")
+            columns.append(np.float64(values) if self.like and "values" not in entry else values)
+            entries.append(entry)
+        actions = np.stack(columns, axis=1)
+        if actions.dtype.kind == "f" and any("values" in entry for entry in entries):
+            raise DataError(f"actions {', '.join(table)} mix text and real numbers: scripts take one kind")
+        return actions, entries
+
+    def bounds(self):
+        """Lowest and highest actions of the dataset of --like, in the table's units."""
+        entries = self.like["encoding"]["actions"]
+        if "values" in entries[0]:
+            return np.array(self.like["action_low"]), np.array(self.like["action_high"])
+        return tuple(np.array([entry[key] for entry in entries]) for key in ("low", "high"))
+
+
+def tell_counts(counts):
+    return shorten(f"{text!r} ({n:,} row{'s' * (n > 1)})" for text, n in counts.items())
+
+
+# ------------------------------------------------------------------------------------------------ steps and dates
+
+
+def read_steps(column, day_first, note):
+    """Numbers or times to sort the rows by, [n], and their range in words."""
+    import pandas
+
+    kind, texts = pandas.api.types.infer_dtype(column), None
+    try:
+        if kind in ("string", "categorical"):
+            texts = column.astype(str)
+            column = pandas.to_numeric(texts, errors="coerce")
+            column = read_dates(texts, day_first, note) if column.isna().any() else column
+        elif kind in ("date", "datetime", "datetime64"):
+            column = pandas.to_datetime(column, utc=True)
+        elif kind not in ("integer", "floating", "mixed-integer-float", "decimal", "timedelta64"):
+            raise DataError(f"column {column.name} is neither numbers nor times: it holds {kind}")
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"column {column.name} is neither numbers nor times: {error}") from error
+    if day_first is not None and (texts is None or column.dtype.kind != "M"):
+        raise DataError(f"--day_first is for texts that are dates: column {column.name} holds {kind}")
+    if column.dtype.kind == "f" or kind == "decimal":
+        column = column.astype(np.float64)
+        check_numbers(column.to_numpy(), f"column {column.name}")
+    span = f"{column.min()} to {column.max()}"
+    return (column.dt.tz_localize(None) if column.dtype.kind == "M" else column).to_numpy(), span
+
+
+def read_dates(texts, day_first, note):
+    """The times [n] of texts in ISO 8601, else in one format, which must read every text."""
+    import pandas
+
+    def parse(format):
+        return pandas.to_datetime(texts, format=format, errors="coerce", utc=True)
+
+    name, first = f"column {texts.name}", texts.iloc[0]
+    if (parsed := parse("ISO8601")).notna().all():
+        zoned = texts.str.contains(ZONE)
+        if zoned.any() and not zoned.all():
+            row = zoned.ne(zoned.iloc[0]).argmax()
+            raise DataError(f"{name} has times with and without a time zone, {first!r} and {texts.iloc[row]!r}")
+        if day_first is not None:
+            raise DataError(f"--day_first is not for column {texts.name}, whose dates begin with the year")
+        return parsed
+    with warnings.catch_warnings(action="ignore"):  # about a day that cannot be a month
+        formats = [pandas.tseries.api.guess_datetime_format(first, dayfirst=x) for x in (True, False)]
+    formats = {x: x.index("%d") < x.index("%m") if x and "%m" in x and "%d" in x else None for x in formats if x}
+    formats = {x: is_day_first for x, is_day_first in formats.items() if not (is_day_first and x.startswith("%Y"))}
+    asked = {x: y for x, y in formats.items() if day_first is None or y == day_first}
+    read = {format: parse(format) for format in asked}
+    good = {format: times for format, times in read.items() if times.notna().all()}
+    if not good:
+        row = max((times.isna().to_numpy().argmax() for times in read.values()), default=0)
+        cure = f"it does not fit --day_first {day_first}" if formats and day_first is not None else "store ISO 8601"
+        raise DataError(
+            f"{name} is neither numbers nor times throughout, {texts.iloc[row]!r} in row {row} (from 0): {cure}, "
+            "such as 2024-01-31 09:30"
+        )
+    format, *others = good
+    if (
+        others
+        and (pandas.factorize(good[format], sort=True)[0] != pandas.factorize(good[others[0]], sort=True)[0]).any()
+    ):
+        raise DataError(
+            f"{name} can be read day-first and month-first, in different orders of the rows, such as {first!r}: "
+            "give --day_first True or --day_first False"
+        )
+    reading = {True: "day-first", False: "month-first", None: None}[formats[format]]
+    if others:
+        note(f"{name[0].upper()}{name[1:]} is in one order, day-first or month-first; distances are {reading}.")
+    elif reading and day_first is None:
+        row = max((times.isna().to_numpy().argmax() for times in read.values()), default=0)
+        note(f"{name[0].upper()}{name[1:]} is read {reading}: {texts.iloc[row]!r} allows no other reading.")
+    return good[format]
+
+
+def tell_distances(steps, goes_on, note):
+    """Notes equal steps and gaps within episodes. steps [n], in order; goes_on [n - 1]: the next row is of the same."""
+    import pandas
+
+    distances = (steps[1:] - steps[:-1])[goes_on]
+    if ties := int((distances == distances * 0).sum()):
+        note(f"{ties:,} rows have the same step as the row before; they keep the file's order.")
+    if len(distances) == ties:
+        return
+    typical = np.sort(distances)[ties:][(len(distances) - ties) // 2]  # a median that is one of them
+    far, largest = (distances > typical * 2).sum(), distances.max()
+    if distances.dtype.kind == "m":
+        typical, largest = pandas.Timedelta(typical), pandas.Timedelta(largest)
+    note(f"Steps are typically {typical} apart; {far:,} distances are more than twice that, the largest is {largest}.")
