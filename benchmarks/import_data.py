@@ -240,7 +240,7 @@ def transitions(recording, limit):
     kept[-1] &= not cut_short
     stored, cut_short = episode_returns(columns["rewards"], columns["terminals"], episode_ends(columns))
     if not np.array_equal(returns[kept], stored[: len(stored) - cut_short]):
-        columns["returns"] = returns[kept]
+        columns["episode_returns"] = returns[kept]
     return columns
 
 
@@ -534,8 +534,8 @@ def read_flat(name):
         columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in COLUMNS}
         if {len(column) for column in columns.values()} != {metadata["transitions"]}:
             raise ValueError(f"its columns do not have {metadata['transitions']} rows each")
-        if (path / "returns.npy").exists():
-            columns["returns"] = np.load(path / "returns.npy")
+        if (path / "episode_returns.npy").exists():
+            columns["episode_returns"] = np.load(path / "episode_returns.npy")
     return metadata, columns
 
 
@@ -658,11 +658,11 @@ def first_rows(name, part, rows):
         text += f"; the last one is cut after {length - surplus:,} of its {length:,} rows, which counts as a time-out"
     columns = {key: part[key][:rows] for key in COLUMNS}
     columns["timeouts"] = columns["timeouts"] | ((np.arange(rows) == rows - 1) & ~columns["terminals"])
-    returns = part.get("returns")
+    returns = part.get("episode_returns")
     if returns is None:
         returns, cut_short = episode_returns(part["rewards"], part["terminals"], episode_ends(part))
         returns = returns[: len(returns) - cut_short]
-    return columns | {"returns": returns[: n - (surplus > 0)]}, f"{text}."
+    return columns | {"episode_returns": returns[: n - (surplus > 0)]}, f"{text}."
 
 
 def combine(dataset_id, args):
@@ -686,9 +686,9 @@ def combine(dataset_id, args):
         notes.append(NO_ENVIRONMENT)
     print("\n".join(notes))
     notes += [f"{name}: {note}" for name, part in zip(names, parts) for note in part["notes"]]
-    columns = {key: np.concatenate([columns[key] for columns, _ in taken]) for key in (*COLUMNS, "returns")}
-    if not any("returns" in part for part in parts):
-        del columns["returns"]
+    columns = {key: np.concatenate([columns[key] for columns, _ in taken]) for key in (*COLUMNS, "episode_returns")}
+    if not any("episode_returns" in part for part in parts):
+        del columns["episode_returns"]
     metadata = meaning(parts[0], {}) | shared | {"notes": notes, "source": {"command": args.command, "files": names}}
     keys = ("action_low", "action_high", "reference_scores", "environment", "encoding", "notes", "source")
     store_flat(dataset_id, columns, {key: metadata.get(key) or None for key in keys}, root)
