@@ -391,6 +391,18 @@ def test_mopo_subtracts_the_largest_norm_of_the_standard_deviations(make):
     assert first.actions.min() < -0.5 and first.actions.max() > 0.5
 
 
+def test_rollout_penalty_is_the_mean_that_rewards_lost(make):
+    imagination, rewards = make(rollout_batch_size=40)[0], []
+    imagination.chunk = 15
+    for penalty in (0.0, 3.0, 3.0):  # of the last generation alone
+        assert "rollout_penalty" not in imagination.metrics or penalty
+        imagination.config.mopo_penalty = penalty
+        imagination.generate(0)
+        rewards.append(imagination.metrics["rollout_reward"])
+    assert imagination.metrics["rollout_penalty"] == pytest.approx(rewards[0] - rewards[1], rel=1e-4)
+    assert rewards[0] - rewards[1] > 0.1 and rewards[1] == rewards[2]
+
+
 def test_ring_holds_the_last_generations(make):
     imagination, _ = make(model_retain=2, rollout_length=1, rollout_batch_size=40)
     for step in (0, 5, 10, 15, 20):
@@ -534,12 +546,34 @@ def test_few_data_do_not_lead_to_high_predictions(tmp_path):
 @pytest.mark.parametrize("discount", [0.9, 1.0])
 def test_no_target_is_above_what_rewards_can_add_up_to(discount, make):
     imagination, agent = make(discount=discount)
-    largest = imagination.buffer.columns[2].max().item() / max(1 - discount, 1e-9)
-    assert agent.largest_value == pytest.approx(largest) and make(real_ratio=1.0)[1].largest_value == np.inf
+    largest = imagination.buffer.columns[2].max().item()
+    assert agent.largest_reward == largest and make(real_ratio=1.0)[1].largest_reward == np.inf
     batch = imagination.buffer.sample(32)
     agent.target_critic.biases[-1].data.fill_(1e30)
     target, *_ = agent.td_target_and_proposals(
         batch, *agent.actor(torch.cat([batch.observations, batch.next_observations]))
     )
-    ended = batch.terminals == 1
-    assert torch.allclose(target[~ended], torch.tensor(largest)) and torch.equal(target[ended], batch.rewards[ended])
+    following = discount * (1 - batch.terminals) * largest / max(1 - discount, 1e-9)
+    assert torch.allclose(target, batch.rewards + following)
+
+
+@pytest.mark.parametrize("reward", [-3.0, -1.0, 0.0, 1.0])
+@pytest.mark.parametrize("n", [1, 4])
+def test_bound_has_room_for_the_entropy_and_no_more(reward, n, float64):
+    """With the largest reward and the largest mean of -log pi in each step, targets converge to the soft value."""
+    options = {"backup_entropy": True, "use_automatic_entropy_tuning": False, "alpha_multiplier": 0.9}
+    agent, batch = combo.CQL(config_of(discount=0.9, **options), 3, 2), batch_of()
+    batch = batch._replace(rewards=torch.full((32,), reward), terminals=torch.zeros(32))
+    agent.largest_reward, largest = reward, 2 * np.log(2) + np.log(n)  # of a uniform policy; the best of n is rare
+
+    def target_of(next_value):
+        agent.target_critic.forward = lambda *_: torch.full((2, 32, n), next_value)
+        (target,) = agent.td_target(batch, torch.zeros(32, n, 2), torch.full((32, n), -largest)).unique().tolist()
+        return target
+
+    target, bonus = -100.0, 0.9 * largest
+    for _ in range(300):
+        target = target_of(target)
+    assert target == pytest.approx((reward + 0.9 * bonus) / (1 - 0.9))
+    assert target_of(reward) == pytest.approx(reward + 0.9 * (reward + bonus))  # of a next step that ends the episode
+    assert target_of(1e30) == pytest.approx(reward + 0.9 * (max(0, reward + bonus) / (1 - 0.9) + bonus))

@@ -23,6 +23,7 @@ from conftest import (
     ROOT,
     SCRIPTS,
     continuous,
+    kinds,
     once,
     option_names,
     record,
@@ -321,6 +322,28 @@ def test_waiting_threads_spin_little_unless_the_user_says_otherwise(script, monk
             assert script.os.environ.get("GOMP_SPINCOUNT") == wanted
 
 
+@pytest.mark.parametrize("script", [x for x in SCRIPTS if "discrete" not in x], indirect=True)
+def test_a_multiplier_with_a_negative_gap_is_pointed_out(run, capsys):
+    for options in ({}, {"cql_target_action_gap": 0.0}, {"cql_lagrange": False}):
+        run(**{"cql_lagrange": True, "max_timesteps": 1, "run_id": "-".join(["run", *options])} | options)
+        text = capsys.readouterr().out
+        assert ("above -1;" in text) == ("the authors' code" in text) == (not options)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision", "said"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, "bfloat16", True), ({}, "bfloat16", True), ({}, "float32", False),
+        ({"amx_bf16": True}, "bfloat16", False), ({"neon": True, "bf16": True}, "bfloat16", False),
+    ],
+)  # fmt: skip
+@kinds
+def test_slow_bfloat16_is_pointed_out(capabilities, precision, said, run, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    run(precision=precision, max_timesteps=1)
+    assert ("lacks instructions for bfloat16" in capsys.readouterr().err) == said
+
+
 @once
 def test_stored_configuration_is_a_config_file(script, parse, tiny, run):
     options = {"name": "1e3", "group": "no", "reward_bias": -1e-7, "reward_clip": 3.5, "project": "null: ü"}
@@ -598,7 +621,7 @@ PAGES = {
     ),
     "algorithms.offline.combo": (
         ["combo.md", "cql.md"],
-        [{}, {"cql_lagrange": True, "holdout_fraction": 0.2}],
+        [{}, {"cql_lagrange": True, "holdout_fraction": 0.2, "mopo_penalty": 1.0}],
     ),
     "algorithms.discrete.cql_dqn": (
         ["discrete_cql.md"],

@@ -1331,6 +1331,12 @@ class Run:
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
+        if getattr(config, "cql_lagrange", False) and config.cql_target_action_gap < 0:
+            meaning = f"alpha_prime grows while the gap is above {config.cql_target_action_gap:g}"
+            print(f"--cql_lagrange: {meaning}; in the authors' code a negative target gap means no multiplier")
+        bfloat16 = any(found for name, found in torch.cpu.get_capabilities().items() if "bf16" in name)
+        if config.precision == "bfloat16" and config.device == "cpu" and not bfloat16:
+            print("warning: this processor lacks instructions for bfloat16; float32 is faster here", file=sys.stderr)
         save(self.path / "config.yaml", pyrallis.dump(config))
         # Otherwise W&B takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}

@@ -10,7 +10,7 @@ returns 250.2 ± 7.4 after 5,000 updates (three seeds; a run takes 7 minutes on 
 Differs from the papers
 1. The model also learns whether an episode ends, unless the task's own rule is known; imagined episodes end there.
 2. Changes and rewards are standardised too, so that limits of log-variances mean the same in all units.
-3. Imagined observations and rewards stay within the data's range, TD targets below the largest sum of such rewards.
+3. Imagined observations and rewards stay within the data's range, next values below the largest sum of such rewards.
 4. The TD loss is the squared error without 1/2, as in offline/cql.py, so cql_alpha is twice the paper's beta.
 
 Known failures: a model learned from few data is trusted like any other. docs/combo.md explains the options and metrics.
@@ -358,7 +358,7 @@ class CQL(nn.Module):
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
         self.n_real = max(1, round(config.real_ratio * config.batch_size))
-        self.largest_value = math.inf  # of a TD target
+        self.largest_reward = math.inf  # of imagined steps, before the penalty
         self.to(config.device)
         self.parameter_groups = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
         self.parameter_groups |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
@@ -394,16 +394,17 @@ class CQL(nn.Module):
         pre_tanh = batch.actions.clamp(-self.max_density_action, self.max_density_action).atanh()
         return tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
 
-    # local: TD targets do not exceed the largest sum of imagined rewards
+    # local: no next value exceeds the largest sum of imagined rewards and entropy bonuses
     @torch.no_grad()
     def td_target(self, batch: Batch, next_actions: Tensor, next_log_prob: Tensor) -> Tensor:
         """r + gamma (1 - terminal) max_n min_e Q'(s', a'_n); N = 1 is the usual target: [B, N, A], [B, N] -> [B]."""
-        next_q = self.target_critic(batch.next_observations, next_actions).amin(dim=0)  # [B, N]
-        next_q, best = next_q.max(dim=1)  # [B]
-        if self.config.backup_entropy:
-            next_q = next_q - self.alpha() * next_log_prob.gather(1, best.unsqueeze(1)).squeeze(1)
-        target = batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
-        return target.clamp(max=self.largest_value)
+        next_q, best = self.target_critic(batch.next_observations, next_actions).amin(dim=0).max(dim=1, keepdim=True)
+        alpha = self.alpha() if self.config.backup_entropy else torch.zeros_like(self.log_alpha)
+        # A step adds at most the largest reward and alpha times the largest mean of -log pi: log 2 for each number of
+        # an action, and log N as the best of N may be a rare one. A single -log pi has no limit, so it is not bounded.
+        largest = F.relu(self.largest_reward + alpha * math.log(2 ** next_actions.shape[2] * next_actions.shape[1]))
+        next_q = next_q.clamp(max=largest / max(1 - self.config.discount, 1e-9)) - alpha * next_log_prob.gather(1, best)
+        return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q.squeeze(1)
 
     # local: data and imagined rows
     def critic_loss(
@@ -657,7 +658,6 @@ class WorldModel:
     def fit(self, save_run: Callable) -> None:
         """Trains until the end; calls save_run after each epoch. A signal ends it early."""
         config, dynamics, status, started = self.config, self.dynamics, self.status, time.perf_counter()
-        bar = tqdm(total=config.dynamics_max_epochs, initial=status["epoch"], unit="epoch", disable=None)
         run_until = None if status["over"] else updater(config, dynamics, self.sample)
         while not status["over"]:
             with seeded(config, 2, status["epoch"]):  # minibatches
@@ -667,9 +667,7 @@ class WorldModel:
             self.judge()
             self.keep()
             save_run()
-            bar.update()
-            bar.write(f"model: epoch {status['epoch']}, held-out error {min(status['errors']):.4g}")
-        bar.close()
+            tqdm.write(f"model: epoch {status['epoch']}, held-out error {min(status['errors']):.4g}")
         dynamics.load_state_dict(self.best)
         dynamics.elites.copy_(torch.tensor(status["errors"]).argsort()[: len(dynamics.elites)])
         save(self.run.path / "dynamics.pt", self.state)
@@ -699,9 +697,10 @@ class WorldModel:
         inputs, targets, ends = (column[self.held_out] for column in self.columns)
         mean, log_var, end = (x[self.dynamics.elites] for x in self.dynamics(inputs))
         errors = (mean - targets).square()  # [elites, held out, O + 1]
-        parts = [(errors[..., i].mean(), targets[:, i].var(correction=0).clamp(min=1e-6)) for i in (slice(-1), -1)]
         result = {"model_error": errors.mean().item()}
-        result["model_r2_observation"], result["model_r2_reward"] = (1 - (x / y).item() for x, y in parts)
+        for name, i in (("observation", slice(-1)), ("reward", -1)):
+            share = errors[..., i].mean() / targets[:, i].var(correction=0).clamp(1e-6)
+            result[f"model_r2_{name}"] = 1 - share.item()
         result["model_coverage"] = (errors.sqrt() <= 1.6449 * (log_var / 2).exp()).float().mean().item()
         average = self.columns[2].mean().clamp(1e-4, 0.5)  # where no transition ends, or nearly all do
         foreseen = ((end.sigmoid() > average) == ends.bool()).float().mean(dim=0)
@@ -712,7 +711,7 @@ class WorldModel:
 def termination_rule(kind: str, names: str, observations: Tensor, terminals: Tensor) -> Optional[Callable]:
     """Rule for the ends of imagined episodes. auto is the task's rule if it is known and right on the data, else what
     the model learns (None) or, without ends in the data, never."""
-    name, found = next((x for x in ENDS if x in re.split("[^a-z0-9]+", names)), ""), ""
+    name, found = next((x for x in ENDS if x in re.split("[^a-z0-9]+", names.lower())), ""), ""
     if name:
         right = (ENDS[name](observations) == terminals.bool()).float()
         agreement = min(right[terminals == x].mean().item() for x in terminals.unique())
@@ -735,6 +734,7 @@ class Imagination:
         """buffer: that of the data. Raises ConfigError and DataError."""
         self.config, self.agent, self.buffer, self.model, self.run = config, agent, buffer, None, run
         self.generations, self.metrics, self.seconds = [], {}, {"model": 0.0, "rollout": 0.0, "update": 0.0}
+        self.penalties = []  # MOPO's, [B] for each step of the last generation's rollouts
         self.n_imagined = config.batch_size - agent.n_real
         if config.push_down_states == "model" and not self.n_imagined:
             raise ConfigError("--push_down_states model needs imagined states; lower --real_ratio")
@@ -745,9 +745,9 @@ class Imagination:
         digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in data)).hexdigest()
         raw = data._replace(observations=observations, next_observations=following)
         self.model = WorldModel(config, raw, digest, run)
-        (self.low, self.high), self.reward_range = following.aminmax(dim=0), data.rewards.aminmax()
-        agent.largest_value = max(0.0, self.reward_range[1].item()) / max(1 - config.discount, 1e-9)
-        names = f"{config.env} {task.arguments['id']}".lower()
+        self.box, self.reward_range = following.aminmax(dim=0), data.rewards.aminmax()
+        agent.largest_reward = self.reward_range[1].item()
+        names = f"{config.env} {task.arguments['id']}"
         self.ends = termination_rule(config.termination, names, following, data.terminals)
         self.slot_size = config.rollout_batch_size * config.rollout_length  # largest number of rows of a generation
         self.rings = [x.new_zeros(config.model_retain * self.slot_size, *x.shape[1:]) for x in data]
@@ -764,8 +764,9 @@ class Imagination:
                 actions.uniform_(-1, 1)
             following, rewards, end, uncertainty = predict(observations * std + mean, actions, config.mopo_penalty > 0)
             ended = torch.rand_like(end) < end if self.ends is None else self.ends(following)
-            rewards = rewards.clamp(*self.reward_range) - config.mopo_penalty * uncertainty
-            following = actor.normalise(following.clamp(self.low, self.high))
+            self.penalties.append(config.mopo_penalty * uncertainty)
+            rewards = rewards.clamp(*self.reward_range) - self.penalties[-1]
+            following = actor.normalise(following.clamp(*self.box))
             parts.append(Batch(observations, actions, rewards, following, ended.float()))
             observations = following[~ended]
         return Batch(*map(torch.cat, zip(*parts)))
@@ -776,6 +777,7 @@ class Imagination:
         started, config, actor = time.perf_counter(), self.config, copy.deepcopy(self.agent.actor)
         actor.load_state_dict(weights or actor.state_dict())
         self.generations = [*self.generations, {"step": step, "weights": actor.state_dict()}][-config.model_retain :]
+        self.penalties = []
         with seeded(config, 3, step):  # first states, actions, transitions
             rows = torch.randint(self.buffer.size, (config.rollout_batch_size,), device=self.counts.device)
             parts = [self.imagine(self.buffer.columns[0][part], actor) for part in rows.split(self.chunk)]
@@ -784,8 +786,9 @@ class Imagination:
         for ring, column in zip(self.rings, columns):
             ring[slot * self.slot_size : slot * self.slot_size + n] = column
         self.counts[slot] = n
-        self.metrics["rollout_length"] = n / config.rollout_batch_size
-        self.metrics["rollout_reward"] = columns.rewards.mean().item()
+        self.metrics |= {"rollout_length": n / len(rows), "rollout_reward": columns.rewards.mean().item()}
+        if config.mopo_penalty > 0:
+            self.metrics["rollout_penalty"] = torch.cat(self.penalties).mean().item()
         self.seconds["rollout"] += time.perf_counter() - started
 
     def begin(self, save_run: Callable) -> None:
@@ -798,8 +801,7 @@ class Imagination:
 
     def refresh(self, step: int) -> None:
         """Imagines a generation if one is due."""
-        known = [generation["step"] for generation in self.generations]
-        if self.model and step % self.config.rollout_freq == 0 and step not in known:
+        if self.model and step % self.config.rollout_freq == 0 and step not in [x["step"] for x in self.generations]:
             self.generate(step)
 
     def row(self) -> dict[str, float]:
@@ -1742,6 +1744,12 @@ class Run:
         self.unit = unit
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
+        if getattr(config, "cql_lagrange", False) and config.cql_target_action_gap < 0:
+            meaning = f"alpha_prime grows while the gap is above {config.cql_target_action_gap:g}"
+            print(f"--cql_lagrange: {meaning}; in the authors' code a negative target gap means no multiplier")
+        bfloat16 = any(found for name, found in torch.cpu.get_capabilities().items() if "bf16" in name)
+        if config.precision == "bfloat16" and config.device == "cpu" and not bfloat16:
+            print("warning: this processor lacks instructions for bfloat16; float32 is faster here", file=sys.stderr)
         save(self.path / "config.yaml", pyrallis.dump(config))
         # Otherwise W&B takes up to 15 s more to ask who is logged in, and 14 s to report its own use.
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
