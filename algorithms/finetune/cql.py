@@ -746,6 +746,9 @@ def prepare(config: TrainConfig, data: Any, run: Any) -> tuple[Any, CQL, ReplayB
             part["returns"] = calibration_returns(part, episodes(part)[0], failure_reward, config)
     torch.manual_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
+    if config.calibrate and n:  # where all returns are above the values, the penalty pushes nothing down
+        for critic in (agent.critic, agent.target_critic):
+            nn.init.constant_(critic.biases[-1], data["returns"].mean())
     run.restore(agent)
     agent.actor.load_state_dict(scaling, strict=False)
     agent.actor.encoding = task.encoding
