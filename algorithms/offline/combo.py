@@ -58,7 +58,7 @@ from tqdm import tqdm
 @dataclass
 class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
-    env: str = "halfcheetah-medium-expert-v2"  # id of a local or public dataset, or a D4RL name that import_data.py imported
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a local or public id, or an imported D4RL name
     eval_env: Optional[str] = None  # Gymnasium id to evaluate in; None: the dataset's own; none: no evaluation
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
@@ -1110,23 +1110,23 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
         if (bad := ~(np.abs(column) < 1e15)).any():
             fault = f"NaN, infinity or huge numbers, first in transition {np.argwhere(bad)[0, 0]}"
             raise DataError(f"--env {config.env}: {key} hold {fault}")
-        if merged := merged_columns(wide, column):
+        if coarse := coarse_columns(wide, column):
             cure = "subtract a constant, or import a table, which does so"
-            raise DataError(f"--env {config.env}: float32 merges values of {key} {merged}: {cure}")
+            raise DataError(f"--env {config.env}: float32 has too few digits for {key} {coarse}: {cure}")
         data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
     if n > config.buffer_size:
         raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n} transitions; raise it")
 
 
-def merged_columns(wide: np.ndarray, column: np.ndarray) -> list[int]:
-    """Columns with large numbers and a small range, different ones of which float32 makes equal: [T(, A)], twice."""
-    if wide.dtype in (bool, column.dtype) or column.dtype == np.int64 or not len(wide):
+def coarse_columns(wide: np.ndarray, narrow: np.ndarray) -> list[int]:
+    """Columns [T(, A)] that float32 changes, since they hold large numbers in a small range."""
+    if not len(wide):
         return []
-    wide, column = (x.reshape(len(x), -1) for x in (wide, column))
+    wide, narrow = wide.reshape(len(wide), -1), narrow.reshape(len(wide), -1)
     low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
-    step, spread = np.spacing(np.maximum(-low, high).astype(np.float32)), high - low
-    suspect = (step > 1e-3 * spread) & (spread > 1e-6) | (step >= 1) & (step > 1e-6 * spread)
-    return [i for i in np.flatnonzero(suspect).tolist() if len(np.unique(column[:, i])) < len(np.unique(wide[:, i]))]
+    step, spread = np.spacing(np.float32(np.maximum(-low, high))), high - low
+    coarse = (step > 1e-2 * spread) & (spread > 1e-5) | (step >= 1) & (step > 1e-6 * spread)
+    return np.flatnonzero(coarse & (narrow != wide).any(axis=0)).tolist()
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

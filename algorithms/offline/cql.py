@@ -56,7 +56,7 @@ from tqdm import tqdm
 @dataclass
 class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
-    env: str = "halfcheetah-medium-expert-v2"  # id of a local or public dataset, or a D4RL name that import_data.py imported
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a local or public id, or an imported D4RL name
     eval_env: Optional[str] = None  # Gymnasium id to evaluate in; None: the dataset's own; none: no evaluation
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
@@ -735,23 +735,23 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
         if (bad := ~(np.abs(column) < 1e15)).any():
             fault = f"NaN, infinity or huge numbers, first in transition {np.argwhere(bad)[0, 0]}"
             raise DataError(f"--env {config.env}: {key} hold {fault}")
-        if merged := merged_columns(wide, column):
+        if coarse := coarse_columns(wide, column):
             cure = "subtract a constant, or import a table, which does so"
-            raise DataError(f"--env {config.env}: float32 merges values of {key} {merged}: {cure}")
+            raise DataError(f"--env {config.env}: float32 has too few digits for {key} {coarse}: {cure}")
         data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
     if n > config.buffer_size:
         raise ConfigError(f"--buffer_size {config.buffer_size} is less than the data's {n} transitions; raise it")
 
 
-def merged_columns(wide: np.ndarray, column: np.ndarray) -> list[int]:
-    """Columns with large numbers and a small range, different ones of which float32 makes equal: [T(, A)], twice."""
-    if wide.dtype in (bool, column.dtype) or column.dtype == np.int64 or not len(wide):
+def coarse_columns(wide: np.ndarray, narrow: np.ndarray) -> list[int]:
+    """Columns [T(, A)] that float32 changes, since they hold large numbers in a small range."""
+    if not len(wide):
         return []
-    wide, column = (x.reshape(len(x), -1) for x in (wide, column))
+    wide, narrow = wide.reshape(len(wide), -1), narrow.reshape(len(wide), -1)
     low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
-    step, spread = np.spacing(np.maximum(-low, high).astype(np.float32)), high - low
-    suspect = (step > 1e-3 * spread) & (spread > 1e-6) | (step >= 1) & (step > 1e-6 * spread)
-    return [i for i in np.flatnonzero(suspect).tolist() if len(np.unique(column[:, i])) < len(np.unique(wide[:, i]))]
+    step, spread = np.spacing(np.float32(np.maximum(-low, high))), high - low
+    coarse = (step > 1e-2 * spread) & (spread > 1e-5) | (step >= 1) & (step > 1e-6 * spread)
+    return np.flatnonzero(coarse & (narrow != wide).any(axis=0)).tolist()
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -782,8 +782,7 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     actions, size = data["actions"], data["actions"].shape[1:]
     low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
     largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound means no bound
-    fine = high - low > 1e-4 * np.maximum(np.abs(low), np.abs(high))  # else float32 cannot hold the range apart
-    if not ((-largest < low) & fine & (high < largest)).all():
+    if not ((-largest < low) & (low < high) & (high < largest)).all():
         raise DataError(f"--env {name}: actions need bounds of about their own size, not {low} to {high}")
     scaled = (actions.astype(np.float64) - low) * (2 / (high.astype(np.float64) - low)) - 1
     if np.abs(scaled).max(initial=0) > 1 + 2e-3:
