@@ -55,6 +55,7 @@ from import_table import (
     check_numbers,
     check_precision,
     is_coarse,
+    is_parquet,
     middle,
     read_table,
     refuse_precision,
@@ -352,7 +353,9 @@ def fit_actions(recording, args, space):
     cure = f"{source}; --action_low and --action_high set the bounds"
     if args.like:
         source = cure = f"those of {args.like}"
-    span = " to ".join(f"{x[0]:.10g}" if len({*x}) == 1 else str(x) for x in (low, high))
+    span = " to ".join(
+        f"{x[0]:.10g}" if len({*x}) == 1 else f"[{shorten(f'{y:.10g}' for y in x)}]" for x in (low, high)
+    )
     margin = 0 if discrete else TOLERANCE * (high - low)
     if (outside := (actions < low - margin) | (actions > high + margin)).any():
         refuse(outside, f"it is outside {span} ({cure})")
@@ -379,13 +382,16 @@ def number_actions(recording, entries, low, high, free):
     recording.actions = actions = recording.actions.astype(np.int64)
     low, high = low.astype(np.int64), high.astype(np.int64)
     for i, entry in enumerate(entries):
-        values = np.unique(actions[:, i])
+        values, why = np.unique(actions[:, i]), ""
         if free and len(values) <= high[i] - low[i]:
-            actions[:, i] = np.searchsorted(values, actions[:, i])
+            actions[:, i], why = (
+                np.searchsorted(values, actions[:, i]),
+                ", numbered since whole numbers between are missing",
+            )
             low[i], high[i], entry["values"] = 0, len(values) - 1, values.tolist()
         if "values" in entry:
             numbers = shorten(f"{low[i] + k} is {value}" for k, value in enumerate(entry["values"]))
-            recording.note(f"Actions of {entry['name']}: {numbers}.")
+            recording.note(f"Actions of {entry['name']}{why}: {numbers}.")
     if np.prod(high - low + 1.0) > MAX_ACTIONS:
         raise DataError(f"there are more than {MAX_ACTIONS:,} actions in all: give --action_kind continuous")
     return low, high
@@ -698,7 +704,7 @@ def combine(dataset_id, args):
 
 
 def is_table(source):
-    return bool({".csv", ".tsv", ".parquet", ".pq"} & set(Path(source).suffixes))
+    return is_parquet(source) or bool({".csv", ".tsv"} & set(Path(source).suffixes))
 
 
 def is_file(source):
@@ -767,7 +773,7 @@ def check_arguments(args, parser):
         f"{', '.join(f'--{name}' for name in given)}: for tables alone": not given or files and is_table(files[0]),
         f"a table needs {', '.join(missing)}": not missing or not files or not is_table(files[0]),
         "--day_first goes with --step": args.day_first is None or args.step is not None,
-        "--decimal is for CSV files": args.decimal is None or not {".parquet", ".pq"} & set(Path(files[0]).suffixes),
+        "--decimal is for CSV files": args.decimal is None or not files or not is_parquet(files[0]),
         "--unseen goes with --like": args.unseen is None or args.like is not None,
         "--action_kind, --action_low and --action_high do not go with --like, which knows them":
             not args.like or (args.action_kind, args.action_low, args.action_high) == (None, None, None),

@@ -641,7 +641,8 @@ UNEQUAL = {
         ["observations: 7 numbers and 8 numbers"],
     ),
     "equal sizes": (
-        {"observation_space": gym.spaces.Dict(SPACES["observation_space"].spaces | {"goal": gym.spaces.Discrete(5, start=1)})},
+        {"observation_space": gym.spaces.Dict(place=SPACES["observation_space"]["place"],
+                                              goal=gym.spaces.Discrete(5, start=1))},
         ["space[goal]: Discrete(5) and Discrete(5, start=1)"],
     ),
     "actions": ({"action_space": gym.spaces.Discrete(4)}, ["action_high[0]: 2 and 3"]),
