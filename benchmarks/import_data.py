@@ -171,12 +171,13 @@ def read_column(key, column):
     if key in ("terminals", "timeouts"):
         check_flags(values, key)
         return values.astype(bool)
-    check_numbers(np.atleast_1d(values), key)
+    exact = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
+    check_numbers(np.atleast_1d(exact), key)
     if key.startswith("action"):
         values = values.astype(np.int64 if values.dtype.kind in "biu" else np.float64)
         return values.reshape(len(values), -1) if key == "actions" else values
-    check_precision(values, key)
-    values = values.astype(np.float32)
+    check_precision(exact, key)
+    values = exact.astype(np.float32, copy=False)
     return values if key == "rewards" else values.reshape(len(values), -1)
 
 
@@ -449,10 +450,10 @@ def import_dataset(source, dataset_id, args):
         "notes": recording.notes,
         "source": {"command": args.command, "files": [str(path)], "sha256": digest},
     }
-    store_flat(dataset_id, columns, metadata, root)
+    store_flat(dataset_id, columns, metadata, root, args.force)
 
 
-def store_flat(dataset_id, columns, metadata, root):
+def store_flat(dataset_id, columns, metadata, root, force):
     """Writes a dataset beside its place and moves it there, so that it is whole or absent. metadata: what the columns
     do not tell; what is None is left out. Raises OSError."""
     target = root / dataset_id
@@ -472,7 +473,7 @@ def store_flat(dataset_id, columns, metadata, root):
         with open(staging / "metadata.json", "w", encoding="utf-8") as file:
             file.write(as_json(metadata))
             sync(file)
-        if target.exists():
+        if force and target.exists():
             target.rename(replaced)
         staging.rename(target)
     finally:
@@ -697,7 +698,7 @@ def combine(dataset_id, args):
         del columns["returns"]
     metadata = meaning(parts[0], {}) | shared | {"notes": notes, "source": {"command": args.command, "files": names}}
     keys = ("action_low", "action_high", "reference_scores", "environment", "encoding", "notes", "source")
-    store_flat(dataset_id, columns, {key: metadata.get(key) or None for key in keys}, root)
+    store_flat(dataset_id, columns, {key: metadata.get(key) or None for key in keys}, root, args.force)
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -86,12 +86,14 @@ def n_unique(values):
 
 def refuse_precision(column, low, high):
     cure = f"subtract {middle(low, high):.15g} from it"
-    raise DataError(f"{column} runs from {low:.15g} to {high:.15g}, where float32 has too few digits: {cure}")
+    raise DataError(
+        f"{column} has numbers from {low:.15g} to {high:.15g}, for which float32 has too few digits: {cure}"
+    )
 
 
 def check_precision(values, column):
     """Raises DataError for a column of values [n, ...] whose numbers float32 cannot hold apart."""
-    if values.dtype.itemsize > 2 and values.dtype != np.float32:
+    if values.dtype != np.float32:
         for place in np.ndindex(values.shape[1:]):
             if merges(part := values[:, *place]):
                 name = column + "".join(f"[{i}]" for i in place)
