@@ -242,7 +242,7 @@ def transitions(recording, limit):
     kept[-1] &= not cut_short
     stored, cut_short = episode_returns(columns["rewards"], columns["terminals"], episode_ends(columns))
     if not np.array_equal(returns[kept], stored[: len(stored) - cut_short]):
-        columns["returns"] = returns[kept]
+        columns["episode_returns"] = returns[kept]
     return columns
 
 
@@ -400,11 +400,12 @@ def number_actions(recording, entries, low, high, free):
 
 def shift_actions(recording, entries, low, high, table):
     """Converts the actions to float32, less an offset where a table's numbers need one."""
-    for entry, *bounds in zip(entries, low.tolist(), high.tolist()):
+    for i, (entry, *bounds) in enumerate(zip(entries, low.tolist(), high.tolist())):
         coarse = is_coarse(*bounds) or np.float32(bounds[0]) == np.float32(bounds[1])
-        if coarse and not table:
+        numbers = np.append(recording.actions[:, i], bounds)
+        if coarse and not table and (np.float32(numbers) != numbers).any():
             refuse_precision(entry["name"], *bounds)
-        entry.setdefault("offset", middle(*bounds) if coarse else 0.0)
+        entry.setdefault("offset", middle(*bounds) if coarse and table else 0.0)
         entry |= dict(zip(("low", "high"), bounds))
         if entry["offset"]:
             recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
@@ -541,8 +542,8 @@ def read_flat(name):
         columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in COLUMNS}
         if {len(column) for column in columns.values()} != {metadata["transitions"]}:
             raise ValueError(f"its columns do not have {metadata['transitions']} rows each")
-        if (path / "returns.npy").exists():
-            columns["returns"] = np.load(path / "returns.npy")
+        if (path / "episode_returns.npy").exists():
+            columns["episode_returns"] = np.load(path / "episode_returns.npy")
     return metadata, columns
 
 
@@ -652,7 +653,7 @@ def difference(first, second, place=""):
 
 
 def first_rows(name, part, rows):
-    """The columns of a dataset's first rows, or of all if it is None; a cut episode ends by time-out there. `returns`
+    """The columns of a dataset's first rows, or of all if it is None; a cut episode ends by time-out there. `episode_returns`
     are those of its complete episodes."""
     ends, total = np.flatnonzero(episode_ends(part)), len(part["rewards"])
     if rows and rows > total:
@@ -665,11 +666,11 @@ def first_rows(name, part, rows):
         text += f"; the last one is cut after {length - surplus:,} of its {length:,} rows, which counts as a time-out"
     columns = {key: part[key][:rows] for key in COLUMNS}
     columns["timeouts"] = columns["timeouts"] | ((np.arange(rows) == rows - 1) & ~columns["terminals"])
-    returns = part.get("returns")
+    returns = part.get("episode_returns")
     if returns is None:
         returns, cut_short = episode_returns(part["rewards"], part["terminals"], episode_ends(part))
         returns = returns[: len(returns) - cut_short]
-    return columns | {"returns": returns[: n - (surplus > 0)]}, f"{text}."
+    return columns | {"episode_returns": returns[: n - (surplus > 0)]}, f"{text}."
 
 
 def combine(dataset_id, args):
@@ -693,9 +694,9 @@ def combine(dataset_id, args):
         notes.append(NO_ENVIRONMENT)
     print("\n".join(notes))
     notes += [f"{name}: {note}" for name, part in zip(names, parts) for note in part["notes"]]
-    columns = {key: np.concatenate([columns[key] for columns, _ in taken]) for key in (*COLUMNS, "returns")}
-    if not any("returns" in part for part in parts):
-        del columns["returns"]
+    columns = {key: np.concatenate([columns[key] for columns, _ in taken]) for key in (*COLUMNS, "episode_returns")}
+    if not any("episode_returns" in part for part in parts):
+        del columns["episode_returns"]
     metadata = meaning(parts[0], {}) | shared | {"notes": notes, "source": {"command": args.command, "files": names}}
     keys = ("action_low", "action_high", "reference_scores", "environment", "encoding", "notes", "source")
     store_flat(dataset_id, columns, {key: metadata.get(key) or None for key in keys}, root, args.force)

@@ -67,7 +67,7 @@ def check_flags(values, column):
 def is_coarse(low, high):
     """Whether float32 has few numbers between these two, for the distance that they are from 0."""
     spread, step = high - low, float(np.spacing(np.float32(max(abs(low), abs(high)))))
-    return spread > 0 and (step > 1e-3 * spread and spread > 1e-6 or step >= 1 and step > 1e-6 * spread)
+    return spread > 0 and (step > 1e-2 * spread and spread > 1e-5 or step >= 1 and step > 1e-6 * spread)
 
 
 def middle(low, high):
@@ -75,9 +75,9 @@ def middle(low, high):
     return float(round((low + high) / 2, -math.floor(math.log10(high - low))))
 
 
-def merges(values):
-    """Whether float32 makes some numbers [n] of a coarse column equal."""
-    return is_coarse(values.min().item(), values.max().item()) and n_unique(np.float32(values)) < n_unique(values)
+def is_changed(values):
+    """Whether float32 changes numbers [n] that lie in a small range for their distance from 0."""
+    return is_coarse(values.min().item(), values.max().item()) and bool((np.float32(values) != values).any())
 
 
 def n_unique(values):
@@ -95,7 +95,7 @@ def check_precision(values, column):
     """Raises DataError for a column of values [n, ...] whose numbers float32 cannot hold apart."""
     if values.dtype != np.float32:
         for place in np.ndindex(values.shape[1:]):
-            if merges(part := values[:, *place]):
+            if is_changed(part := values[:, *place]):
                 name = column + "".join(f"[{i}]" for i in place)
                 refuse_precision(name, part.min().item(), part.max().item())
 
@@ -332,12 +332,11 @@ class Reader:
         if offset is None and low == high:
             offset = float(low) if abs(float(np.float32(low)) - low) >= 0.5 else 0.0
         elif offset is None:
-            lost = is_coarse(low, high) and (np.float32(values) != values).any()
-            offset = middle(low, high) if lost else 0.0
+            offset = middle(low, high) if is_changed(values) else 0.0
         stored = values - offset
         whole = offset and (values == np.rint(values)).all() and n_unique(np.float32(stored)) < n_unique(values)
         constant = low == high and abs(np.float32(stored[0]) - stored[0]) >= 0.5
-        if merges(stored) or whole or constant:
+        if is_changed(stored) or whole or constant:
             less = f", less the {offset:.15g} of {self.like_id}" if self.like else ""
             raise DataError(
                 f"column {name} runs from {low:.15g} to {high:.15g}{less}, where float32 makes numbers equal: "
