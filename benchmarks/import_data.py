@@ -653,8 +653,8 @@ def difference(first, second, place=""):
 
 
 def first_rows(name, part, rows):
-    """The columns of a dataset's first rows, or of all if it is None; a cut episode ends by time-out there. `episode_returns`
-    are those of its complete episodes."""
+    """The columns of a dataset's first rows, or of all if `rows` is None, with the returns of the complete episodes. An
+    episode that is cut ends by time-out."""
     ends, total = np.flatnonzero(episode_ends(part)), len(part["rewards"])
     if rows and rows > total:
         raise DataError(f"{name} has {total:,} rows, not --rows {rows}")

@@ -273,21 +273,21 @@ class Reader:
             )
         codes, texts = pandas.factorize(column.astype(str), sort=True)
         texts = pandas.Series(texts, dtype=str)
-        self.check_texts(name, codes, texts)
-        if pandas.to_datetime(texts, format="ISO8601", errors="coerce", utc=True).notna().all() and self.csv:
+        numbers = self.check_texts(name, codes, texts)
+        if not numbers and pandas.to_datetime(texts, format="ISO8601", errors="coerce", utc=True).notna().all():
             raise DataError(f"{name} holds times: store numbers, such as the hours since the episode began")
         if len(texts) > MAX_CATEGORIES:
             raise DataError(f"{name} has {len(texts):,} different texts: leave it out, or store numbers")
         return codes.astype(np.int64), texts.tolist()
 
     def check_texts(self, name, codes, texts):
-        """Raises DataError for texts that are numbers, or some of which are. In Parquet all may be: texts are meant."""
+        """Whether all texts are numbers, as they may be in a Parquet file. Raises DataError if some are, or look so."""
         import pandas
 
         numbers = pandas.to_numeric(texts, errors="coerce").notna().to_numpy()
         alike = texts.str.fullmatch(NUMBER).to_numpy(bool)
         if not (numbers | alike).any() or numbers.all() and not self.csv:
-            return
+            return numbers.all()
         row = 0 if numbers.all() else (~numbers)[codes].argmax()
         text = texts[codes[row]]
         place = f"{text!r} in row {row} (from 0)"
@@ -393,20 +393,20 @@ class Reader:
         name, kind = f"column {column.name}", pandas.api.types.infer_dtype(column)
         if self.day_first is not None and kind not in ("string", "categorical"):
             raise DataError(f"--day_first is for texts that are dates: {name} holds {kind}")
-        try:
-            if kind in ("string", "categorical"):
-                codes, texts = pandas.factorize(column.astype(str))
-                texts = pandas.Series(texts)
-                self.check_texts(name, codes, texts)
-                values = pandas.to_numeric(texts, errors="coerce")
-                values = read_dates(name, texts, codes, self.day_first, self.notes) if values.isna().any() else values
-                column = values.iloc[codes]
-            elif kind in ("date", "datetime", "datetime64"):
+        if kind in ("string", "categorical"):
+            codes, texts = pandas.factorize(column.astype(str))
+            texts = pandas.Series(texts)
+            if self.check_texts(name, codes, texts):
+                column = pandas.to_numeric(texts).iloc[codes]
+            else:
+                column = read_dates(name, texts, codes, self.day_first, self.notes).iloc[codes]
+        elif kind in ("date", "datetime", "datetime64"):
+            try:
                 column = pandas.to_datetime(column, utc=True)
-            elif kind not in ("integer", "floating", "mixed-integer-float", "decimal", "timedelta64"):
-                raise DataError(f"{name} is neither numbers nor times: it holds {kind}")
-        except (TypeError, ValueError) as error:  # times beyond the year 2262
-            raise error if isinstance(error, DataError) else DataError(f"{name} cannot be read: {error}") from error
+            except (TypeError, ValueError) as error:  # such as a time after the year 2262
+                raise DataError(f"{name} cannot be read: {error}") from error
+        elif kind not in ("integer", "floating", "mixed-integer-float", "decimal", "timedelta64"):
+            raise DataError(f"{name} is neither numbers nor times: it holds {kind}")
         if column.dtype.kind == "f" or kind == "decimal":
             column = column.astype(np.float64)
             check_numbers(column.to_numpy(), name)

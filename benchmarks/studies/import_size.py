@@ -30,18 +30,9 @@ COLUMNS = (
     "load_cpu_seconds", "load_seconds", "load_peak_mb", "mb",
 )  # fmt: skip
 TABLE = [
-    "--episode=user",
-    "--step=step",
-    "--observations",
-    "x_*",
-    "country",
-    "--actions",
-    "offer",
-    "--reward",
-    "profit",
-    "--terminal",
-    "left",
-]
+    "--episode=user", "--step=step", "--observations", "x_*", "country", "--actions=offer", "--reward=profit",
+    "--terminal=left",
+]  # fmt: skip
 LOADERS = {"hdf5": "algorithms.offline.cql", "csv": "algorithms.discrete.cql_dqn"}
 
 
