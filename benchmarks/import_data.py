@@ -147,6 +147,8 @@ def check_layout(columns, present):
         )
     if not lengths["rewards"]:
         raise DataError("it has no rows")
+    if ("action_low" in columns) != ("action_high" in columns):
+        raise DataError("action_low and action_high go together")
     sizes = [columns[key].shape for key in ("observations", "next_observations") if key in columns]
     if len(set(sizes)) > 1:
         raise DataError(f"observations and next_observations differ in shape: {sizes[0]} and {sizes[1]}")
@@ -323,11 +325,7 @@ def fit_actions(recording, args, space):
     """Converts the actions to int64 or float32. Returns their bounds as stored, [A] each. Completes the encoding; an
     HDF5 file gets one where its actions are numbered anew."""
     actions, table = recording.actions, recording.encoding is not None
-    encoding = recording.encoding or {
-        "observations": [],
-        "actions": [{"name": f"actions[{i}]"} for i in range(actions.shape[1])],
-    }
-    entries = encoding["actions"]
+    entries = recording.encoding["actions"] if table else [{"name": f"actions[{i}]"} for i in range(actions.shape[1])]
 
     def refuse(bad, reason):
         row, column = np.argwhere(bad)[0]
@@ -354,9 +352,8 @@ def fit_actions(recording, args, space):
     cure = f"{source}; --action_low and --action_high set the bounds"
     if args.like:
         source = cure = f"those of {args.like}"
-    span = " to ".join(
-        f"{x[0]:.10g}" if len({*x}) == 1 else f"[{shorten(f'{y:.10g}' for y in x)}]" for x in (low, high)
-    )
+    spans = [[f"{x:.10g}" for x in bound] for bound in (low, high)]
+    span = " to ".join(x[0] if len({*x}) == 1 else f"[{shorten(x)}]" for x in spans)
     margin = 0 if discrete else TOLERANCE * (high - low)
     if (outside := (actions < low - margin) | (actions > high + margin)).any():
         refuse(outside, f"it is outside {span} ({cure})")
@@ -372,7 +369,7 @@ def fit_actions(recording, args, space):
         return shift_actions(recording, entries, low, high, table)
     low, high = number_actions(recording, entries, low, high, free=given is None and space is None)
     if table or any("values" in entry for entry in entries):
-        recording.encoding = encoding
+        recording.encoding = recording.encoding or {"observations": [], "actions": entries}
         for i, entry in enumerate(entries):
             entry.setdefault("values", [*range(low[i], high[i] + 1)])
     return low.tolist(), high.tolist()
@@ -385,10 +382,8 @@ def number_actions(recording, entries, low, high, free):
     for i, entry in enumerate(entries):
         values, why = np.unique(actions[:, i]), ""
         if free and len(values) <= high[i] - low[i]:
-            actions[:, i], why = (
-                np.searchsorted(values, actions[:, i]),
-                ", numbered since whole numbers between are missing",
-            )
+            why = ", numbered anew since whole numbers between them are missing"
+            actions[:, i] = np.searchsorted(values, actions[:, i])
             low[i], high[i], entry["values"] = 0, len(values) - 1, values.tolist()
         if "values" in entry:
             numbers = shorten(f"{low[i] + k} is {value}" for k, value in enumerate(entry["values"]))
@@ -515,7 +510,7 @@ def reading(name):
     """Stands around calls of Minari, h5py, numpy and json alone, which raise any of these for damaged files."""
     try:
         yield
-    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"{name} cannot be read: {error!r}") from error
 
 
@@ -539,6 +534,8 @@ def read_flat(name):
         metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
         if metadata["format"] != 1 or metadata["kind"] != "transitions":
             raise ValueError(f"it has format {metadata['format']} and kind {metadata['kind']}")
+        if missing := {"transitions", "episodes", "actions", "action_low", "action_high", "notes"} - metadata.keys():
+            raise KeyError(*missing)
         columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in COLUMNS}
         if {len(column) for column in columns.values()} != {metadata["transitions"]}:
             raise ValueError(f"its columns do not have {metadata['transitions']} rows each")
@@ -624,8 +621,12 @@ def read_part(name):
         data = importlib.import_module(SCRIPTS[continuous]).load_dataset(name)
     data["space"] = dataset.observation_space
     data["notes"] = [str(metadata.get("description")), "Infos, seeds and options are not kept."]
-    if not continuous:
-        data["actions"] = data["actions"].astype(np.int64)
+    for key in COLUMNS[:4]:
+        values = np.asarray(data[key])
+        check_numbers(values, f"{name}: {key}")
+        if key != "actions" or continuous:
+            check_precision(values, f"{name}: {key}")
+        data[key] = values.astype(np.float32 if key != "actions" or continuous else np.int64)
     try:
         as_json(data.get("environment"))
     except ValueError as error:
@@ -637,9 +638,9 @@ def read_part(name):
 def meaning(part, other):
     """All that must agree for the numbers of two datasets to mean the same."""
     kind = "real" if part["actions"].dtype.kind == "f" else "whole"
-    found = {key: np.asarray(part[key]).tolist() for key in ("action_low", "action_high")}
-    found |= {"observations": f"{part['observations'].shape[1]} numbers", "encoding": part.get("encoding") or {}}
-    found["actions"] = f"{part['actions'].shape[1]} {kind} numbers"
+    found = {"observations": f"{part['observations'].shape[1]} numbers"}
+    found |= {"actions": f"{part['actions'].shape[1]} {kind} numbers", "encoding": part.get("encoding") or {}}
+    found |= {key: np.asarray(part[key]).tolist() for key in ("action_low", "action_high")}
     return found | ({"space": part["space"]} if "space" in part and "space" in other else {})
 
 

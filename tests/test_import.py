@@ -766,6 +766,7 @@ BAD_FILES = {
     "bounds between numbers": (
         {"actions": np.arange(12) % 2, "action_low": -0.5, "action_high": 1.5}, ["whole bounds"],
     ),
+    "a lower bound alone": ({"action_low": -1.0}, ["action_low and action_high go together"]),
     "three bounds": ({"action_low": np.zeros(3), "action_high": np.ones(3)}, ["3 bounds"]),
     "too many numbers": (
         {"n": 200_001, "actions": np.arange(200_001) // 2 * 7}, ["100,000 actions", "--action_kind continuous"],
@@ -1054,6 +1055,7 @@ UNEQUAL = {
         ["space[goal]: Discrete(5) and Discrete(5, start=1)"],
     ),
     "actions": ({"action_space": gym.spaces.Discrete(4)}, ["action_high[0]: 2 and 3"]),
+    "no episodes": ({"lengths": []}, ["cannot be read"]),
     "names": ({"added": {"observation_names": ["x", "z"]}}, ["import it again"]),
 }  # fmt: skip
 
@@ -1066,12 +1068,32 @@ def test_datasets_that_differ_are_not_combined(fault, run):
     one_line(run(*PARTS), 1, ["test/second-v0", *words])
 
 
+def test_images_are_not_combined(run):
+    space, flag = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8), flags(3, 2)
+    images = EpisodeBuffer(
+        None, 0, None, np.zeros((4, 40, 40, 3), np.uint8), np.zeros(3, int), np.zeros(3), flag, ~flag
+    )
+    for name in ("test/first-v0", "test/second-v0"):
+        store(name, [images], observation_space=space, action_space=gym.spaces.Discrete(3))
+    one_line(run(*PARTS), 1, ["test/first-v0", "(40, 40, 3)", "vectors"])
+
+
+def test_numbers_that_float32_merges_are_not_combined(run):
+    space, flag = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64), flags(3, 2)
+    times = np.stack([np.arange(4), 1.7e9 + np.arange(4)], axis=1)
+    times = EpisodeBuffer(None, 0, None, times, np.zeros(3, int), np.zeros(3), flag, flags(3))
+    for name in ("test/first-v0", "test/second-v0"):
+        store(name, [times], observation_space=space, action_space=gym.spaces.Discrete(3))
+    one_line(run(*PARTS), 1, ["test/first-v0", "observations[1]", "float32 has too few digits"])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"country": list("ADADFF")}, ["encoding[observations][2][values][0]: AT and A"]),
         ({"offer": TABLE.offer.str.upper()}, ["encoding[actions][0][values][0]: call and CALL"]),
-        ({"offer": list("aabbaa")}, ["action_high[0]: 2 and 1"]),
+        ({"offer": list("aabbaa")}, ["encoding[actions][0][values][0]: call and a"]),
+        ({"offer": [1.5, 2, 3, 4, 5, 6]}, ["actions: 1 whole numbers and 1 real numbers"]),
         ({"vip": [1, 0, 0, 1, 1, 0]}, ["observations: 7 numbers and 6 numbers"]),
         ({"x_spend": TABLE.x_spend / 1e6 + 1e9}, ["encoding[observations][0][offset]: 0.0 and 1000000000.0"]),
     ],
