@@ -1,5 +1,5 @@
 """Measure what it costs to import a dataset and to load it: CPU-seconds, seconds and peak memory, each in a process of
-its own. Loading excludes what starting the script costs.
+its own. The seconds of loading are those of load_dataset; the peaks are those of the whole process.
 
     python benchmarks/studies/import_size.py
 
@@ -34,6 +34,15 @@ TABLE = [
     "--terminal=left",
 ]  # fmt: skip
 LOADERS = {"hdf5": "algorithms.offline.cql", "csv": "algorithms.discrete.cql_dqn"}
+LOAD = """
+import time
+
+from {} import load_dataset
+
+before = time.process_time(), time.perf_counter()
+load_dataset("size/test-v0")
+print(*(after - x for after, x in zip((time.process_time(), time.perf_counter()), before)))
+"""
 
 
 def write(path, n, length):
@@ -60,12 +69,14 @@ def write(path, n, length):
 
 
 def measure(*command):
-    """The CPU-seconds, the seconds and the peak memory in MB that a Python program takes."""
-    started, process = time.perf_counter(), subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    """The CPU-seconds, the seconds and the peak memory in MB that a Python program takes, and what it prints."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    text = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"import_size.py: {command[0]} failed")
-    return usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss / 1024
+    return usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss / 1024, text
 
 
 def main():
@@ -73,17 +84,17 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = f"{folder}/minari"
         for name, (kind, *case) in CASES.items():
-            path, loader = f"{folder}/data.{kind}", f"from {LOADERS[kind]} import load_dataset"
+            path = f"{folder}/data.{kind}"
             # in another process, since a program's peak includes the memory of the one that starts it
             writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, *case))
             writer.start()
             writer.join()
             options = TABLE if kind == "csv" else []
             imported = measure("benchmarks/import_data.py", path, "--id=size/test-v0", "--force", *options)
-            loaded, started = measure("-c", f"{loader}; load_dataset('size/test-v0')"), measure("-c", loader)
+            _, _, peak, text = measure("-c", LOAD.format(LOADERS[kind]))
             size = sum(file.stat().st_size for file in Path(folder, "minari").rglob("*.*")) / 1e6
-            costs = *imported, loaded[0] - started[0], loaded[1] - started[1], loaded[2], size
-            rows.append((name, kind, *case, *(f"{cost:.1f}" for cost in costs)))
+            costs = *imported[:3], *map(float, text.split()), peak, size
+            rows.append((name, kind, *case, *(f"{cost:.2f}" for cost in costs)))
             print(*rows[-1])
     text = "\n".join(",".join(map(str, row)) for row in rows)
     (ROOT / "benchmarks/results/import.csv").write_text(f"{text}\n")
