@@ -55,6 +55,7 @@ from import_table import (
     check_numbers,
     check_precision,
     is_coarse,
+    is_parquet,
     middle,
     read_table,
     refuse_precision,
@@ -146,6 +147,8 @@ def check_layout(columns, present):
         )
     if not lengths["rewards"]:
         raise DataError("it has no rows")
+    if ("action_low" in columns) != ("action_high" in columns):
+        raise DataError("action_low and action_high go together")
     sizes = [columns[key].shape for key in ("observations", "next_observations") if key in columns]
     if len(set(sizes)) > 1:
         raise DataError(f"observations and next_observations differ in shape: {sizes[0]} and {sizes[1]}")
@@ -170,12 +173,13 @@ def read_column(key, column):
     if key in ("terminals", "timeouts"):
         check_flags(values, key)
         return values.astype(bool)
-    check_numbers(np.atleast_1d(values), key)
+    exact = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
+    check_numbers(np.atleast_1d(exact), key)
     if key.startswith("action"):
         values = values.astype(np.int64 if values.dtype.kind in "biu" else np.float64)
         return values.reshape(len(values), -1) if key == "actions" else values
-    check_precision(values, key)
-    values = values.astype(np.float32)
+    check_precision(exact, key)
+    values = exact.astype(np.float32, copy=False)
     return values if key == "rewards" else values.reshape(len(values), -1)
 
 
@@ -321,11 +325,7 @@ def fit_actions(recording, args, space):
     """Converts the actions to int64 or float32. Returns their bounds as stored, [A] each. Completes the encoding; an
     HDF5 file gets one where its actions are numbered anew."""
     actions, table = recording.actions, recording.encoding is not None
-    encoding = recording.encoding or {
-        "observations": [],
-        "actions": [{"name": f"actions[{i}]"} for i in range(actions.shape[1])],
-    }
-    entries = encoding["actions"]
+    entries = recording.encoding["actions"] if table else [{"name": f"actions[{i}]"} for i in range(actions.shape[1])]
 
     def refuse(bad, reason):
         row, column = np.argwhere(bad)[0]
@@ -352,7 +352,8 @@ def fit_actions(recording, args, space):
     cure = f"{source}; --action_low and --action_high set the bounds"
     if args.like:
         source = cure = f"those of {args.like}"
-    span = " to ".join(f"{x[0]:.10g}" if len({*x}) == 1 else str(x) for x in (low, high))
+    spans = [[f"{x:.10g}" for x in bound] for bound in (low, high)]
+    span = " to ".join(x[0] if len({*x}) == 1 else f"[{shorten(x)}]" for x in spans)
     margin = 0 if discrete else TOLERANCE * (high - low)
     if (outside := (actions < low - margin) | (actions > high + margin)).any():
         refuse(outside, f"it is outside {span} ({cure})")
@@ -368,7 +369,7 @@ def fit_actions(recording, args, space):
         return shift_actions(recording, entries, low, high, table)
     low, high = number_actions(recording, entries, low, high, free=given is None and space is None)
     if table or any("values" in entry for entry in entries):
-        recording.encoding = encoding
+        recording.encoding = recording.encoding or {"observations": [], "actions": entries}
         for i, entry in enumerate(entries):
             entry.setdefault("values", [*range(low[i], high[i] + 1)])
     return low.tolist(), high.tolist()
@@ -379,13 +380,14 @@ def number_actions(recording, entries, low, high, free):
     recording.actions = actions = recording.actions.astype(np.int64)
     low, high = low.astype(np.int64), high.astype(np.int64)
     for i, entry in enumerate(entries):
-        values = np.unique(actions[:, i])
+        values, why = np.unique(actions[:, i]), ""
         if free and len(values) <= high[i] - low[i]:
+            why = ", numbered anew since whole numbers between them are missing"
             actions[:, i] = np.searchsorted(values, actions[:, i])
             low[i], high[i], entry["values"] = 0, len(values) - 1, values.tolist()
         if "values" in entry:
             numbers = shorten(f"{low[i] + k} is {value}" for k, value in enumerate(entry["values"]))
-            recording.note(f"Actions of {entry['name']}: {numbers}.")
+            recording.note(f"Actions of {entry['name']}{why}: {numbers}.")
     if np.prod(high - low + 1.0) > MAX_ACTIONS:
         raise DataError(f"there are more than {MAX_ACTIONS:,} actions in all: give --action_kind continuous")
     return low, high
@@ -393,11 +395,12 @@ def number_actions(recording, entries, low, high, free):
 
 def shift_actions(recording, entries, low, high, table):
     """Converts the actions to float32, less an offset where a table's numbers need one."""
-    for entry, *bounds in zip(entries, low.tolist(), high.tolist()):
+    for i, (entry, *bounds) in enumerate(zip(entries, low.tolist(), high.tolist())):
         coarse = is_coarse(*bounds) or np.float32(bounds[0]) == np.float32(bounds[1])
-        if coarse and not table:
+        numbers = np.append(recording.actions[:, i], bounds)
+        if coarse and not table and (np.float32(numbers) != numbers).any():
             refuse_precision(entry["name"], *bounds)
-        entry.setdefault("offset", middle(*bounds) if coarse else 0.0)
+        entry.setdefault("offset", middle(*bounds) if coarse and table else 0.0)
         entry |= dict(zip(("low", "high"), bounds))
         if entry["offset"]:
             recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
@@ -443,10 +446,10 @@ def import_dataset(source, dataset_id, args):
         "notes": recording.notes,
         "source": {"command": args.command, "files": [str(path)], "sha256": digest},
     }
-    store_flat(dataset_id, columns, metadata, root)
+    store_flat(dataset_id, columns, metadata, root, args.force)
 
 
-def store_flat(dataset_id, columns, metadata, root):
+def store_flat(dataset_id, columns, metadata, root, force):
     """Writes a dataset beside its place and moves it there, so that it is whole or absent. metadata: what the columns
     do not tell; what is None is left out. Raises OSError."""
     target = root / dataset_id
@@ -466,7 +469,7 @@ def store_flat(dataset_id, columns, metadata, root):
         with open(staging / "metadata.json", "w", encoding="utf-8") as file:
             file.write(as_json(metadata))
             sync(file)
-        if target.exists():
+        if force and target.exists():
             target.rename(replaced)
         staging.rename(target)
     finally:
@@ -507,7 +510,7 @@ def reading(name):
     """Stands around calls of Minari, h5py, numpy and json alone, which raise any of these for damaged files."""
     try:
         yield
-    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"{name} cannot be read: {error!r}") from error
 
 
@@ -531,6 +534,8 @@ def read_flat(name):
         metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
         if metadata["format"] != 1 or metadata["kind"] != "transitions":
             raise ValueError(f"it has format {metadata['format']} and kind {metadata['kind']}")
+        if missing := {"transitions", "episodes", "actions", "action_low", "action_high", "notes"} - metadata.keys():
+            raise KeyError(*missing)
         columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in COLUMNS}
         if {len(column) for column in columns.values()} != {metadata["transitions"]}:
             raise ValueError(f"its columns do not have {metadata['transitions']} rows each")
@@ -616,8 +621,12 @@ def read_part(name):
         data = importlib.import_module(SCRIPTS[continuous]).load_dataset(name)
     data["space"] = dataset.observation_space
     data["notes"] = [str(metadata.get("description")), "Infos, seeds and options are not kept."]
-    if not continuous:
-        data["actions"] = data["actions"].astype(np.int64)
+    for key in COLUMNS[:4]:
+        values = np.asarray(data[key])
+        check_numbers(values, f"{name}: {key}")
+        if key != "actions" or continuous:
+            check_precision(values, f"{name}: {key}")
+        data[key] = values.astype(np.float32 if key != "actions" or continuous else np.int64)
     try:
         as_json(data.get("environment"))
     except ValueError as error:
@@ -629,9 +638,9 @@ def read_part(name):
 def meaning(part, other):
     """All that must agree for the numbers of two datasets to mean the same."""
     kind = "real" if part["actions"].dtype.kind == "f" else "whole"
-    found = {key: np.asarray(part[key]).tolist() for key in ("action_low", "action_high")}
-    found |= {"observations": f"{part['observations'].shape[1]} numbers", "encoding": part.get("encoding") or {}}
-    found["actions"] = f"{part['actions'].shape[1]} {kind} numbers"
+    found = {"observations": f"{part['observations'].shape[1]} numbers"}
+    found |= {"actions": f"{part['actions'].shape[1]} {kind} numbers", "encoding": part.get("encoding") or {}}
+    found |= {key: np.asarray(part[key]).tolist() for key in ("action_low", "action_high")}
     return found | ({"space": part["space"]} if "space" in part and "space" in other else {})
 
 
@@ -645,8 +654,8 @@ def difference(first, second, place=""):
 
 
 def first_rows(name, part, rows):
-    """The columns of a dataset's first rows, or of all if it is None; a cut episode ends by time-out there. `returns`
-    are those of its complete episodes."""
+    """The columns of a dataset's first rows, or of all if `rows` is None, with the returns of the complete episodes. An
+    episode that is cut ends by time-out."""
     ends, total = np.flatnonzero(episode_ends(part)), len(part["rewards"])
     if rows and rows > total:
         raise DataError(f"{name} has {total:,} rows, not --rows {rows}")
@@ -691,14 +700,14 @@ def combine(dataset_id, args):
         del columns["episode_returns"]
     metadata = meaning(parts[0], {}) | shared | {"notes": notes, "source": {"command": args.command, "files": names}}
     keys = ("action_low", "action_high", "reference_scores", "environment", "encoding", "notes", "source")
-    store_flat(dataset_id, columns, {key: metadata.get(key) or None for key in keys}, root)
+    store_flat(dataset_id, columns, {key: metadata.get(key) or None for key in keys}, root, args.force)
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
 
 def is_table(source):
-    return bool({".csv", ".tsv", ".parquet", ".pq"} & set(Path(source).suffixes))
+    return is_parquet(source) or bool({".csv", ".tsv"} & set(Path(source).suffixes))
 
 
 def is_file(source):
@@ -767,7 +776,7 @@ def check_arguments(args, parser):
         f"{', '.join(f'--{name}' for name in given)}: for tables alone": not given or files and is_table(files[0]),
         f"a table needs {', '.join(missing)}": not missing or not files or not is_table(files[0]),
         "--day_first goes with --step": args.day_first is None or args.step is not None,
-        "--decimal is for CSV files": args.decimal is None or not {".parquet", ".pq"} & set(Path(files[0]).suffixes),
+        "--decimal is for CSV files": args.decimal is None or not files or not is_parquet(files[0]),
         "--unseen goes with --like": args.unseen is None or args.like is not None,
         "--action_kind, --action_low and --action_high do not go with --like, which knows them":
             not args.like or (args.action_kind, args.action_low, args.action_high) == (None, None, None),

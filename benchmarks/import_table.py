@@ -6,6 +6,7 @@ import math
 import textwrap
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from common import DataError
@@ -37,6 +38,10 @@ class Recording:
         self.notes.append(text)
 
 
+def is_parquet(source):
+    return bool({".parquet", ".pq"} & set(Path(source).suffixes))
+
+
 def shorten(items):
     """The first of the items, with commas."""
     return textwrap.shorten(", ".join(map(str, items)), 300, placeholder=" ...")
@@ -62,7 +67,7 @@ def check_flags(values, column):
 def is_coarse(low, high):
     """Whether float32 has few numbers between these two, for the distance that they are from 0."""
     spread, step = high - low, float(np.spacing(np.float32(max(abs(low), abs(high)))))
-    return spread > 0 and (step > 1e-3 * spread and spread > 1e-6 or step >= 1 and step > 1e-6 * spread)
+    return spread > 0 and (step > 1e-2 * spread and spread > 1e-5 or step >= 1 and step > 1e-6 * spread)
 
 
 def middle(low, high):
@@ -70,9 +75,9 @@ def middle(low, high):
     return float(round((low + high) / 2, -math.floor(math.log10(high - low))))
 
 
-def merges(values):
-    """Whether float32 makes some numbers [n] of a coarse column equal."""
-    return is_coarse(values.min().item(), values.max().item()) and n_unique(np.float32(values)) < n_unique(values)
+def is_changed(values):
+    """Whether float32 changes numbers [n] that lie in a small range for their distance from 0."""
+    return is_coarse(values.min().item(), values.max().item()) and bool((np.float32(values) != values).any())
 
 
 def n_unique(values):
@@ -81,14 +86,16 @@ def n_unique(values):
 
 def refuse_precision(column, low, high):
     cure = f"subtract {middle(low, high):.15g} from it"
-    raise DataError(f"{column} runs from {low:.15g} to {high:.15g}, where float32 has too few digits: {cure}")
+    raise DataError(
+        f"{column} has numbers from {low:.15g} to {high:.15g}, for which float32 has too few digits: {cure}"
+    )
 
 
 def check_precision(values, column):
     """Raises DataError for a column of values [n, ...] whose numbers float32 cannot hold apart."""
-    if values.dtype.itemsize > 2 and values.dtype != np.float32:
+    if values.dtype != np.float32:
         for place in np.ndindex(values.shape[1:]):
-            if merges(part := values[:, *place]):
+            if is_changed(part := values[:, *place]):
                 name = column + "".join(f"[{i}]" for i in place)
                 refuse_precision(name, part.min().item(), part.max().item())
 
@@ -113,7 +120,7 @@ def open_table(path, args, note):
     """The names of a table's columns, and a function that reads some of them."""
     import pandas
 
-    if not {".parquet", ".pq"} & set(path.suffixes):
+    if not is_parquet(path):
         first = {"header": None, "nrows": 1, "dtype": str, "keep_default_na": False}
         rows = {separator: pandas.read_csv(path, sep=separator, **first) for separator in ",;\t"}
         separator = max(rows, key=lambda x: rows[x].shape[1])
@@ -202,7 +209,7 @@ def order_table(table, roles, action_names, observation_names, reader, notes):
     flags = {role: reader.flags(table[roles[role]]) for role in ("terminal", "timeout") if role in roles}
     episodes = pandas.factorize(table[roles["episode"]])[0]
     if "step" in roles:
-        steps, span = read_steps(table[roles["step"]], reader.day_first, notes.append)
+        steps, span = reader.steps(table[roles["step"]])
     else:
         steps, span = np.arange(len(table)), "the file's order"
     order = np.lexsort((steps, episodes))
@@ -215,26 +222,24 @@ def order_table(table, roles, action_names, observation_names, reader, notes):
     recording.encoding = {"observations": observation_entries, "actions": action_entries}
     if reader.like:
         recording.action_low, recording.action_high = reader.bounds()
-    for text in notes:
+    for text in notes + reader.notes:
         recording.note(text)
     recording.note(f"{len(table):,} rows, {(~goes_on).sum():,} episodes by {roles['episode']}; steps: {span}.")
     if "step" in roles:
         tell_distances(steps, goes_on[:-1], recording.note)
     if early := (terminals & goes_on).sum():
         recording.note(f"{early:,} terminal rows are not the last of their episode: the episode is split there.")
-    tell_encoding(recording, reader.notes, observations.shape[1])
+    tell_encoding(recording, observations.shape[1])
     return recording
 
 
-def tell_encoding(recording, notes, size):
+def tell_encoding(recording, size):
     entries = recording.encoding["observations"]
     labels = [f"{x['name']}={value}" if "values" in x else x["name"] for x in entries for value in x.get("values", "-")]
     recording.note(f"Observations ({size}): {', '.join(labels)}.")
     for entry in entries:
         if entry.get("offset"):
             recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
-    for text in notes:
-        recording.note(text)
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -244,8 +249,8 @@ class Reader:
     """Turns columns into numbers, and says how in the entries of an encoding. With --like it follows another one's."""
 
     def __init__(self, path, args, like):
-        self.csv, self.decimal = not {".parquet", ".pq"} & set(path.suffixes), args.decimal or "."
-        self.day_first = args.day_first and args.day_first == "True"
+        self.csv, self.decimal = not is_parquet(path), args.decimal or "."
+        self.day_first = None if args.day_first is None else args.day_first == "True"
         self.like, self.like_id, self.unseen, self.notes = like, args.like, args.unseen, []
 
     def known(self, role, name):
@@ -268,28 +273,31 @@ class Reader:
             )
         codes, texts = pandas.factorize(column.astype(str), sort=True)
         texts = pandas.Series(texts, dtype=str)
-        self.check_texts(name, codes, texts)
-        if pandas.to_datetime(texts, format="ISO8601", errors="coerce", utc=True).notna().all() and self.csv:
+        numbers = self.check_texts(name, codes, texts)
+        if not numbers and pandas.to_datetime(texts, format="ISO8601", errors="coerce", utc=True).notna().all():
             raise DataError(f"{name} holds times: store numbers, such as the hours since the episode began")
         if len(texts) > MAX_CATEGORIES:
             raise DataError(f"{name} has {len(texts):,} different texts: leave it out, or store numbers")
         return codes.astype(np.int64), texts.tolist()
 
     def check_texts(self, name, codes, texts):
-        """Raises DataError for texts that are numbers, or some of which are. In Parquet all may be: texts are meant."""
+        """Whether all texts are numbers, as they may be in a Parquet file. Raises DataError if some are, or look so."""
         import pandas
 
         numbers = pandas.to_numeric(texts, errors="coerce").notna().to_numpy()
         alike = texts.str.fullmatch(NUMBER).to_numpy(bool)
         if not (numbers | alike).any() or numbers.all() and not self.csv:
-            return
+            return numbers.all()
         row = 0 if numbers.all() else (~numbers)[codes].argmax()
-        place = f"{texts[codes[row]]!r} in row {row} (from 0)"
+        text = texts[codes[row]]
+        place = f"{text!r} in row {row} (from 0)"
         if not alike[codes[row]]:
             raise DataError(f"{name} has text among numbers, {place}: correct such rows")
         cure = "numbers have no separators of thousands, and at most 15 digits"
-        if self.csv:
-            cure += "; --decimal , reads decimal commas" if self.decimal == "." else " and, with --decimal , no points"
+        if self.csv and self.decimal == "." and "," in text:
+            cure = f"--decimal , reads decimal commas; {cure}"
+        elif self.csv and self.decimal == "," and "." in text:
+            cure = f"with --decimal , numbers have no points; {cure}"
         raise DataError(f"{name} holds {place}: {cure}")
 
     def flags(self, column):
@@ -324,11 +332,11 @@ class Reader:
         if offset is None and low == high:
             offset = float(low) if abs(float(np.float32(low)) - low) >= 0.5 else 0.0
         elif offset is None:
-            lost = is_coarse(low, high) and (np.float32(values) != values).any()
-            offset = middle(low, high) if lost else 0.0
+            offset = middle(low, high) if is_changed(values) else 0.0
         stored = values - offset
-        whole = offset and (values == np.rint(values)).all()
-        if merges(stored) or whole and n_unique(np.float32(stored)) < n_unique(values):
+        whole = offset and (values == np.rint(values)).all() and n_unique(np.float32(stored)) < n_unique(values)
+        constant = low == high and abs(np.float32(stored[0]) - stored[0]) >= 0.5
+        if is_changed(stored) or whole or constant:
             less = f", less the {offset:.15g} of {self.like_id}" if self.like else ""
             raise DataError(
                 f"column {name} runs from {low:.15g} to {high:.15g}{less}, where float32 makes numbers equal: "
@@ -378,6 +386,33 @@ class Reader:
             raise DataError(f"actions {', '.join(table)} mix text and real numbers: scripts take one kind")
         return actions, entries
 
+    def steps(self, column):
+        """Numbers or times to sort the rows by, [n], and their range in words."""
+        import pandas
+
+        name, kind = f"column {column.name}", pandas.api.types.infer_dtype(column)
+        if self.day_first is not None and kind not in ("string", "categorical"):
+            raise DataError(f"--day_first is for texts that are dates: {name} holds {kind}")
+        if kind in ("string", "categorical"):
+            codes, texts = pandas.factorize(column.astype(str))
+            texts = pandas.Series(texts)
+            if self.check_texts(name, codes, texts):
+                column = pandas.to_numeric(texts).iloc[codes]
+            else:
+                column = read_dates(name, texts, codes, self.day_first, self.notes).iloc[codes]
+        elif kind in ("date", "datetime", "datetime64"):
+            try:
+                column = pandas.to_datetime(column, utc=True)
+            except (TypeError, ValueError) as error:  # such as a time after the year 2262
+                raise DataError(f"{name} cannot be read: {error}") from error
+        elif kind not in ("integer", "floating", "mixed-integer-float", "decimal", "timedelta64"):
+            raise DataError(f"{name} is neither numbers nor times: it holds {kind}")
+        if column.dtype.kind == "f" or kind == "decimal":
+            column = column.astype(np.float64)
+            check_numbers(column.to_numpy(), name)
+        span = f"{column.min()} to {column.max()}"
+        return (column.dt.tz_localize(None) if column.dtype.kind == "M" else column).to_numpy(), span
+
     def bounds(self):
         """Lowest and highest actions of the dataset of --like, in the table's units."""
         entries = self.like["encoding"]["actions"]
@@ -387,84 +422,58 @@ class Reader:
 
 
 def tell_counts(counts):
-    return shorten(f"{text!r} ({n:,} row{'s' * (n > 1)})" for text, n in counts.items())
+    return shorten(f"{text!r} ({n:,} row{'s' * bool(n > 1)})" for text, n in counts.items())
 
 
 # ------------------------------------------------------------------------------------------------ steps and dates
 
 
-def read_steps(column, day_first, note):
-    """Numbers or times to sort the rows by, [n], and their range in words."""
-    import pandas
-
-    kind, texts = pandas.api.types.infer_dtype(column), None
-    try:
-        if kind in ("string", "categorical"):
-            texts = column.astype(str)
-            column = pandas.to_numeric(texts, errors="coerce")
-            column = read_dates(texts, day_first, note) if column.isna().any() else column
-        elif kind in ("date", "datetime", "datetime64"):
-            column = pandas.to_datetime(column, utc=True)
-        elif kind not in ("integer", "floating", "mixed-integer-float", "decimal", "timedelta64"):
-            raise DataError(f"column {column.name} is neither numbers nor times: it holds {kind}")
-    except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"column {column.name} is neither numbers nor times: {error}") from error
-    if day_first is not None and (texts is None or column.dtype.kind != "M"):
-        raise DataError(f"--day_first is for texts that are dates: column {column.name} holds {kind}")
-    if column.dtype.kind == "f" or kind == "decimal":
-        column = column.astype(np.float64)
-        check_numbers(column.to_numpy(), f"column {column.name}")
-    span = f"{column.min()} to {column.max()}"
-    return (column.dt.tz_localize(None) if column.dtype.kind == "M" else column).to_numpy(), span
-
-
-def read_dates(texts, day_first, note):
-    """The times [n] of texts in ISO 8601, else in one format, which must read every text."""
+def read_dates(name, texts, codes, day_first, notes):
+    """The times of different texts, in ISO 8601 or else in one format. codes [n]: the text of each row."""
     import pandas
 
     def parse(format):
         return pandas.to_datetime(texts, format=format, errors="coerce", utc=True)
 
-    name, first = f"column {texts.name}", texts.iloc[0]
-    if (parsed := parse("ISO8601")).notna().all():
+    def first_row(stray):
+        """The first row with a text that is astray, in words."""
+        row = stray.to_numpy()[codes].argmax()
+        return f"{texts[codes[row]]!r} in row {row} (from 0)"
+
+    if (times := parse("ISO8601")).notna().all():
         zoned = texts.str.contains(ZONE)
         if zoned.any() and not zoned.all():
-            row = zoned.ne(zoned.iloc[0]).argmax()
-            raise DataError(f"{name} has times with and without a time zone, {first!r} and {texts.iloc[row]!r}")
+            raise DataError(
+                f"{name} has times with and without a time zone, {first_row(zoned)} and {first_row(~zoned)}"
+            )
         if day_first is not None:
-            raise DataError(f"--day_first is not for column {texts.name}, whose dates begin with the year")
-        return parsed
+            raise DataError(f"--day_first is not for dates that begin with the year, as in {name}")
+        return times
     with warnings.catch_warnings(action="ignore"):  # about a day that cannot be a month
-        formats = [pandas.tseries.api.guess_datetime_format(first, dayfirst=x) for x in (True, False)]
+        formats = [pandas.tseries.api.guess_datetime_format(texts[0], dayfirst=x) for x in (True, False)]
     formats = {x: x.index("%d") < x.index("%m") if x and "%m" in x and "%d" in x else None for x in formats if x}
     formats = {x: is_day_first for x, is_day_first in formats.items() if not (is_day_first and x.startswith("%Y"))}
-    asked = {x: y for x, y in formats.items() if day_first is None or y == day_first}
-    read = {format: parse(format) for format in asked}
+    read = {format: parse(format) for format, x in formats.items() if day_first is None or x == day_first}
+    stray = min((times.isna() for times in read.values()), key=lambda x: x.sum(), default=texts.notna())
+    if stray.any():
+        cure = "write all as in 2024-01-31 09:30"
+        if formats and day_first is not None:
+            cure = f"it does not fit --day_first {day_first}"
+        raise DataError(f"{name} is neither numbers nor times throughout, {first_row(stray)}: {cure}")
     good = {format: times for format, times in read.items() if times.notna().all()}
-    if not good:
-        row = max((times.isna().to_numpy().argmax() for times in read.values()), default=0)
-        cure = f"it does not fit --day_first {day_first}" if formats and day_first is not None else "store ISO 8601"
-        raise DataError(
-            f"{name} is neither numbers nor times throughout, {texts.iloc[row]!r} in row {row} (from 0): {cure}, "
-            "such as 2024-01-31 09:30"
-        )
-    format, *others = good
-    if (
-        others
-        and (pandas.factorize(good[format], sort=True)[0] != pandas.factorize(good[others[0]], sort=True)[0]).any()
-    ):
-        raise DataError(
-            f"{name} can be read day-first and month-first, in different orders of the rows, such as {first!r}: "
-            "give --day_first True or --day_first False"
-        )
+    format = next(iter(good))
     reading = {True: "day-first", False: "month-first", None: None}[formats[format]]
-    if others:
-        note(f"{name[0].upper()}{name[1:]} is in one order, day-first or month-first; distances are {reading}.")
+    if len(good) > 1:
+        orders = [times.rank(method="dense") for times in good.values()]
+        if (orders[0] != orders[1]).any():
+            raise DataError(
+                f"{name} can be read day-first and month-first, in different orders of the rows, such as {texts[0]!r}: "
+                "give --day_first True or --day_first False"
+            )
+        notes.append(f"C{name[1:]} has the same order day-first and month-first; distances are {reading} ones.")
     elif reading and day_first is None:
-        row = max((times.isna().to_numpy().argmax() for times in read.values()), default=0)
-        note(f"{name[0].upper()}{name[1:]} is read {reading}: {texts.iloc[row]!r} allows no other reading.")
+        decisive = max((times.isna() for times in read.values()), key=lambda x: x.sum())
+        notes.append(f"C{name[1:]} is read {reading}: {first_row(decisive)} allows no other reading.")
     return good[format]
 
 
@@ -478,7 +487,9 @@ def tell_distances(steps, goes_on, note):
     if len(distances) == ties:
         return
     typical = np.sort(distances)[ties:][(len(distances) - ties) // 2]  # a median that is one of them
-    far, largest = (distances > typical * 2).sum(), distances.max()
-    if distances.dtype.kind == "m":
-        typical, largest = pandas.Timedelta(typical), pandas.Timedelta(largest)
-    note(f"Steps are typically {typical} apart; {far:,} distances are more than twice that, the largest is {largest}.")
+    far, words = (distances > typical * 2).sum(), [typical, distances.max()]
+    words = [pandas.Timedelta(x) if distances.dtype.kind == "m" else f"{x:.10g}" for x in words]
+    note(
+        f"Steps are typically {words[0]} apart; {far:,} of {len(distances):,} distances are more than twice that, the "
+        f"largest is {words[1]}."
+    )

@@ -1,10 +1,13 @@
 """benchmarks/import_data.py: every transition is in the dataset, in order, or counted; bad data give one line."""
 
+import errno
 import functools
 import hashlib
 import json
+import os
 import shutil
 import socket
+import warnings
 from pathlib import Path
 
 import common
@@ -374,6 +377,321 @@ def test_a_table_with_numbers_as_actions(run):
     assert table_run(run, table, step=None, force=[])[0] == 0 and read()[0][2].tolist() == [0.5, 0.25, 1.5, 7]
 
 
+SIX = np.array([0, 1, 2, 3, 4, 6])
+EXACT = {  # values of x_spend, and what is stored
+    "seconds since 1970": (1_700_000_000 + 3600 * np.arange(6), 1_700_010_000.0, 3600 * np.arange(6) - 10_000),
+    "fractions of seconds": (1_700_000_000.5 + np.arange(6), 1_700_000_003.0, np.arange(6) - 2.5),
+    "a narrow band": (433.92 + 1e-5 * SIX, 433.92003, 1e-5 * SIX - 3e-5),
+    "a constant": ([1_700_000_001] * 6, 1_700_000_001.0, [0] * 6),
+    "numbers that float32 holds": (2**30 + 256 * np.arange(6), 0.0, 2**30 + 256 * np.arange(6)),
+    "a wide range": (10**9 * np.arange(1, 7) + 1, 0.0, np.float32(10**9 * np.arange(1, 7) + 1)),
+    "a tiny constant range": (0.1 + 1e-12 * np.arange(6), 0.0, np.float32([0.1] * 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_offsets_keep_numbers_apart_that_float32_would_merge(case, run):
+    values, offset, stored = EXACT[case]
+    table = TABLE.assign(x_spend=values, customer="a", left=[0] * 5 + [1])
+    status, out, err = table_run(run, table, observations=["x_spend"], step=None)
+    assert status == 0 and (f"x_spend is stored less {offset:.15g}" in out) == (offset != 0), err
+    assert metadata()["encoding"]["observations"] == [{"name": "x_spend", "offset": offset}]
+    found = np.float64(read()[0][0].ravel())
+    assert found == pytest.approx(np.float64(stored), rel=1e-6, abs=1e-12)
+    if offset:
+        assert found + offset == pytest.approx(np.float64(values), rel=0, abs=1e-6 * np.ptp(values))
+
+
+def test_an_offset_and_an_environment_exclude_each_other(run, root):
+    """The environment would be shown numbers that the policy has never met, or do what it did not say."""
+    table = TABLE.assign(a=[-2, 0.5, 1, 1, 1, 2], y=1.0)
+    options = {"observations": ["x_spend", "x_visits", "y"], "actions": ["a"], "eval_env": ["Pendulum-v1"]}
+    assert table_run(run, table, **options)[0] == 0 and metadata()["environment"]["id"] == "Pendulum-v1"
+    shutil.rmtree(root)
+    table["y"] = 1_700_000_000 + np.arange(6)
+    refused(table_run(run, table, **options), 1, ["column y needs an offset", "Pendulum-v1", "--eval_env none"], root)
+
+
+HZ = 433_050_000 + 290_001 * np.arange(6)
+SET_POINTS = {  # actions, options, offset
+    "Hz": (HZ + 0.5, {}, 434_000_000.0),
+    "Hz, whole": (HZ, {"action_kind": ["continuous"]}, 434_000_000.0),
+    "Hz, bounds": (HZ + 0.5, {"action_low": ["433050000"], "action_high": ["434790000"]}, 434_000_000.0),
+    "Hz, one value": ([433_920_000.5] * 6, {"action_low": ["433050000"], "action_high": ["434790000"]}, 434_000_000.0),
+    "Hz, narrow": (433_920_000.5 + np.arange(6), {}, 433_920_003.0),
+    "MHz": (HZ / 1e6, {}, 0.0),
+    "MHz, bounds": (HZ / 1e6, {"action_low": ["433.05"], "action_high": ["434.79"]}, 0.0),
+    "MHz, narrow": (433.92 + 1e-6 * SIX, {}, 433.920003),
+}
+
+
+@pytest.mark.parametrize("case", SET_POINTS)
+def test_set_points_are_actions(case, run):
+    actions, options, offset = SET_POINTS[case]
+    table = TABLE.assign(a=actions, customer="a", left=[0] * 5 + [1])
+    status, out, err = table_run(run, table, actions=["a"], step=None, **options)
+    assert status == 0 and (f"a is stored less {offset:.10g}" in out) == (offset != 0), err
+    (entry,), stored = metadata()["encoding"]["actions"], np.float64(read()[0][1].ravel())
+    low, high = (
+        float(options.get(key, [x])[0]) for key, x in (("action_low", min(actions)), ("action_high", max(actions)))
+    )
+    assert entry == {"name": "a", "offset": pytest.approx(offset, rel=1e-14), "low": low, "high": high}
+    assert metadata()["action_low"][0] == np.float32(low - entry["offset"]) < metadata()["action_high"][0]
+    assert stored + entry["offset"] == pytest.approx(
+        np.float64(actions), rel=0, abs=1e-6 * (high - low) if offset else 4e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"observations": np.stack([np.arange(12), 1.7e9 + np.arange(12)], axis=1)}, ["observations[1]", "1700000011"]),
+        ({"observations": np.stack([np.arange(12), 1_700_000_000 + np.arange(12)], axis=1)}, ["observations[1]"]),
+        ({"next_observations": np.full((12, 3), 1.7e9) + np.arange(12)[:, None]}, ["next_observations[0]"]),
+        ({"rewards": 1.7e9 + np.arange(12)}, ["rewards"]),
+        ({"actions": 433_050_000 + 1000.5 * np.arange(12)}, ["actions[0]", "subtract"]),
+        ({"actions": 433.92 + 1e-6 * np.arange(12)}, ["actions[0]", "subtract"]),
+        ({"actions": np.full(12, 433e6), "action_low": 433e6, "action_high": 434e6 + 1}, ["actions[0]", "subtract"]),
+    ],
+)
+def test_an_hdf5_file_with_numbers_that_float32_merges_is_refused(changes, words, run, root):
+    refused(run(write(**changes), "--id", ID), 1, ["float32 has too few digits", *words], root)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64, np.uint8, bool])
+def test_an_hdf5_file_has_numbers_of_any_type(kind, run):
+    values = np.arange(12).reshape(6, 2) % 2
+    assert run(write(n=6, observations=values.astype(kind)), "--id", ID)[0] == 0
+    assert read()[0][0].tolist() == values[:5].tolist()
+    assert run(write(n=6, actions=433.05 + np.arange(6) / 5, action_low=433.05, action_high=434.79), "--id", ID,
+               "--force")[0] == 0  # fmt: skip
+
+
+SPARSE = {  # columns of actions, their numbers, the tables of values
+    "three": ([[1001, 4711, 250000] * 2], [[0, 1, 2] * 2], [[1001, 4711, 250000]]),
+    "two": ([[1, 90000] * 3], [[0, 1] * 3], [[1, 90000]]),
+    "signs": ([[-1.0, 1.0] * 3], [[0, 1] * 3], [[-1, 1]]),
+    "no holes": ([[5, 7, 6] * 2], [[5, 7, 6] * 2], [[5, 6, 7]]),
+    "two columns": ([[1, 90000] * 3, [4, 5, 6] * 2], [[0, 1] * 3, [4, 5, 6] * 2], [[1, 90000], [4, 5, 6]]),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_sparse_codes_of_actions_are_numbered(case, run):
+    columns, stored, tables = SPARSE[case]
+    columns, names = np.transpose(columns), [f"a_{i}" for i in range(len(stored))]
+    table = TABLE.assign(**dict(zip(names, columns.T)), customer="a", left=[0] * 5 + [1])
+    numbered = columns.tolist() != np.transpose(stored).tolist()
+    out = table_run(run, table, actions=["a_*"], step=None)[1]
+    assert ("numbered" in out) == numbered and "--action_kind continuous" in out
+    assert metadata()["encoding"]["actions"] == [{"name": x, "values": y} for x, y in zip(names, tables)]
+    assert read()[0][1].T.tolist() == stored and read()[0][1].dtype == np.int64
+    assert metadata()["action_low"] == [min(x) for x in stored]
+    assert run(write(n=6, actions=columns, terminals=flags(6, 5)), "--id", ID, "--force")[0] == 0
+    entries = [{"name": f"actions[{i}]", "values": y} for i, y in enumerate(tables)]
+    assert metadata().get("encoding") == ({"observations": [], "actions": entries} if numbered else None)
+    assert read()[0][1].T.tolist() == stored
+    bounds = ["--action_low=-1", f"--action_high={columns.max()}", "--action_kind=discrete"]
+    too_many = case in ("three", "two columns")
+    assert run("data.hdf5", "--id", ID, "--force", *bounds)[0] == too_many
+    assert too_many or "encoding" not in metadata() and read()[0][1].tolist() == columns.tolist()
+
+
+DATES = {  # times of four rows; the order that they give, or words of the error
+    "ISO 8601": ("2024-02-01 2024-01-03 2024-01-02T10:00 2024-01-02", [3, 2, 1, 0], ""),
+    "months first": ("01/13/2024 01/02/2024 02/01/2024 03/01/2024", [1, 0, 2, 3], "is read month-first: '01/13/2024'"),
+    "days first": ("02/01/2024 01/02/2024 13/01/2024 01/03/2024", [0, 2, 1, 3], "is read day-first: '13/01/2024' in"),
+    "dots": ("02.01.2024 01.02.2024 13.01.2024 01.03.2024", [0, 2, 1, 3], "is read day-first"),
+    "dashes": ("02-01-2024_10:00 02-01-2024_09:00 13-01-2024_00:00 01-02-2024_00:00", [1, 0, 2, 3], "day-first"),
+    "short": ("2/1/2024 1/2/2024 13/1/2024 1/3/2024", [0, 2, 1, 3], "is read day-first"),
+    "years first": ("2024.01.03 2024.01.02 2024.01.13 2024.02.01", [1, 0, 2, 3], ""),
+    "names of months": ("2_Jan_2024 1_Feb_2024 3_Jan_2024 1_Mar_2024", [0, 2, 1, 3], ""),
+    "either": ("01/01/2024 02/02/2024 01/01/2024 03/03/2024", [0, 2, 1, 3], "has the same order"),
+    "both": ("02/01/2024 01/02/2024 03/03/2024 04/04/2024", None, ["day-first and month-first", "--day_first True"]),
+    "both, dots": ("2.1.2024 1.2.2024 3.3.2024 4.4.2024", None, ["--day_first True"]),
+    "neither": ("13/01/2024 01/13/2024 03/03/2024 04/04/2024", None, ["'01/13/2024' in row 1"]),
+    "two-digit years": ("02/01/24 01/02/24 13/01/24 01/03/24", None, ["'02/01/24' in row 0", "2024-01-31"]),
+    "some ISO": ("02/01/2024 13/01/2024 2024-01-15 04/04/2024", None, ["'2024-01-15' in row 2"]),
+    "some others": ("2024-01-15 2024-01-16 2024-01-15 04/04/2024", None, ["'04/04/2024' in row 3"]),
+    "some numbers": ("2024-01-15 2024-01-16 17 2024-01-18", None, ["text among numbers, '2024-01-15' in row 0"]),
+    "some years": ("2024-01-15 2024-01-16 2024 2024-01-18", None, ["text among numbers"]),
+    "no such day": ("30/01/2024 31/02/2024 01/02/2024 01/03/2024", None, ["'31/02/2024' in row 1"]),
+    "zones": ("2024-01-02T10:00Z 2024-01-02T10:30+01:00 2024-01-02T11:00Z 2024-01-02T12:00+02:00", [1, 0, 3, 2], ""),
+    "some zones": ("2024-01-02T10:00Z 2024-01-02T10:30 2024-01-02T11:00Z 2024-01-03", None, ["without a time zone"]),
+    "decimal commas": ("0,5 1,5 2,5 3,5", None, ["column time holds '0,5' in row 0"]),
+    "asked": ("02/01/2024 01/02/2024 03/03/2024 04/04/2024 --day_first=True", [0, 1, 2, 3], ""),
+    "asked otherwise": ("02/01/2024 01/02/2024 03/03/2024 04/04/2024 --day_first=False", [1, 0, 2, 3], ""),
+    "asked in vain": ("02/01/2024 13/01/2024 03/03/2024 04/04/2024 --day_first=False", None, ["'13/01/2024' in row 1"]),
+    "asked of ISO 8601": ("2024-01-02 2024-01-03 2024-01-04 2024-01-05 --day_first=True", None, ["begin with"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.parquet"])
+@pytest.mark.parametrize("case", DATES)
+def test_steps_that_are_texts(case, name, run, root):
+    """Those that can be read in two ways, in different orders, are refused."""
+    times, order, words = DATES[case]
+    times, _, day_first = times.partition(" --day_first=")
+    times = [time.replace("_", " ") for time in times.split()]
+    table = TABLE[:4].assign(time=times, customer="a", left=0, x_spend=range(4))
+    result = table_run(run, table, name, observations=["x_spend"], **({"day_first": [day_first]} if day_first else {}))
+    if order is None:
+        return refused(result, 1, [name, *words], root)
+    assert result[0] == 0 and words in result[1], result
+    assert [*read()[0][0].ravel(), read()[0][3][-1, 0]] == order
+
+
+def test_day_first_is_for_texts(run, root):
+    table = TABLE.assign(time=range(6))
+    refused(table_run(run, table, day_first=["True"]), 1, ["--day_first", "time holds integer"], root)
+    refused(run(write(), "--id", ID, "--day_first", "True"), 2, ["--day_first", "tables"], root)
+    refused(table_run(run, step=None, day_first=["True"]), 2, ["--day_first goes with --step"], root)
+
+
+def test_steps_of_other_types(run, root):
+    """Dates, times with a zone and durations of Parquet files; what is not a time is one line."""
+    pytest.importorskip("pyarrow")
+    days = pd.to_datetime(["2024-01-03", "2024-01-02", "2024-02-01", "2024-01-13"])
+    kinds = [days, days.tz_localize("Europe/Berlin"), days.date, days - days[0], days.strftime("%Y%m%d").astype(int)]
+    for kind in kinds:
+        table = TABLE[:4].assign(time=kind, customer="a", left=0, x_spend=range(4))
+        assert table_run(run, table, "table.parquet", observations=["x_spend"], force=[])[0] == 0
+        assert [*read()[0][0].ravel(), read()[0][3][-1, 0]] == [1, 0, 3, 2]
+    shutil.rmtree(root)
+    for kind, words in (
+        (days.time, "time"),
+        ([[1]] * 4, "mixed"),
+        ([True] * 4, "boolean"),
+        (days.to_period("D"), "period"),
+    ):
+        table = TABLE[:4].assign(time=kind)
+        refused(table_run(run, table, "table.parquet"), 1, ["neither numbers nor times", words], root)
+
+
+def test_distances_between_steps_are_told(run):
+    table = TABLE.assign(customer="a", left=0, time=[0, 1, 2, 2, 3, 103])
+    out = table_run(run, table)[1]
+    assert "1 rows have the same step" in out
+    assert "Steps are typically 1 apart; 1 of 5 distances are more than twice that, the largest is 100." in out
+    table = table.assign(time=pd.date_range("2024-01-01", periods=6, freq="36h").astype(str))
+    assert "typically 1 days 12:00:00 apart; 0 of 5" in table_run(run, table, force=[])[1]
+
+
+def csv_run(run, text, **changes):
+    Path("table.csv").write_text(text)
+    options = {"episode": "e", "observations": "x", "actions": "a", "reward": "r", "terminal": "d"} | changes
+    return run("table.csv", "--id", ID, "--force", *(f"--{key}={value}" for key, value in options.items()))
+
+
+ROWS = "e,x,a,r,d\n1,{},u,0.5,0\n1,{},v,0.25,1\n"
+CSV = {  # text; observations or words of the error; options
+    "numbers": (ROWS.format("1.5", "-2e3"), [[1.5], [-2000]], {}),
+    "texts that pandas takes for empty": (ROWS.format("NA", "None"), [[1, 0], [0, 1]], {}),
+    "more of them": (ROWS.format("null", "nan"), [[0, 1], [1, 0]], {}),
+    "NA among numbers": (ROWS.format("1.5", "NA"), ["text among numbers, 'NA' in row 1"], {}),
+    "nan among numbers": (ROWS.format("nan", "1.5"), ["text among numbers, 'nan' in row 0"], {}),
+    "an empty field": (ROWS.format("", "1"), ["x is empty in row 0"], {}),
+    "semicolons": (ROWS.replace(",", ";").format("1.5", "2"), [[1.5], [2]], {}),
+    "tabs": (ROWS.replace(",", "\t").format("1.5", "2"), [[1.5], [2]], {}),
+    "decimal commas": (ROWS.replace(",", ";").format("1,5", "2"), ["x holds '1,5' in row 0", "--decimal ,"], {}),
+    "decimal commas alone": (ROWS.replace(",", ";").format("1,5", "2,5"), ["x holds '1,5'", "--decimal ,"], {}),
+    "decimal commas, tabs": (ROWS.replace(",", "\t").format("2", "1,5"), ["x holds '1,5' in row 1", "--decimal ,"], {}),
+    "taken": (ROWS.replace(",", ";").format("1,5", "2").replace(".", ","), [[1.5], [2]], {"decimal": ","}),
+    "in quotes": (ROWS.format('"1,5"', '"2,5"').replace("0.5", "1").replace("0.25", "2"), [[1.5], [2.5]],
+                  {"decimal": ","}),
+    "no quotes": (ROWS.format("1,5", "2,5"), ["more fields"], {}),
+    "no quotes in one row": (ROWS.format("1.5", "2,5"), ["line 3"], {}),
+    "points, too": (ROWS.replace(",", ";").format("1.5", "2"), ["x holds '1.5'", "with --decimal ,"], {"decimal": ","}),
+    "thousands": (ROWS.format('"1,234.5"', "2"), ["x holds '1,234.5'", "separators of thousands"], {}),
+    "thousands alone": (ROWS.format('"1,234"', '"5,678"'), ["x holds '1,234'", "separators of thousands"], {}),
+    "thousands, points": (ROWS.replace(",", ";").format("1.234,5", "2").replace("0.", "0,"), ["x holds '1.234,5'"],
+                          {"decimal": ","}),
+    "thousands, spaces": (ROWS.format("1 234", "2 345"), ["x holds '1 234'", "separators of thousands"], {}),
+    "twenty digits": (ROWS.format("12345678901234567890123", "1"), ["x holds '12345678901234567890123'"], {}),
+    "actions with commas": (ROWS.replace(",", ";").replace("u", "1,5").replace("v", "2,5").format("1", "2"),
+                            ["a holds '1,5'", "--decimal ,"], {}),
+    "two columns of one name": (ROWS.replace("e,x,a", "x,x,a").format("1", "2"), ["several columns are named x"],
+                                {"episode": "a"}),
+    "an index": ("," + ROWS.format("1", "2").replace("\n1", "\n0,1"), [[1], [2]], {}),
+    "codes of episodes": (ROWS.format("1", "2").replace("\n1,2", "\n01,2"), [[2]], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CSV)
+def test_fields_of_a_csv_file(case, run, root):
+    text, expected, options = CSV[case]
+    result = csv_run(run, text, **options)
+    if isinstance(expected[0], str):
+        return refused(result, 1, ["table.csv", *expected], root)
+    assert result[0] == 0 and read()[0][0].tolist() == expected, result
+
+
+LIKE = {"id": ["test/like-v0"], "like": [ID], "observations": None, "actions": None}
+LIKE_TABLES = {  # changes of the later table; observations of the first stored row, or words of the error
+    "the same": ({}, {}, [0, 10, 0, 1, 0, 1, 0]),
+    "fewer categories": ({"country": "FR", "offer": "none"}, {}, [0, 10, 0, 0, 1, 1, 0]),
+    "columns named again": ({}, {"observations": ["vip", "x_*", "country"], "actions": ["offer"]},
+                            [0, 10, 0, 1, 0, 1, 0]),
+    "other columns": ({}, {"observations": ["x_*"]}, ["--observations names x_spend, x_visits"]),
+    "a missing column": ({"country": None}, {}, ["lacks country"]),
+    "a missing action": ({"offer": None}, {}, ["lacks offer, actions"]),
+    "a new category": ({"country": list("AABAAA")}, {}, ["country holds 'A' (5 rows), 'B' (1 row)", "--unseen other"]),
+    "a new category, taken": ({"country": "CH"}, {"unseen": ["other"]}, [0, 10, 0, 0, 0, 1, 0]),
+    "numbers for categories": ({"country": 7}, {}, ["country holds '7' (6 rows)"]),
+    "text for numbers": ({"x_spend": list("abcdef")}, {}, ["x_spend holds text"]),
+    "far numbers": ({"x_spend": 1_700_000_000 + np.arange(6)}, {}, ["x_spend runs from"]),
+    "a far number": ({"x_spend": 1_700_000_001}, {}, ["x_spend runs from"]),
+    "a new action": ({"offer": "fax"}, {"unseen": ["other"]}, ["offer holds 'fax' (6 rows)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIKE_TABLES)
+def test_a_table_is_encoded_like_another(case, run, root):
+    changes, options, expected = LIKE_TABLES[case]
+    assert table_run(run)[0] == 0
+    table = TABLE.assign(**changes).drop(columns=[key for key, value in changes.items() if value is None])
+    result = table_run(run, table, "new.csv", **LIKE | options)
+    if isinstance(expected[0], str):
+        one_line(result, 1, ["new.csv", *expected])
+        assert not place("test/like-v0").exists()
+        return
+    assert result[0] == 0, result
+    stored = metadata("test/like-v0")
+    same = ("encoding", "action_low", "action_high", "actions")
+    assert {key: stored[key] for key in same} == {key: metadata()[key] for key in same}
+    assert read("test/like-v0")[0][0][0].tolist() == expected
+    assert ("'CH' (6 rows)" in result[1]) == ("unseen" in options)
+
+
+def test_unseen_categories_become_other_where_the_dataset_has_it(run):
+    assert table_run(run, TABLE.assign(country=["DE", "DE", "DE", "other", "AT", "AT"]))[0] == 0
+    assert table_run(run, TABLE.assign(country=["CH", "DE", "DE", "DE", "AT", "US"]), **LIKE, unseen=["other"])[0] == 0
+    observations = read("test/like-v0")[0][0]
+    assert observations[:, 2:5].tolist() == [[0, 1, 0], [0, 0, 1], [0, 1, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_actions_are_encoded_like_others(run, root):
+    """Codes keep their numbers, set-points their offset and bounds; what the other dataset does not know is refused."""
+    new = "test/like-v0"
+    assert table_run(run, TABLE.assign(offer=[9, 5, 5, 7, 9, 5], left=1))[0] == 0
+    assert table_run(run, TABLE.assign(offer=[5.0, 9, 9, 5, 5, 9], left=1), step=None, **LIKE)[0] == 0
+    assert read(new)[0][1].ravel().tolist() == [0, 2, 0, 2, 0, 2] and metadata(new)["action_high"] == [2]
+    one_line(table_run(run, TABLE.assign(offer=6), **LIKE, force=[]), 1, ["offer holds '6' (6 rows)"])
+    one_line(table_run(run, TABLE.assign(offer=5.5), **LIKE, force=[]), 1, ["offer holds '5.5' (6 rows)"])
+    hertz = {"action_low": ["433050000"], "action_high": ["434790000"], "force": []}
+    assert table_run(run, TABLE.assign(offer=HZ + 0.5, left=1), **hertz)[0] == 0
+    assert table_run(run, TABLE.assign(offer=434_000_003, left=1), **LIKE, force=[])[0] == 0
+    assert read(new)[0][1].ravel().tolist() == [3] * 6 and metadata(new)["encoding"] == metadata()["encoding"]
+    assert metadata(new)["action_low"] == [-950_000]
+    one_line(table_run(run, TABLE.assign(offer=435_000_000), **LIKE, force=[]), 1, ["offer is 435000000 in row", ID])
+    one_line(table_run(run, **LIKE, force=[]), 1, ["offer holds text"])
+    one_line(run(write(), "--id", new, "--like", ID), 2, ["--like", "tables"])
+    assert run(write(), "--id", ID, "--force")[0] == 0
+    one_line(table_run(run, **LIKE, force=[]), 1, [ID, "no encoding"])
+    new_part("test/first-v0")
+    one_line(table_run(run, **LIKE | {"like": ["test/first-v0"]}, force=[]), 1, ["test/first-v0", "no encoding"])
+
+
 BAD_TABLES = {
     "no such column": ({"reward": ["revenue"]}, {}, ["--reward revenue", "profit"]),
     "a pattern for one column": ({"reward": ["pro*"]}, {}, ["--reward pro*"]),
@@ -392,6 +710,13 @@ BAD_TABLES = {
         {"actions": ["x_spend"], "observations": ["vip"], "action_low": ["0"], "action_high": ["5"]}, {},
         ["x_spend is 9 in row 5", "0 to 5"],
     ),
+    "numbers that no offset keeps apart": (
+        {}, {"x_spend": 1_700_000_000_000 + np.array([0, 1, 2, 3, 4, 3 * 10**9])},
+        ["x_spend runs from 1700000000000 to 1703000000000", "coarser numbers"],
+    ),
+    "coarse rewards": ({}, {"profit": 1_700_000_000 + np.arange(6)}, ["column profit has numbers from", "subtract"]),
+    "text actions and bounds": ({"action_low": ["0"], "action_high": ["2"]}, {}, ["column offer holds text"]),
+    "text actions as real numbers": ({"action_kind": ["continuous"]}, {}, ["column offer holds text"]),
     "no known next observation": ({}, {"customer": range(6), "left": 0}, ["no transition"]),
     "no rows": ({}, TABLE.iloc[:0], ["no rows"]),
 }  # fmt: skip
@@ -441,6 +766,7 @@ BAD_FILES = {
     "bounds between numbers": (
         {"actions": np.arange(12) % 2, "action_low": -0.5, "action_high": 1.5}, ["whole bounds"],
     ),
+    "a lower bound alone": ({"action_low": -1.0}, ["action_low and action_high go together"]),
     "three bounds": ({"action_low": np.zeros(3), "action_high": np.ones(3)}, ["3 bounds"]),
     "too many numbers": (
         {"n": 200_001, "actions": np.arange(200_001) // 2 * 7}, ["100,000 actions", "--action_kind continuous"],
@@ -552,6 +878,89 @@ def test_an_existing_dataset_stays_whatever_fails(run, root):
     assert run(write(n=5), "--id", ID, "--force")[0] == 0 and read()[1] == [4]
 
 
+@pytest.mark.parametrize("event", range(10))
+def test_an_interrupted_import_leaves_the_old_dataset_or_none(event, run, root, monkeypatch):
+    """Eight files are synchronised; the old dataset is moved away, the new one to its place."""
+    assert run(write(), "--id", "test/old-v0")[0] == 0
+    before, events = contents(root), []
+
+    def interrupting(function):
+        def changed(*arguments):
+            events.append(function)
+            if len(events) == event + 1:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return changed
+
+    for owner, name in ((os, "fsync"), (Path, "rename")):
+        monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
+    assert run(write(n=8), "--id", "test/old-v0", "--force")[0] == 130 and contents(root) == before
+    events.clear()
+    assert run(write(n=8), "--id", "other/new-v0")[0] == (130 if event < 9 else 0)
+    assert event == 9 or contents(root) == before
+
+
+def test_a_full_disk_is_one_line(run, root, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(run(write(), "--id", ID), 1, [ID, "No space left on device"], root)
+    assert [*root.iterdir()] == []
+
+
+def test_places_that_are_taken_are_refused(run, root, monkeypatch):
+    new_part("test/first-v0")
+    assert run(write(), "--id", "test/first-v0", "--force")[0] == 0 and not (place("test/first-v0") / "data").exists()
+    one_line(run("data.hdf5", "--id", "test/first-v0/part-v0"), 1, ["is a dataset, which cannot hold another"])
+    (place("test/first-v0") / "data").mkdir()
+    both = [str(place("test/first-v0")), "flat", "Minari"]
+    one_line(run("data.hdf5", "--id", "test/first-v0", "--force"), 1, both)
+    one_line(run("--combine", "test/first-v0", "test/second-v0", "--id", ID), 1, both)
+    one_line(run("--list"), 1, both)
+    (place("test/first-v0") / "data").rmdir()
+    original = import_data.find_episodes
+
+    def meanwhile(*arguments):
+        shutil.copytree(place("test/first-v0"), place())
+        return original(*arguments)
+
+    monkeypatch.setattr(import_data, "find_episodes", meanwhile)
+    before = contents(root)
+    assert run(write(n=7), "--id", ID)[0] == 1  # somebody else stored it in the meantime
+    assert contents(place()) == contents(place("test/first-v0")) and len(contents(root)) > len(before)
+
+
+def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
+    new_part("test/first-v0", env="CartPole-v1")
+    new_part("test/second-v0")
+    assert table_run(run)[0] == run(write(), "--id", "deep/er/set-v0", "--eval_env=none")[0] == 0
+    for name in ("cut-v0", "lost-v0", "later-v0"):
+        shutil.copytree(place(), place(f"test/{name}"))
+    with open(place("test/cut-v0") / "rewards.npy", "r+b") as file:
+        file.truncate(140)
+    (place("test/lost-v0") / "metadata.json").unlink()
+    (place("test/later-v0") / "metadata.json").write_text(json.dumps(metadata() | {"format": 2}))
+    (place("test/second-v0") / "data/main_data.hdf5").write_bytes(b"short")
+    place("test/new-v0.123.tmp").mkdir()
+    status, out, err = run("--list")
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert status == 0 and not err
+    assert lines == {
+        "deep/er/set-v0": "11 transitions, 1 episodes, continuous actions, no environment, flat form",
+        "test/first-v0": "7 transitions, 2 episodes, discrete actions, CartPole-v1, Minari form",
+        "test/new-v0": "5 transitions, 3 episodes, discrete actions, no environment, flat form",
+        **{key: lines[key] for key in ("test/cut-v0", "test/lost-v0", "test/later-v0", "test/second-v0")},
+        "test/new-v0.123.tmp": "left by an import that was killed",
+    }
+    for name in ("cut", "lost", "later"):
+        assert lines[f"test/{name}-v0"].startswith(f"flat form, damaged: test/{name}-v0 cannot be read")
+    assert lines["test/second-v0"].startswith("Minari form, damaged: test/second-v0 cannot be read")
+    with warnings.catch_warnings(action="error"):
+        assert minari.list_local_datasets().keys() == {"test/first-v0", "test/second-v0"}
+
+
 # ------------------------------------------------------------------------------------------------ datasets into one
 
 SPACES = {
@@ -603,7 +1012,7 @@ def test_combined_are_the_first_rows_of_each(run):
 
 
 def test_combined_flat_datasets_keep_returns_before_dropping(run):
-    """Of a, rows 3 and 5 are dropped, time-outs; of b, the last row is cut off by --rows."""
+    """Rows 2 and 5 of a are time-outs, which are dropped. --rows cuts the last episode of b."""
     write("a.hdf5", n=6, timeouts=flags(6, 2), rewards=np.float32([1, 2, 4, 8, 16, 32]))
     write("b.hdf5", n=6, terminals=flags(6, 1, 5), rewards=np.float32([1, 2, 4, 8, 16, 32]))
     assert run("a.hdf5", "--id", "test/first-v0")[0] == run("b.hdf5", "--id", "test/second-v0")[0] == 0
@@ -641,10 +1050,12 @@ UNEQUAL = {
         ["observations: 7 numbers and 8 numbers"],
     ),
     "equal sizes": (
-        {"observation_space": gym.spaces.Dict(SPACES["observation_space"].spaces | {"goal": gym.spaces.Discrete(5, start=1)})},
+        {"observation_space": gym.spaces.Dict(place=SPACES["observation_space"]["place"],
+                                              goal=gym.spaces.Discrete(5, start=1))},
         ["space[goal]: Discrete(5) and Discrete(5, start=1)"],
     ),
     "actions": ({"action_space": gym.spaces.Discrete(4)}, ["action_high[0]: 2 and 3"]),
+    "no episodes": ({"lengths": []}, ["cannot be read"]),
     "names": ({"added": {"observation_names": ["x", "z"]}}, ["import it again"]),
 }  # fmt: skip
 
@@ -657,12 +1068,32 @@ def test_datasets_that_differ_are_not_combined(fault, run):
     one_line(run(*PARTS), 1, ["test/second-v0", *words])
 
 
+def test_images_are_not_combined(run):
+    space, flag = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8), flags(3, 2)
+    images = EpisodeBuffer(
+        None, 0, None, np.zeros((4, 40, 40, 3), np.uint8), np.zeros(3, int), np.zeros(3), flag, ~flag
+    )
+    for name in ("test/first-v0", "test/second-v0"):
+        store(name, [images], observation_space=space, action_space=gym.spaces.Discrete(3))
+    one_line(run(*PARTS), 1, ["test/first-v0", "(40, 40, 3)", "vectors"])
+
+
+def test_numbers_that_float32_merges_are_not_combined(run):
+    space, flag = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64), flags(3, 2)
+    times = np.stack([np.arange(4), 1.7e9 + np.arange(4)], axis=1)
+    times = EpisodeBuffer(None, 0, None, times, np.zeros(3, int), np.zeros(3), flag, flags(3))
+    for name in ("test/first-v0", "test/second-v0"):
+        store(name, [times], observation_space=space, action_space=gym.spaces.Discrete(3))
+    one_line(run(*PARTS), 1, ["test/first-v0", "observations[1]", "float32 has too few digits"])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"country": list("ADADFF")}, ["encoding[observations][2][values][0]: AT and A"]),
         ({"offer": TABLE.offer.str.upper()}, ["encoding[actions][0][values][0]: call and CALL"]),
-        ({"offer": list("aabbaa")}, ["action_high[0]: 2 and 1"]),
+        ({"offer": list("aabbaa")}, ["encoding[actions][0][values][0]: call and a"]),
+        ({"offer": [1.5, 2, 3, 4, 5, 6]}, ["actions: 1 whole numbers and 1 real numbers"]),
         ({"vip": [1, 0, 0, 1, 1, 0]}, ["observations: 7 numbers and 6 numbers"]),
         ({"x_spend": TABLE.x_spend / 1e6 + 1e9}, ["encoding[observations][0][offset]: 0.0 and 1000000000.0"]),
     ],
