@@ -35,6 +35,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -138,7 +139,6 @@ class QNetwork(nn.Module):
         self.register_buffer("observation_std", torch.ones(observation_dim))
         self.register_buffer("action_low", torch.zeros(len(action_sizes), dtype=torch.int64))
         self.register_buffer("action_high", torch.tensor(action_sizes) - 1)
-        self.encoding = None  # names, categories and offsets of a table's columns
 
     def features(self, observations: Tensor) -> Tensor:
         """Last hidden layer: [..., O] -> [..., H]."""
@@ -174,10 +174,8 @@ class QNetwork(nn.Module):
         return parts if len(self.action_sizes) > 1 else parts.squeeze(-1)
 
     @torch.no_grad()
-    def act(self, observations: Any) -> Any:
-        """Same as `actions`, for arrays; for a row by name, a dict of actions by name. Raises ValueError."""
-        if hasattr(observations, "keys"):
-            return decode_action(self.act(encode_row(observations, self.encoding)), self)
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """Same as `actions`, for arrays. Raises ValueError."""
         return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()[()]
 
 
@@ -439,7 +437,6 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     sample = buffer.rows(slice(None, None, 1 + buffer.size // 2048))  # for the metrics of the features
     run.restore(agent)
     agent.actor.load_state_dict(scaling, strict=False)
-    agent.actor.encoding = task.encoding
     run.begin(task, agent.n_updates)
     try:
         run_until = updater(config, agent, buffer.sample, run)
@@ -1053,7 +1050,7 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[Any], Any]:
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
     actor.encoding = state.get("encoding")
-    return actor.eval().act
+    return types.MethodType(act, actor.eval())
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
@@ -1104,15 +1101,17 @@ def encode_row(row: Any, encoding: Optional[dict[str, Any]]) -> np.ndarray:
     return np.array(numbers, dtype=np.float64)
 
 
-def decode_action(action: np.ndarray, actor: Any) -> dict[str, Any]:
-    """An action [A] by name, in the table's own values."""
-    decoded, lows = {}, actor.action_low.tolist()
-    for column, x, low in zip(actor.encoding["actions"], np.ravel(action).tolist(), lows):
+def act(actor: Any, observations: Any) -> Any:
+    """Actions for observations; for a row by name, the action by name, in the table's own values. Raises DataError."""
+    if not hasattr(observations, "keys"):
+        return actor.act(observations)
+    action, named = actor.act(encode_row(observations, actor.encoding)), {}
+    for column, x, low in zip(actor.encoding["actions"], np.ravel(action).tolist(), actor.action_low.tolist()):
         if "values" in column:
-            decoded[column["name"]] = column["values"][x - low]
+            named[column["name"]] = column["values"][x - low]
         else:
-            decoded[column["name"]] = min(max(x + column["offset"], column["low"]), column["high"])
-    return decoded
+            named[column["name"]] = min(max(x + column["offset"], column["low"]), column["high"])
+    return named
 
 
 class Signals:
@@ -1303,8 +1302,8 @@ class Run:
         started = time.perf_counter()
         if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
             return
-        actor, text = agent.actor, io.StringIO()
-        policy = {"sizes": list(actor.sizes), "weights": actor.state_dict(), "encoding": actor.encoding}
+        policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
+        policy["encoding"] = self.encoding
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [self.names, self.sums, self.done, self.seconds], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
@@ -1328,7 +1327,7 @@ class Run:
                 self.lock()
         if not self.resumed and (self.path / "checkpoint.pt").exists():
             raise DataError(f"another process has just made {self.path}; start again to continue its run")
-        self.unit = unit
+        self.unit, self.encoding = unit, task.encoding
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         if getattr(config, "cql_lagrange", False) and config.cql_target_action_gap < 0:

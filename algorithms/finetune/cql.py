@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,7 +53,7 @@ from tqdm import tqdm
 @dataclass
 class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
-    env: str = "halfcheetah-medium-expert-v2"  # dataset: a local or public id, or an imported D4RL name; none: online only
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a local or public id, or a D4RL name; none: online only
     eval_env: Optional[str] = None  # Gymnasium id of the environment to act and evaluate in; None: the dataset's own
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
@@ -135,7 +136,6 @@ class TanhGaussianActor(nn.Module):
         self.head = layers[-1]
         self.log_std_multiplier = nn.Parameter(torch.tensor(float(log_std_multiplier)))
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
-        self.encoding = None  # names, categories and offsets of a table's columns
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
         self.register_buffer("action_low", -torch.ones(action_dim))
@@ -158,10 +158,8 @@ class TanhGaussianActor(nn.Module):
         return torch.clamp(actions, self.action_low, self.action_high)
 
     @torch.no_grad()
-    def act(self, observations: Any) -> Any:
-        """Same as `actions`, for arrays; for a row by name, a dict of actions by name. Raises ValueError."""
-        if hasattr(observations, "keys"):
-            return decode_action(self.act(encode_row(observations, self.encoding)), self)
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """Same as `actions`, for arrays. Raises ValueError."""
         return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()
 
 
@@ -746,12 +744,10 @@ def prepare(config: TrainConfig, data: Any, run: Any) -> tuple[Any, CQL, ReplayB
             part["returns"] = calibration_returns(part, episodes(part)[0], failure_reward, config)
     torch.manual_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
-    if config.calibrate and n:  # where all returns are above the values, the penalty pushes nothing down
-        for critic in (agent.critic, agent.target_critic):
-            nn.init.constant_(critic.biases[-1], data["returns"].mean())
+    for critic in (agent.critic, agent.target_critic):  # Cal-QL pushes down no value that is below the returns
+        nn.init.constant_(critic.biases[-1], data["returns"].sum() / max(n, 1))
     run.restore(agent)
     agent.actor.load_state_dict(scaling, strict=False)
-    agent.actor.encoding = task.encoding
     buffer = ReplayBuffer(data, config.device, room, config.mixing_ratio)
     return task, agent, buffer, holdout_batch(config, holdout), failure_reward
 
@@ -781,9 +777,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     run_until = None
     try:
         for step in run.stops():  # where a record or a row of metrics.csv is due
-            goes_online = (
-                run.last_step >= config.offline_iterations and not buffer.online
-            )  # after the row at the switch
+            goes_online = run.last_step >= config.offline_iterations and not buffer.online  # after its row
             if goes_online:
                 agent.cql_alpha, buffer.online = config.cql_alpha_online, True
             if goes_online or not run_until:
@@ -1385,7 +1379,7 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[Any], Any]:
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
     actor.encoding = state.get("encoding")
-    return actor.eval().act
+    return types.MethodType(act, actor.eval())
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
@@ -1436,15 +1430,17 @@ def encode_row(row: Any, encoding: Optional[dict[str, Any]]) -> np.ndarray:
     return np.array(numbers, dtype=np.float64)
 
 
-def decode_action(action: np.ndarray, actor: Any) -> dict[str, Any]:
-    """An action [A] by name, in the table's own values."""
-    decoded, lows = {}, actor.action_low.tolist()
-    for column, x, low in zip(actor.encoding["actions"], np.ravel(action).tolist(), lows):
+def act(actor: Any, observations: Any) -> Any:
+    """Actions for observations; for a row by name, the action by name, in the table's own values. Raises DataError."""
+    if not hasattr(observations, "keys"):
+        return actor.act(observations)
+    action, named = actor.act(encode_row(observations, actor.encoding)), {}
+    for column, x, low in zip(actor.encoding["actions"], np.ravel(action).tolist(), actor.action_low.tolist()):
         if "values" in column:
-            decoded[column["name"]] = column["values"][x - low]
+            named[column["name"]] = column["values"][x - low]
         else:
-            decoded[column["name"]] = min(max(x + column["offset"], column["low"]), column["high"])
-    return decoded
+            named[column["name"]] = min(max(x + column["offset"], column["low"]), column["high"])
+    return named
 
 
 class Signals:
@@ -1635,8 +1631,8 @@ class Run:
         started = time.perf_counter()
         if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
             return
-        actor, text = agent.actor, io.StringIO()
-        policy = {"sizes": list(actor.sizes), "weights": actor.state_dict(), "encoding": actor.encoding}
+        policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
+        policy["encoding"] = self.encoding
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [self.names, self.sums, self.done, self.seconds], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
@@ -1660,7 +1656,7 @@ class Run:
                 self.lock()
         if not self.resumed and (self.path / "checkpoint.pt").exists():
             raise DataError(f"another process has just made {self.path}; start again to continue its run")
-        self.unit = unit
+        self.unit, self.encoding = unit, task.encoding
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         if getattr(config, "cql_lagrange", False) and config.cql_target_action_gap < 0:
