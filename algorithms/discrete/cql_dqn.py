@@ -1,7 +1,6 @@
 """Conservative Q-Learning (CQL), offline, for discrete actions: a deep Q-network (double DQN, C51 or QR-DQN) whose
 values are pushed down where they are high and up on the data's actions, by an exact log-sum-exp.
-CQL: https://arxiv.org/abs/2006.04779; C51: https://arxiv.org/abs/1707.06887; QR-DQN: https://arxiv.org/abs/1710.10044;
-DR3: https://arxiv.org/abs/2112.04716.
+Papers, at arxiv.org/abs: CQL 2006.04779, C51 1707.06887, QR-DQN 1710.10044, DR3 2112.04716.
 
     python algorithms/discrete/cql_dqn.py --config_path configs/discrete/cql_dqn/lunarlander.yaml
 
