@@ -6,13 +6,13 @@ import csv
 import functools
 import importlib.util
 import io
-import itertools
+import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,14 +142,17 @@ def local_dataset(name: str) -> Optional[Path]:
 
 
 def read_dataset(name: str) -> dict[str, Any]:
-    """What load_dataset returns, of the script that takes such actions. Raises that script's DataError."""
+    """Returns what load_dataset does, by the script that takes such actions, in columns that it has checked. Raises
+    DataError."""
     reasons = []
     for module in map(importlib.import_module, SCRIPTS):
         try:
-            return module.load_dataset(name)
+            data = module.load_dataset(name)
+            module.check_dataset(data, SimpleNamespace(env=name, buffer_size=math.inf))
+            return data
         except module.DataError as error:
-            reasons.append(error)
-    raise next((x for x in reasons if "this script takes" not in str(x)), reasons[0])  # that is the other's kind
+            reasons.append(str(error))
+    raise DataError(next((x for x in reasons if "this script takes" not in x), reasons[0]))  # that is the other's kind
 
 
 def encoding_of(policy: Callable) -> Optional[dict[str, Any]]:
@@ -159,15 +162,7 @@ def encoding_of(policy: Callable) -> Optional[dict[str, Any]]:
 
 def check_encoding(path: Path, policy: Callable, env: str, encoding: Optional[dict[str, Any]]) -> None:
     """Raises DataError if a policy was trained on columns that differ from those of the dataset `env`."""
-    own = encoding_of(policy)
-    if bool(own) != bool(encoding):
-        named, other = (path, f"--env {env}") if own else (f"--env {env}", path)
-        print(f"{named} has names of columns and {other} none: nothing says that their numbers mean the same")
-    elif own and own != encoding:
-        columns = itertools.zip_longest(*(x["observations"] + x["actions"] for x in (own, encoding)))
-        first, second = next(pair for pair in columns if pair[0] != pair[1])
-        cure = "import_data.py --like imports data as those of the policy"
-        raise DataError(f"{path} and --env {env} encode columns differently, first {first} and {second}: {cure}")
+    importlib.import_module(SCRIPTS[0]).check_encoding(encoding_of(policy), encoding, f"{path} and --env {env}")
 
 
 def check_actions(actions: Any, space: Any) -> None:

@@ -73,7 +73,8 @@ class FittedQ:
         self.bounds = [(bound - self.centre) / self.scale for bound in value_bounds(data, discount)]
         self.rewards = tensor((data["rewards"] - self.centre * (1 - discounts)) / self.scale)
         self.discounts, self.known = tensor(discounts), tensor(data["terminals"] | ~data["timeouts"])
-        mean, std = data["observations"].mean(axis=0), cql.scale(data["observations"])
+        mean = data["observations"].mean(axis=0, dtype=np.float64).astype(np.float32)
+        std = cql.scale(data["observations"])
         self.observations = tensor((data["observations"] - mean) / std)
         self.next_observations = tensor((data["next_observations"] - mean) / std)
         own = np.roll(data["actions"], -1, axis=0)[None]  # the next step's; another episode's where there is none

@@ -449,9 +449,7 @@ def behaviour(dataset: str, notes: list[str]) -> Optional[dict[str, float]]:
         return None
     try:
         data = read_dataset(dataset)
-    except ValueError as error:
-        if not hasattr(error, "status"):  # it is not a script's DataError
-            raise
+    except DataError as error:
         notes.append(f"the data of {dataset} cannot be read, so their returns are missing ({error})")
         return None
     returns, ends = episodes(data)[2], data.get("reference_scores")

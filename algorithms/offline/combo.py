@@ -59,7 +59,7 @@ from tqdm import tqdm
 @dataclass
 class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or cuda:<index>
-    env: str = "halfcheetah-medium-expert-v2"  # dataset: a local or public id, or an imported D4RL name
+    env: str = "halfcheetah-medium-expert-v2"  # dataset: a local or public id, or the D4RL name of an imported one
     eval_env: Optional[str] = None  # Gymnasium id to evaluate in; None: the dataset's own; none: no evaluation
     seed: int = 0  # seed of networks, minibatches and sampled actions
     eval_seed: int = 0  # evaluation episode i starts from seed eval_seed + i
@@ -1032,11 +1032,11 @@ def load_dataset(name: str) -> dict[str, Any]:
     with explain(problem):
         if not path.exists():
             minari.download_dataset(name)
-        imported, recorded = path / "metadata.json", path / "data/metadata.json"
-        metadata = json.loads((imported if imported.exists() else recorded).read_text())
-    if imported.exists() and recorded.exists():
-        raise DataError(f"{path} holds two datasets, {imported} and {recorded}: remove one")
-    if imported.exists():
+        imported = (path / "metadata.json").exists()
+        metadata = json.loads((path / ("" if imported else "data") / "metadata.json").read_text("utf-8"))
+    if imported and (path / "data").exists():
+        raise DataError(f"--env {name}: {path} holds two datasets, metadata.json and data: remove one")
+    if imported:
         return load_flat(name, path, metadata, problem)
     # If spaces are missing, Minari makes the environment, by an entry point that could name any code.
     if not {"observation_space", "action_space"} <= metadata.keys():
@@ -1068,21 +1068,22 @@ def load_dataset(name: str) -> dict[str, Any]:
 
 
 def load_flat(name: str, path: Path, metadata: dict[str, Any], problem: str) -> dict[str, Any]:
-    """The same of an imported dataset: one .npy file per column, the rest in metadata.json. Raises DataError."""
-    if (found := (metadata.get("format"), metadata.get("kind"))) != (1, "transitions"):
-        raise DataError(
-            f"{problem} (it has format {found[0]} of {found[1]}; this script reads format 1 of transitions)"
-        )
+    """Reads an imported dataset: one .npy file per column, and the rest in metadata.json. Raises DataError."""
     with explain(problem):
-        data = {file.stem: np.load(file) for file in path.glob("*.npy")}
+        form, optional = (metadata["format"], metadata["kind"]), (path / "episode_returns.npy").exists()
+        if form != (1, "transitions"):
+            raise DataError(
+                f"--env {name} has format {form[0]} of {form[1]}; this script reads format 1 of transitions"
+            )
+        data = {key: np.load(path / f"{key}.npy") for key in (*COLUMNS, *["episode_returns"] * optional)}
         discrete = data["actions"].dtype.kind == "i"
-        kind = np.int64 if discrete else np.float64
-        low, high = (np.array(metadata[f"action_{end}"], kind) for end in ("low", "high"))
+        kind, shape = np.int64 if discrete else np.float64, data["actions"].shape[1:]
+        low, high = (np.array(metadata[f"action_{end}"], kind).reshape(shape) for end in ("low", "high"))
         space = (
             gym.spaces.MultiDiscrete(high - low + 1, start=low) if discrete else gym.spaces.Box(low, high, dtype=kind)
         )
-    optional = {key: metadata[key] for key in OPTIONAL.split() if key in metadata}
-    return optional | action_bounds(space, f"--env {name}") | data
+        data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
+    return data | action_bounds(space, f"--env {name}")
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
@@ -1104,8 +1105,10 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
         if (bad := ~(np.abs(column) < 1e15)).any():
             fault = f"NaN, infinity or huge numbers, first in transition {np.argwhere(bad)[0, 0]}"
             raise DataError(f"--env {config.env}: {key} hold {fault}")
+        if key in ("terminals", "timeouts") and not np.isin(column, (0, 1)).all():
+            raise DataError(f"--env {config.env}: {key} are 0 or 1, not {column.min():g} to {column.max():g}")
         if coarse := coarse_columns(wide, column):
-            cure = "subtract a constant, or import a table, which does so"
+            cure = "subtract a constant (the import of a table does)"
             raise DataError(f"--env {config.env}: float32 has too few digits for {key} {coarse}: {cure}")
         data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
     if n > config.buffer_size:
@@ -1149,6 +1152,8 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     """Scales actions [T, A] from the box of action_low and action_high (-1 and 1 if unknown) to [-1, 1]; returns
     the box too, [A]. Raises DataError for actions outside it by more than 1e-3 of the range; others are clipped."""
     actions, size = data["actions"], data["actions"].shape[1:]
+    if coarse_columns(actions, np.float32(actions)):
+        raise DataError(f"--env {name}: float32 has too few digits for these actions: subtract a constant")
     low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
     largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound means no bound
     if not ((-largest < low) & (low < high) & (high < largest)).all():
@@ -1223,7 +1228,11 @@ class Task:
         # A hundred times the largest possible return: conservative values may well be below any return.
         largest_reward = float(np.abs(self.training_rewards(data["rewards"])).max(initial=1))
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
-        self.encoding = data.get("encoding")
+        self.encoding = json.loads(json.dumps(data.get("encoding")))
+        size = data["observations"].shape[1]
+        self.names = number_names(self.encoding, size)
+        if len(self.names) != size:
+            raise DataError(f"--env {config.env}: the encoding names {len(self.names)} numbers of {size}")
         if self.envs:
             if self.encoding and any(x.get("offset") for part in self.encoding.values() for x in part):
                 raise ConfigError(f"an environment does not know the offsets of {config.env}: give --eval_env none")
@@ -1394,7 +1403,7 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
     print(f"{config.env}: {sizes}, behaviour {behaviour}, mean discounted return {task.data_return:.4g}")
     n_held_out = min(math.ceil(config.holdout_fraction * n_episodes), n_episodes - 1)
     if config.holdout_fraction and not n_held_out:
-        print(f"{config.env}: nothing is held out, since it is one episode; there are no holdout metrics")
+        print(f"{config.env}: the data are one episode, so nothing is held out and there are no holdout metrics")
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
     holdout = {key: data[key][held_out] for key in COLUMNS}
     data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
@@ -1402,13 +1411,12 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
     mean, std = np.zeros(size, np.float32), np.ones(size, np.float32)
     if checkpoint:
         mean, std = (checkpoint["policy"]["weights"][f"observation_{x}"].cpu().numpy() for x in ("mean", "std"))
-        check_encoding(checkpoint["policy"].get("encoding"), task.encoding, f"the checkpoint and --env {config.env}")
     elif config.normalize:
         mean, std = data["observations"].mean(0, dtype=np.float64).astype(np.float32), scale(data["observations"])
         constant = np.flatnonzero(np.ptp(data["observations"], axis=0) == 0)
         if constant.size:
-            names = number_names(task.encoding, size)
-            print(f"{config.env}: constant in the data, so divided by 1: {', '.join(names[i] for i in constant)}")
+            names = ", ".join(task.names[i] for i in constant)
+            print(f"{config.env}: constant in the data, so divided by 1: {names[:500]}")
     if len(mean) != size:
         raise DataError(f"{config.env} has observations that are not of the checkpoint's size {len(mean)}")
     for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
@@ -1476,49 +1484,46 @@ def number_names(encoding: Optional[dict[str, Any]], size: int) -> list[str]:
     """Names of the numbers of an observation, [O]."""
     names = []
     for column in (encoding or {}).get("observations") or [{"name": f"observations[{i}]"} for i in range(size)]:
-        names += [f"{column['name']}={value}" for value in column["values"]] if "values" in column else [column["name"]]
+        names += [f"{column['name']}={value}" for value in column.get("values", ())] or [column["name"]]
     return names
 
 
 def check_encoding(first: Any, second: Any, problem: str) -> None:
     """Raises DataError if the columns of two tables differ in name, order, categories, offset or bounds."""
-    if first and second and first != second:
-        columns = itertools.zip_longest(*(x["observations"] + x["actions"] for x in (first, second)))
-        pair = next(pair for pair in columns if pair[0] != pair[1])
-        raise DataError(
-            f"{problem} differ in a column: {pair[0]} and {pair[1]}; import_data.py --like makes equal ones"
-        )
     if bool(first) != bool(second):
-        print(f"{problem}: one has names of columns, so nothing says that the numbers of both mean the same")
+        print(f"{problem}: only the {'first' if first else 'second'} has names of columns, so they cannot be compared")
+    for part in ("observations", "actions") if first and second else ():
+        for own, other in itertools.zip_longest(first[part], second[part]):
+            if own != other:
+                columns = f"{str(own)[:500]} and {str(other)[:500]}"
+                raise DataError(f"{problem} differ in {part}: {columns}; import the data again with --like")
 
 
-def encode_row(row: Any, encoding: Optional[dict[str, Any]]) -> np.ndarray:
+def encode_row(row: Any, columns: list[dict[str, Any]]) -> np.ndarray:
     """The observation of a row by name, a dict or pandas row in the table's own values: -> [O]. Raises DataError."""
-    numbers, columns = [], (encoding or {}).get("observations")
-    if not columns:
-        raise DataError("the data of this policy had no names of columns: give it an array")
+    numbers = []
     for name, column in ((x["name"], x) for x in columns):
-        values = [str(value) for value in column.get("values", ())]
-        if name not in row:
-            raise DataError(f"column {name} is missing")
-        if not values:
-            with explain(f"{name} is {row[name]!r}: it takes a number"):
-                numbers.append(float(row[name]) - column["offset"])
-        elif str(row[name]) in values:
-            numbers += [value == str(row[name]) for value in values]
-        else:
-            raise DataError(f"{name} is {row[name]!r}, which the data lack: it takes {', '.join(values)[:500]}")
+        if name not in row or np.ndim(row[name]):
+            raise DataError(f"column {name} is missing, or has several values: give one row at a time")
+        known = [str(value) for value in column.get("values", ())]
+        problem = f"column {name} is {row[name]!r}, but takes {', '.join(known)[:500] or 'a finite number'}"
+        with explain(problem):
+            coded = [str(row[name]) == value for value in known] or [float(row[name]) - column["offset"]]
+        if not np.isfinite(coded).all() or known and not any(coded):
+            raise DataError(problem)
+        numbers += coded
     return np.array(numbers, dtype=np.float64)
 
 
 def act(actor: Any, observations: Any) -> Any:
     """Actions for observations; for a row by name, the action by name, in the table's own values. Raises DataError."""
-    if not hasattr(observations, "keys"):
+    columns = (actor.encoding or {}).get("observations")
+    if not columns or not hasattr(observations, "keys"):
         return actor.act(observations)
-    action, named = actor.act(encode_row(observations, actor.encoding)), {}
-    for column, x, low in zip(actor.encoding["actions"], np.ravel(action).tolist(), actor.action_low.tolist()):
+    action, named = actor.act(encode_row(observations, columns)), {}
+    for column, x in zip(actor.encoding["actions"], np.ravel(action).tolist()):
         if "values" in column:
-            named[column["name"]] = column["values"][x - low]
+            named[column["name"]] = column["values"][x - column["low"]]
         else:
             named[column["name"]] = min(max(x + column["offset"], column["low"]), column["high"])
     return named
@@ -1731,6 +1736,9 @@ class Run:
     def begin(self, task: Task, step: int, unit: str = "update") -> None:
         """Says what will happen, and starts a W&B record if the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
+        if self.checkpoint:
+            encoding, problem = self.checkpoint["policy"].get("encoding"), f"{self.source} and --env {self.config.env}"
+            check_encoding(encoding, task.encoding, problem)
         if not self.lock_file:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
