@@ -336,7 +336,8 @@ def fit_actions(recording, args, space):
     given = None if given[0] is None else given
     texts = [entry["name"] for entry in entries if "values" in entry and not args.like]
     if texts and (given or space or args.action_kind == "continuous"):
-        raise DataError(f"column {texts[0]} holds text or truth values: store the numbers of its actions")
+        cure = "for bounds, an environment or --action_kind continuous, store the numbers of the actions"
+        raise DataError(f"column {texts[0]} holds text or truth values: {cure}")
     integers, fractions = actions.dtype.kind == "i", actions != np.rint(actions)
     discrete = not fractions.any() and (integers or given is None)
     if space is not None:
@@ -744,7 +745,11 @@ def parse_arguments(argv):
     table("--day_first", choices=("True", "False"), help="whether 02/01/2024 in --step is 2 January")
     table("--decimal", choices=(",", "."), help="the decimal mark of a CSV file (default: a point)")
     table("--like", metavar="DATASET_ID", help="encode as this dataset is: its observations, actions and bounds")
-    table("--unseen", choices=("other",), help="with --like: take new categories as `other`, or as none")
+    table(
+        "--unseen",
+        choices=("other",),
+        help="with --like: count new categories as `other` where that is one, else as none",
+    )
     args = parser.parse_args(argv)
     args.command = shlex.join(["import_data.py", *(sys.argv[1:] if argv is None else argv)])
     check_arguments(args, parser)

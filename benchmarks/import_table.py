@@ -348,7 +348,7 @@ class Reader:
         """One number per category [n, k], 1 for the row's own."""
         index, unseen = self.places(entry, values, texts)
         if unseen:
-            told = f"column {entry['name']} holds {tell_counts(unseen)}, which {self.like_id} does not"
+            told = f"column {entry['name']} holds {tell_counts(unseen)}, unknown to {self.like_id}"
             if not self.unseen:
                 raise DataError(f"{told}: give --unseen other, or remove these rows")
             other = entry["values"].index("other") if "other" in entry["values"] else -1
@@ -375,7 +375,7 @@ class Reader:
             if self.like and "values" in entry:
                 values, unseen = self.places(entry, values, texts)
                 if unseen:
-                    raise DataError(f"column {name} holds {tell_counts(unseen)}, not an action of {self.like_id}")
+                    raise DataError(f"column {name} holds {tell_counts(unseen)}, unknown to {self.like_id}")
                 values += self.like["action_low"][i]
             elif self.like and texts:
                 raise DataError(f"column {name} holds text; in {self.like_id} it holds numbers")
@@ -486,7 +486,7 @@ def tell_distances(steps, goes_on, note):
         note(f"{ties:,} rows have the same step as the row before; they keep the file's order.")
     if len(distances) == ties:
         return
-    typical = np.sort(distances)[ties:][(len(distances) - ties) // 2]  # a median that is one of them
+    typical = np.sort(distances)[(ties + len(distances) - 1) // 2]  # a median that is one of them, without ties
     far, words = (distances > typical * 2).sum(), [typical, distances.max()]
     words = [pandas.Timedelta(x) if distances.dtype.kind == "m" else f"{x:.10g}" for x in words]
     note(

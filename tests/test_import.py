@@ -504,7 +504,7 @@ DATES = {  # times of four rows; the order that they give, or words of the error
     "dots": ("02.01.2024 01.02.2024 13.01.2024 01.03.2024", [0, 2, 1, 3], "is read day-first"),
     "dashes": ("02-01-2024_10:00 02-01-2024_09:00 13-01-2024_00:00 01-02-2024_00:00", [1, 0, 2, 3], "day-first"),
     "short": ("2/1/2024 1/2/2024 13/1/2024 1/3/2024", [0, 2, 1, 3], "is read day-first"),
-    "years first": ("2024.01.03 2024.01.02 2024.01.13 2024.02.01", [1, 0, 2, 3], ""),
+    "years first": ("2024.02.01 2024.01.03 2024.03.02 2024.04.04", [1, 0, 2, 3], ""),
     "names of months": ("2_Jan_2024 1_Feb_2024 3_Jan_2024 1_Mar_2024", [0, 2, 1, 3], ""),
     "either": ("01/01/2024 02/02/2024 01/01/2024 03/03/2024", [0, 2, 1, 3], "has the same order"),
     "both": ("02/01/2024 01/02/2024 03/03/2024 04/04/2024", None, ["day-first and month-first", "--day_first True"]),
@@ -569,7 +569,7 @@ def test_steps_of_other_types(run, root):
 
 
 def test_distances_between_steps_are_told(run):
-    table = TABLE.assign(customer="a", left=0, time=[0, 1, 2, 2, 3, 103])
+    table = TABLE.assign(customer="a", left=0, time=[0, 1, 2, 2, 4, 104])
     out = table_run(run, table)[1]
     assert "1 rows have the same step" in out
     assert "Steps are typically 1 apart; 1 of 5 distances are more than twice that, the largest is 100." in out
@@ -676,7 +676,10 @@ def test_actions_are_encoded_like_others(run, root):
     assert table_run(run, TABLE.assign(offer=[9, 5, 5, 7, 9, 5], left=1))[0] == 0
     assert table_run(run, TABLE.assign(offer=[5.0, 9, 9, 5, 5, 9], left=1), step=None, **LIKE)[0] == 0
     assert read(new)[0][1].ravel().tolist() == [0, 2, 0, 2, 0, 2] and metadata(new)["action_high"] == [2]
-    one_line(table_run(run, TABLE.assign(offer=6), **LIKE, force=[]), 1, ["offer holds '6' (6 rows)"])
+    one_line(table_run(run, TABLE.assign(offer=6), **LIKE, force=[]), 1, ["offer holds '6' (6 rows)", ID])
+    assert table_run(run, TABLE.assign(offer=[5, 6, 7, 5, 6, 7], left=1), force=[])[0] == 0
+    assert table_run(run, TABLE.assign(offer=6, left=1), **LIKE, force=[])[0] == 0
+    assert read(new)[0][1].ravel().tolist() == [6] * 6 and metadata(new)["action_low"] == [5]
     one_line(table_run(run, TABLE.assign(offer=5.5), **LIKE, force=[]), 1, ["offer holds '5.5' (6 rows)"])
     hertz = {"action_low": ["433050000"], "action_high": ["434790000"], "force": []}
     assert table_run(run, TABLE.assign(offer=HZ + 0.5, left=1), **hertz)[0] == 0
