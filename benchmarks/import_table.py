@@ -127,31 +127,32 @@ def open_table(path, args, note):
         if separator != ",":
             note(f"The columns are separated by {'semicolons' if separator == ';' else 'tabs'}.")
         names = [name or f"Unnamed: {i}" for i, name in enumerate(rows[separator].iloc[0])]  # as pandas names them
-        return names, lambda columns: read_csv(path, separator, columns, args)
+        return names, lambda columns, texts: read_csv(path, separator, args.decimal or ".", columns, texts)
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError("Parquet needs pyarrow: pip install -r requirements-extra.txt, or store it as CSV") from error
     names = pyarrow.parquet.read_schema(path).names
-    return names, lambda columns: pandas.read_parquet(path, columns=columns)
+    return names, lambda columns, _: pandas.read_parquet(path, columns=columns)
 
 
-def read_csv(path, separator, columns, args):
-    """Some columns of a CSV file, as they stand there: only an empty field is empty, and the episodes are texts. Other
+def read_csv(path, separator, decimal, columns, texts):
+    """Some columns of a CSV file, in which only an empty field is empty; `texts` of them as they stand there. The other
     columns are read too, since pandas passes over a row that is too long if it is to read some alone."""
     import pandas
 
+    options = {"sep": separator, "decimal": decimal, "index_col": False, "dtype": dict.fromkeys(texts, str)}
+    options |= {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"}
     with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        for kind in (pandas.errors.DtypeWarning, pandas.errors.ParserWarning):
+            warnings.simplefilter("error", kind)
         try:
-            table = pandas.read_csv(
-                path, sep=separator, decimal=args.decimal or ".", index_col=False, low_memory=False,
-                dtype={args.episode: str}, keep_default_na=False, na_values=[""], float_precision="round_trip",
-            )  # fmt: skip
+            table = pandas.read_csv(path, **options)
+        except pandas.errors.DtypeWarning:  # parts of a column have numbers, others texts
+            table = pandas.read_csv(path, low_memory=False, **options)
         except pandas.errors.ParserWarning as error:
-            raise DataError(
-                "its rows have more fields than its first line: put numbers with commas in quotes"
-            ) from error
+            cure = "put numbers with commas in quotes"
+            raise DataError(f"its rows have more fields than its first line: {cure}") from error
     return table[columns]
 
 
@@ -166,7 +167,8 @@ def read_table(path, args, like=None):
             pick([name], names, role)
         actions = pick_columns("actions", args, names, roles.values(), like)
         observations = pick_columns("observations", args, names, [*roles.values(), *actions], like)
-        table = read(list(dict.fromkeys([*roles.values(), *actions, *observations])))
+        others = [name for role, name in roles.items() if role != "episode"] + actions + observations
+        table = read(list({args.episode: None} | dict.fromkeys(others)), {args.episode} - {*others})
     except DataError:
         raise
     except Exception as error:  # pandas and pyarrow raise many kinds

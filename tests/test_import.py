@@ -613,6 +613,7 @@ CSV = {  # text; observations or words of the error; options
     "two columns of one name": (ROWS.replace("e,x,a", "x,x,a").format("1", "2"), ["several columns are named x"],
                                 {"episode": "a"}),
     "an index": ("," + ROWS.format("1", "2").replace("\n1", "\n0,1"), [[1], [2]], {}),
+    "episodes as observations": (ROWS.format("1", "2"), [[1], [1]], {"observations": "e"}),
     "codes of episodes": (ROWS.format("1", "2").replace("\n1,2", "\n01,2"), [[2]], {}),
 }  # fmt: skip
 
@@ -939,10 +940,12 @@ def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
     new_part("test/first-v0", env="CartPole-v1")
     new_part("test/second-v0")
     assert table_run(run)[0] == run(write(), "--id", "deep/er/set-v0", "--eval_env=none")[0] == 0
-    for name in ("cut-v0", "lost-v0", "later-v0"):
+    for name in ("cut-v0", "lost-v0", "later-v0", "uneven-v0", "poor-v0"):
         shutil.copytree(place(), place(f"test/{name}"))
     with open(place("test/cut-v0") / "rewards.npy", "r+b") as file:
         file.truncate(140)
+    np.save(place("test/uneven-v0") / "rewards.npy", np.zeros(4, np.float32))
+    (place("test/poor-v0") / "metadata.json").write_text('{"format": 1, "kind": "transitions"}')
     (place("test/lost-v0") / "metadata.json").unlink()
     (place("test/later-v0") / "metadata.json").write_text(json.dumps(metadata() | {"format": 2}))
     (place("test/second-v0") / "data/main_data.hdf5").write_bytes(b"short")
@@ -954,10 +957,10 @@ def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
         "deep/er/set-v0": "11 transitions, 1 episodes, continuous actions, no environment, flat form",
         "test/first-v0": "7 transitions, 2 episodes, discrete actions, CartPole-v1, Minari form",
         "test/new-v0": "5 transitions, 3 episodes, discrete actions, no environment, flat form",
-        **{key: lines[key] for key in ("test/cut-v0", "test/lost-v0", "test/later-v0", "test/second-v0")},
+        **{key: line for key, line in lines.items() if "damaged" in line},
         "test/new-v0.123.tmp": "left by an import that was killed",
     }
-    for name in ("cut", "lost", "later"):
+    for name in ("cut", "lost", "later", "uneven", "poor"):
         assert lines[f"test/{name}-v0"].startswith(f"flat form, damaged: test/{name}-v0 cannot be read")
     assert lines["test/second-v0"].startswith("Minari form, damaged: test/second-v0 cannot be read")
     with warnings.catch_warnings(action="error"):
