@@ -404,7 +404,9 @@ def shift_actions(recording, entries, low, high, table):
         entry.setdefault("offset", middle(*bounds) if coarse and table else 0.0)
         entry |= dict(zip(("low", "high"), bounds))
         if entry["offset"]:
-            recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
+            recording.note(
+                f"{entry['name']} is stored minus {entry['offset']:.15g}: float32 has too few digits for it."
+            )
     offsets = np.array([entry["offset"] for entry in entries])
     recording.actions = np.float32(recording.actions - offsets)
     return np.float32(low - offsets).tolist(), np.float32(high - offsets).tolist()
@@ -571,7 +573,7 @@ def list_datasets():
         name = Path(folder).relative_to(root).as_posix()
         subfolders[:] = sorted(x for x in subfolders if not x.startswith("."))
         if re.search(r"\.\d+\.(tmp|old)$", name):
-            print(f"{name}: left by an import that was killed")
+            print(f"{name}: left by an import that was killed, delete it")
             subfolders.clear()
             continue
         try:

@@ -241,7 +241,9 @@ def tell_encoding(recording, size):
     recording.note(f"Observations ({size}): {', '.join(labels)}.")
     for entry in entries:
         if entry.get("offset"):
-            recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
+            recording.note(
+                f"{entry['name']} is stored minus {entry['offset']:.15g}: float32 has too few digits for it."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -339,7 +341,7 @@ class Reader:
         whole = offset and (values == np.rint(values)).all() and n_unique(np.float32(stored)) < n_unique(values)
         constant = low == high and abs(np.float32(stored[0]) - stored[0]) >= 0.5
         if is_changed(stored) or whole or constant:
-            less = f", less the {offset:.15g} of {self.like_id}" if self.like else ""
+            less = f", minus the offset {offset:.15g} of {self.like_id}" if self.like else ""
             raise DataError(
                 f"column {name} runs from {low:.15g} to {high:.15g}{less}, where float32 makes numbers equal: "
                 "leave it out, or store coarser numbers"
@@ -472,7 +474,9 @@ def read_dates(name, texts, codes, day_first, notes):
                 f"{name} can be read day-first and month-first, in different orders of the rows, such as {texts[0]!r}: "
                 "give --day_first True or --day_first False"
             )
-        notes.append(f"C{name[1:]} has the same order day-first and month-first; distances are {reading} ones.")
+        notes.append(
+            f"C{name[1:]} gives the same order day-first and month-first; distances are those of {reading} dates."
+        )
     elif reading and day_first is None:
         decisive = max((times.isna() for times in read.values()), key=lambda x: x.sum())
         notes.append(f"C{name[1:]} is read {reading}: {first_row(decisive)} allows no other reading.")

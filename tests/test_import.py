@@ -394,7 +394,7 @@ def test_offsets_keep_numbers_apart_that_float32_would_merge(case, run):
     values, offset, stored = EXACT[case]
     table = TABLE.assign(x_spend=values, customer="a", left=[0] * 5 + [1])
     status, out, err = table_run(run, table, observations=["x_spend"], step=None)
-    assert status == 0 and (f"x_spend is stored less {offset:.15g}" in out) == (offset != 0), err
+    assert status == 0 and (f"x_spend is stored minus {offset:.15g}" in out) == (offset != 0), err
     assert metadata()["encoding"]["observations"] == [{"name": "x_spend", "offset": offset}]
     found = np.float64(read()[0][0].ravel())
     assert found == pytest.approx(np.float64(stored), rel=1e-6, abs=1e-12)
@@ -430,7 +430,7 @@ def test_set_points_are_actions(case, run):
     actions, options, offset = SET_POINTS[case]
     table = TABLE.assign(a=actions, customer="a", left=[0] * 5 + [1])
     status, out, err = table_run(run, table, actions=["a"], step=None, **options)
-    assert status == 0 and (f"a is stored less {offset:.10g}" in out) == (offset != 0), err
+    assert status == 0 and (f"a is stored minus {offset:.10g}" in out) == (offset != 0), err
     (entry,), stored = metadata()["encoding"]["actions"], np.float64(read()[0][1].ravel())
     low, high = (
         float(options.get(key, [x])[0]) for key, x in (("action_low", min(actions)), ("action_high", max(actions)))
@@ -506,7 +506,7 @@ DATES = {  # times of four rows; the order that they give, or words of the error
     "short": ("2/1/2024 1/2/2024 13/1/2024 1/3/2024", [0, 2, 1, 3], "is read day-first"),
     "years first": ("2024.02.01 2024.01.03 2024.03.02 2024.04.04", [1, 0, 2, 3], ""),
     "names of months": ("2_Jan_2024 1_Feb_2024 3_Jan_2024 1_Mar_2024", [0, 2, 1, 3], ""),
-    "either": ("01/01/2024 02/02/2024 01/01/2024 03/03/2024", [0, 2, 1, 3], "has the same order"),
+    "either": ("01/01/2024 02/02/2024 01/01/2024 03/03/2024", [0, 2, 1, 3], "gives the same order"),
     "both": ("02/01/2024 01/02/2024 03/03/2024 04/04/2024", None, ["day-first and month-first", "--day_first True"]),
     "both, dots": ("2.1.2024 1.2.2024 3.3.2024 4.4.2024", None, ["--day_first True"]),
     "neither": ("13/01/2024 01/13/2024 03/03/2024 04/04/2024", None, ["'01/13/2024' in row 1"]),
@@ -625,6 +625,17 @@ def test_fields_of_a_csv_file(case, run, root):
     if isinstance(expected[0], str):
         return refused(result, 1, ["table.csv", *expected], root)
     assert result[0] == 0 and read()[0][0].tolist() == expected, result
+
+
+def test_a_late_text_is_seen_in_a_long_csv_file(run, root):
+    """pandas reads long files in parts, whose columns may be of different types."""
+    n = 60_000
+    rows = {"e": range(n), "x": [*range(n - 1), "NA"], "y": ["True"] * (n - 1) + ["maybe"], "a": "u", "r": 0.5, "d": 1}
+    text = pd.DataFrame(rows).to_csv(index=False)
+    refused(csv_run(run, text), 1, [f"x has text among numbers, 'NA' in row {n - 1}"], root)
+    refused(csv_run(run, text.replace("NA", "1,5")), 1, [f"line {n + 1}"], root)
+    assert csv_run(run, text, observations="y")[0] == 0
+    assert metadata()["encoding"]["observations"] == [{"name": "y", "values": ["True", "maybe"]}]
 
 
 LIKE = {"id": ["test/like-v0"], "like": [ID], "observations": None, "actions": None}
@@ -958,7 +969,7 @@ def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
         "test/first-v0": "7 transitions, 2 episodes, discrete actions, CartPole-v1, Minari form",
         "test/new-v0": "5 transitions, 3 episodes, discrete actions, no environment, flat form",
         **{key: line for key, line in lines.items() if "damaged" in line},
-        "test/new-v0.123.tmp": "left by an import that was killed",
+        "test/new-v0.123.tmp": "left by an import that was killed, delete it",
     }
     for name in ("cut", "lost", "later", "uneven", "poor"):
         assert lines[f"test/{name}-v0"].startswith(f"flat form, damaged: test/{name}-v0 cannot be read")
