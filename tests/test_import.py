@@ -628,10 +628,18 @@ def test_fields_of_a_csv_file(case, run, root):
     assert result[0] == 0 and read()[0][0].tolist() == expected, result
 
 
+def test_the_last_digit_of_a_csv_file_is_read(run):
+    """pandas' quickest reading of such numbers is wrong in it."""
+    lowest = "438.36775542618835"
+    assert csv_run(run, ROWS.format("1", "2").replace("u", lowest).replace("v", "463.69616873214545"))[0] == 0
+    assert repr(metadata()["encoding"]["actions"][0]["low"]) == lowest
+
+
 def test_a_late_text_is_seen_in_a_long_csv_file(run, root):
     """pandas reads long files in parts, whose columns may be of different types."""
-    n = 60_000
+    n = 20_000
     rows = {"e": range(n), "x": [*range(n - 1), "NA"], "y": ["True"] * (n - 1) + ["maybe"], "a": "u", "r": 0.5, "d": 1}
+    rows |= {f"z_{i}": 1 for i in range(60)}  # parts of a wide file have fewer rows
     text = pd.DataFrame(rows).to_csv(index=False)
     refused(csv_run(run, text), 1, [f"x has text among numbers, 'NA' in row {n - 1}"], root)
     refused(csv_run(run, text.replace("NA", "1,5")), 1, [f"line {n + 1}"], root)
