@@ -161,7 +161,7 @@ def read_hdf5(path):
             columns = {key: file[key] for key in keys if isinstance(file.get(key), h5py.Dataset)}
             check_layout(columns, file)
             return Recording(**{key: read_column(key, column) for key, column in columns.items()})
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # h5py raises nearly anything for a damaged file
         raise DataError(f"it is damaged or not an HDF5 file: {error}") from error

@@ -80,10 +80,6 @@ def is_changed(values):
     return is_coarse(values.min().item(), values.max().item()) and bool((np.float32(values) != values).any())
 
 
-def n_unique(values):
-    return len(np.unique(values))
-
-
 def refuse_precision(column, low, high):
     cure = f"subtract {middle(low, high):.15g} from it"
     raise DataError(
@@ -169,7 +165,7 @@ def read_table(path, args, like=None):
         observations = pick_columns("observations", args, names, [*roles.values(), *actions], like)
         others = [name for role, name in roles.items() if role != "episode"] + actions + observations
         table = read(list({args.episode: None} | dict.fromkeys(others)), {args.episode} - {*others})
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # pandas and pyarrow raise many kinds
         raise DataError(f"it is damaged or not a table: {error}") from error
@@ -271,7 +267,7 @@ class Reader:
         if pandas.api.types.is_numeric_dtype(column) and kind != "boolean":
             check_numbers(column.to_numpy(np.float64), name)
             return column.to_numpy(np.int64 if kind == "integer" else np.float64), None
-        if kind not in ("string", "boolean", "categorical", "empty"):
+        if kind not in ("string", "boolean", "categorical"):
             raise DataError(
                 f"{name} holds {kind}: store text or numbers (for times, such as the hours since the episode began)"
             )
@@ -338,9 +334,11 @@ class Reader:
         elif offset is None:
             offset = middle(low, high) if is_changed(values) else 0.0
         stored = values - offset
-        whole = offset and (values == np.rint(values)).all() and n_unique(np.float32(stored)) < n_unique(values)
+        merged = False
+        if offset and (values == np.rint(values)).all():
+            merged = len(np.unique(np.float32(stored))) < len(np.unique(values))
         constant = low == high and abs(np.float32(stored[0]) - stored[0]) >= 0.5
-        if is_changed(stored) or whole or constant:
+        if is_changed(stored) or merged or constant:
             less = f", minus the offset {offset:.15g} of {self.like_id}" if self.like else ""
             raise DataError(
                 f"column {name} runs from {low:.15g} to {high:.15g}{less}, where float32 makes numbers equal: "
