@@ -161,7 +161,7 @@ def read_hdf5(path):
             columns = {key: file[key] for key in keys if isinstance(file.get(key), h5py.Dataset)}
             check_layout(columns, file)
             return Recording(**{key: read_column(key, column) for key, column in columns.items()})
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # h5py raises nearly anything for a damaged file
         raise DataError(f"it is damaged or not an HDF5 file: {error}") from error
@@ -336,7 +336,8 @@ def fit_actions(recording, args, space):
     given = None if given[0] is None else given
     texts = [entry["name"] for entry in entries if "values" in entry and not args.like]
     if texts and (given or space or args.action_kind == "continuous"):
-        raise DataError(f"column {texts[0]} holds text or truth values: store the numbers of its actions")
+        cure = "for bounds, an environment or --action_kind continuous, store the numbers of the actions"
+        raise DataError(f"column {texts[0]} holds text or truth values: {cure}")
     integers, fractions = actions.dtype.kind == "i", actions != np.rint(actions)
     discrete = not fractions.any() and (integers or given is None)
     if space is not None:
@@ -403,7 +404,9 @@ def shift_actions(recording, entries, low, high, table):
         entry.setdefault("offset", middle(*bounds) if coarse and table else 0.0)
         entry |= dict(zip(("low", "high"), bounds))
         if entry["offset"]:
-            recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
+            recording.note(
+                f"{entry['name']} is stored minus {entry['offset']:.15g}: float32 has too few digits for it."
+            )
     offsets = np.array([entry["offset"] for entry in entries])
     recording.actions = np.float32(recording.actions - offsets)
     return np.float32(low - offsets).tolist(), np.float32(high - offsets).tolist()
@@ -570,7 +573,7 @@ def list_datasets():
         name = Path(folder).relative_to(root).as_posix()
         subfolders[:] = sorted(x for x in subfolders if not x.startswith("."))
         if re.search(r"\.\d+\.(tmp|old)$", name):
-            print(f"{name}: left by an import that was killed")
+            print(f"{name}: left by an import that was killed, delete it")
             subfolders.clear()
             continue
         try:
@@ -744,7 +747,11 @@ def parse_arguments(argv):
     table("--day_first", choices=("True", "False"), help="whether 02/01/2024 in --step is 2 January")
     table("--decimal", choices=(",", "."), help="the decimal mark of a CSV file (default: a point)")
     table("--like", metavar="DATASET_ID", help="encode as this dataset is: its observations, actions and bounds")
-    table("--unseen", choices=("other",), help="with --like: take new categories as `other`, or as none")
+    table(
+        "--unseen",
+        choices=("other",),
+        help="with --like: count new categories as `other` where that is one, else as none",
+    )
     args = parser.parse_args(argv)
     args.command = shlex.join(["import_data.py", *(sys.argv[1:] if argv is None else argv)])
     check_arguments(args, parser)

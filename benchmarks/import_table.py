@@ -80,10 +80,6 @@ def is_changed(values):
     return is_coarse(values.min().item(), values.max().item()) and bool((np.float32(values) != values).any())
 
 
-def n_unique(values):
-    return len(np.unique(values))
-
-
 def refuse_precision(column, low, high):
     cure = f"subtract {middle(low, high):.15g} from it"
     raise DataError(
@@ -127,31 +123,32 @@ def open_table(path, args, note):
         if separator != ",":
             note(f"The columns are separated by {'semicolons' if separator == ';' else 'tabs'}.")
         names = [name or f"Unnamed: {i}" for i, name in enumerate(rows[separator].iloc[0])]  # as pandas names them
-        return names, lambda columns: read_csv(path, separator, columns, args)
+        return names, lambda columns, texts: read_csv(path, separator, args.decimal or ".", columns, texts)
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError("Parquet needs pyarrow: pip install -r requirements-extra.txt, or store it as CSV") from error
     names = pyarrow.parquet.read_schema(path).names
-    return names, lambda columns: pandas.read_parquet(path, columns=columns)
+    return names, lambda columns, _: pandas.read_parquet(path, columns=columns)
 
 
-def read_csv(path, separator, columns, args):
-    """Some columns of a CSV file, as they stand there: only an empty field is empty, and the episodes are texts. Other
+def read_csv(path, separator, decimal, columns, texts):
+    """Some columns of a CSV file, in which only an empty field is empty; `texts` of them as they stand there. The other
     columns are read too, since pandas passes over a row that is too long if it is to read some alone."""
     import pandas
 
+    options = {"sep": separator, "decimal": decimal, "index_col": False, "dtype": dict.fromkeys(texts, str)}
+    options |= {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"}
     with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        for kind in (pandas.errors.DtypeWarning, pandas.errors.ParserWarning):
+            warnings.simplefilter("error", kind)
         try:
-            table = pandas.read_csv(
-                path, sep=separator, decimal=args.decimal or ".", index_col=False, low_memory=False,
-                dtype={args.episode: str}, keep_default_na=False, na_values=[""], float_precision="round_trip",
-            )  # fmt: skip
+            table = pandas.read_csv(path, **options)
+        except pandas.errors.DtypeWarning:  # parts of a column have numbers, others texts
+            table = pandas.read_csv(path, low_memory=False, **options)
         except pandas.errors.ParserWarning as error:
-            raise DataError(
-                "its rows have more fields than its first line: put numbers with commas in quotes"
-            ) from error
+            cure = "put numbers with commas in quotes"
+            raise DataError(f"its rows have more fields than its first line: {cure}") from error
     return table[columns]
 
 
@@ -166,8 +163,9 @@ def read_table(path, args, like=None):
             pick([name], names, role)
         actions = pick_columns("actions", args, names, roles.values(), like)
         observations = pick_columns("observations", args, names, [*roles.values(), *actions], like)
-        table = read(list(dict.fromkeys([*roles.values(), *actions, *observations])))
-    except DataError:
+        others = [name for role, name in roles.items() if role != "episode"] + actions + observations
+        table = read(list({args.episode: None} | dict.fromkeys(others)), {args.episode} - {*others})
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # pandas and pyarrow raise many kinds
         raise DataError(f"it is damaged or not a table: {error}") from error
@@ -239,7 +237,9 @@ def tell_encoding(recording, size):
     recording.note(f"Observations ({size}): {', '.join(labels)}.")
     for entry in entries:
         if entry.get("offset"):
-            recording.note(f"{entry['name']} is stored less {entry['offset']:.15g}: float32 has too few digits for it.")
+            recording.note(
+                f"{entry['name']} is stored minus {entry['offset']:.15g}: float32 has too few digits for it."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -267,7 +267,7 @@ class Reader:
         if pandas.api.types.is_numeric_dtype(column) and kind != "boolean":
             check_numbers(column.to_numpy(np.float64), name)
             return column.to_numpy(np.int64 if kind == "integer" else np.float64), None
-        if kind not in ("string", "boolean", "categorical", "empty"):
+        if kind not in ("string", "boolean", "categorical"):
             raise DataError(
                 f"{name} holds {kind}: store text or numbers (for times, such as the hours since the episode began)"
             )
@@ -334,10 +334,12 @@ class Reader:
         elif offset is None:
             offset = middle(low, high) if is_changed(values) else 0.0
         stored = values - offset
-        whole = offset and (values == np.rint(values)).all() and n_unique(np.float32(stored)) < n_unique(values)
+        merged = False
+        if offset and (values == np.rint(values)).all():
+            merged = len(np.unique(np.float32(stored))) < len(np.unique(values))
         constant = low == high and abs(np.float32(stored[0]) - stored[0]) >= 0.5
-        if is_changed(stored) or whole or constant:
-            less = f", less the {offset:.15g} of {self.like_id}" if self.like else ""
+        if is_changed(stored) or merged or constant:
+            less = f", minus the offset {offset:.15g} of {self.like_id}" if self.like else ""
             raise DataError(
                 f"column {name} runs from {low:.15g} to {high:.15g}{less}, where float32 makes numbers equal: "
                 "leave it out, or store coarser numbers"
@@ -348,7 +350,7 @@ class Reader:
         """One number per category [n, k], 1 for the row's own."""
         index, unseen = self.places(entry, values, texts)
         if unseen:
-            told = f"column {entry['name']} holds {tell_counts(unseen)}, which {self.like_id} does not"
+            told = f"column {entry['name']} holds {tell_counts(unseen)}, unknown to {self.like_id}"
             if not self.unseen:
                 raise DataError(f"{told}: give --unseen other, or remove these rows")
             other = entry["values"].index("other") if "other" in entry["values"] else -1
@@ -375,7 +377,7 @@ class Reader:
             if self.like and "values" in entry:
                 values, unseen = self.places(entry, values, texts)
                 if unseen:
-                    raise DataError(f"column {name} holds {tell_counts(unseen)}, not an action of {self.like_id}")
+                    raise DataError(f"column {name} holds {tell_counts(unseen)}, unknown to {self.like_id}")
                 values += self.like["action_low"][i]
             elif self.like and texts:
                 raise DataError(f"column {name} holds text; in {self.like_id} it holds numbers")
@@ -470,7 +472,9 @@ def read_dates(name, texts, codes, day_first, notes):
                 f"{name} can be read day-first and month-first, in different orders of the rows, such as {texts[0]!r}: "
                 "give --day_first True or --day_first False"
             )
-        notes.append(f"C{name[1:]} has the same order day-first and month-first; distances are {reading} ones.")
+        notes.append(
+            f"C{name[1:]} gives the same order day-first and month-first; distances are those of {reading} dates."
+        )
     elif reading and day_first is None:
         decisive = max((times.isna() for times in read.values()), key=lambda x: x.sum())
         notes.append(f"C{name[1:]} is read {reading}: {first_row(decisive)} allows no other reading.")
@@ -486,7 +490,7 @@ def tell_distances(steps, goes_on, note):
         note(f"{ties:,} rows have the same step as the row before; they keep the file's order.")
     if len(distances) == ties:
         return
-    typical = np.sort(distances)[ties:][(len(distances) - ties) // 2]  # a median that is one of them
+    typical = np.sort(distances)[(ties + len(distances) - 1) // 2]  # a median that is one of them, without ties
     far, words = (distances > typical * 2).sum(), [typical, distances.max()]
     words = [pandas.Timedelta(x) if distances.dtype.kind == "m" else f"{x:.10g}" for x in words]
     note(
