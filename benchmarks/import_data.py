@@ -373,6 +373,7 @@ def fit_actions(recording, args, space):
         recording.encoding = recording.encoding or {"observations": [], "actions": entries}
         for i, entry in enumerate(entries):
             entry.setdefault("values", [*range(low[i], high[i] + 1)])
+            entry["low"] = int(low[i])  # the number of the first value
     return low.tolist(), high.tolist()
 
 

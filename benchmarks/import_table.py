@@ -371,14 +371,14 @@ class Reader:
     def actions(self, table):
         """Actions [n, A], int64 if all columns are integers or categories, and the entries of the columns."""
         columns, entries = [], []
-        for i, name in enumerate(table):
+        for name in table:
             values, texts = self.column(table[name])
             entry = dict(self.known("actions", name)) or ({"name": name} | ({"values": texts} if texts else {}))
             if self.like and "values" in entry:
                 values, unseen = self.places(entry, values, texts)
                 if unseen:
                     raise DataError(f"column {name} holds {tell_counts(unseen)}, unknown to {self.like_id}")
-                values += self.like["action_low"][i]
+                values += entry["low"]
             elif self.like and texts:
                 raise DataError(f"column {name} holds text; in {self.like_id} it holds numbers")
             columns.append(np.float64(values) if self.like and "values" not in entry else values)
@@ -417,10 +417,10 @@ class Reader:
 
     def bounds(self):
         """Lowest and highest actions of the dataset of --like, in the table's units."""
-        entries = self.like["encoding"]["actions"]
-        if "values" in entries[0]:
-            return np.array(self.like["action_low"]), np.array(self.like["action_high"])
-        return tuple(np.array([entry[key] for entry in entries]) for key in ("low", "high"))
+        bounds = [
+            (x["low"], x.get("high", x["low"] + len(x.get("values", ())) - 1)) for x in self.like["encoding"]["actions"]
+        ]
+        return np.array(bounds).T
 
 
 def tell_counts(counts):

@@ -357,7 +357,7 @@ def test_a_table_of_logged_data(name, run):
             {"name": "x_spend", "offset": 0.0}, {"name": "x_visits", "offset": 0.0},
             {"name": "country", "values": ["AT", "DE", "FR"]}, {"name": "vip", "values": ["False", "True"]},
         ],
-        "actions": [{"name": "offer", "values": ["call", "mail", "none"]}],
+        "actions": [{"name": "offer", "values": ["call", "mail", "none"], "low": 0}],
     }  # fmt: skip
     assert (stored["action_low"], stored["action_high"], stored["actions"]) == ([0], [2], "discrete")
     assert np.load(place() / "episode_returns.npy").tolist() == [-0.25, 4, 7]  # with the dropped row's reward of -1
@@ -484,11 +484,14 @@ def test_sparse_codes_of_actions_are_numbered(case, run):
     numbered = columns.tolist() != np.transpose(stored).tolist()
     out = table_run(run, table, actions=["a_*"], step=None)[1]
     assert ("numbered" in out) == numbered and "--action_kind continuous" in out
-    assert metadata()["encoding"]["actions"] == [{"name": x, "values": y} for x, y in zip(names, tables)]
+    low = [min(x) for x in stored]
+    assert metadata()["encoding"]["actions"] == [
+        {"name": x, "values": y, "low": z} for x, y, z in zip(names, tables, low)
+    ]
     assert read()[0][1].T.tolist() == stored and read()[0][1].dtype == np.int64
-    assert metadata()["action_low"] == [min(x) for x in stored]
+    assert metadata()["action_low"] == low
     assert run(write(n=6, actions=columns, terminals=flags(6, 5)), "--id", ID, "--force")[0] == 0
-    entries = [{"name": f"actions[{i}]", "values": y} for i, y in enumerate(tables)]
+    entries = [{"name": f"actions[{i}]", "values": y, "low": low[i]} for i, y in enumerate(tables)]
     assert metadata().get("encoding") == ({"observations": [], "actions": entries} if numbered else None)
     assert read()[0][1].T.tolist() == stored
     bounds = ["--action_low=-1", f"--action_high={columns.max()}", "--action_kind=discrete"]
