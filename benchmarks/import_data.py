@@ -32,7 +32,6 @@ import argparse
 import contextlib
 import difflib
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -46,9 +45,8 @@ from pathlib import Path
 
 import gymnasium as gym
 import h5py
-import minari
 import numpy as np
-from common import SCRIPTS, DataError, Parser, d4rl, dataset_form, fail, make_env, prefix, reference_scores
+from common import DataError, Parser, d4rl, dataset_form, fail, make_env, prefix, read_dataset, reference_scores
 from import_table import (
     Recording,
     check_flags,
@@ -61,8 +59,6 @@ from import_table import (
     refuse_precision,
     shorten,
 )
-from minari.dataset.minari_dataset import parse_dataset_id
-from minari.dataset.minari_storage import MinariStorage
 from tqdm import tqdm
 
 from benchmarks import collect
@@ -387,7 +383,7 @@ def number_actions(recording, entries, low, high, free):
             why = ", numbered anew since whole numbers between them are missing"
             actions[:, i] = np.searchsorted(values, actions[:, i])
             low[i], high[i], entry["values"] = 0, len(values) - 1, values.tolist()
-        if "values" in entry:
+        if "values" in entry and entry["values"] != [*range(low[i], high[i] + 1)]:
             numbers = shorten(f"{low[i] + k} is {value}" for k, value in enumerate(entry["values"]))
             recording.note(f"Actions of {entry['name']}{why}: {numbers}.")
     if np.prod(high - low + 1.0) > MAX_ACTIONS:
@@ -556,15 +552,15 @@ def read_like(name):
     return metadata
 
 
-def open_minari(name):
+def read_recorded(name):
+    """The metadata of a Minari dataset. Spaces and specifications are JSON texts in it."""
     with reading(name):
-        # Where spaces are missing Minari makes the environment, by an entry point that could name any code.
-        metadata = MinariStorage.read_raw_metadata(collect.get_dataset_path(name) / "data")
-        if not {"observation_space", "action_space"} <= metadata.keys():
-            raise KeyError("its metadata lacks the spaces")
-        dataset = minari.load_dataset(name)
-        dataset[0]
-        return dataset
+        metadata = json.loads((collect.get_dataset_path(name) / "data" / "metadata.json").read_text(encoding="utf-8"))
+        for key in ("observation_space", "action_space"):
+            metadata[key] = json.loads(metadata[key])
+        spec = metadata.get("eval_env_spec") or metadata.get("env_spec")
+        counts = [int(metadata["total_steps"]), int(metadata["total_episodes"])]
+        return metadata | {"environment": json.loads(spec)["id"] if spec else None, "counts": counts}
 
 
 def list_datasets():
@@ -596,10 +592,9 @@ def summary(name, form):
             counts, kind = [metadata["transitions"], metadata["episodes"]], metadata["actions"]
             environment = metadata.get("environment", {}).get("id")
         else:
-            dataset = open_minari(name)
-            counts, spec = [dataset.total_steps, dataset.total_episodes], dataset._eval_env_spec or dataset.env_spec
-            kind = "continuous" if isinstance(dataset.action_space, gym.spaces.Box) else "discrete"
-            environment = spec and spec.id
+            metadata = read_recorded(name)
+            counts, environment = metadata["counts"], metadata["environment"]
+            kind = "continuous" if metadata["action_space"]["type"] == "Box" else "discrete"
     except DataError as error:
         return f"{form} form, damaged: {error}"
     where = environment or "no environment"
@@ -610,27 +605,18 @@ def summary(name, form):
 
 
 def read_part(name):
-    """A dataset of either form as load_dataset returns it, with `notes` and, in Minari's form, the `space` of its
-    observations."""
+    """A dataset of either form as load_dataset returns it, with `notes`; in Minari's form, with `observation_space`."""
     name, form = find_dataset(name)
     if form == "flat":
         metadata, columns = read_flat(name)
         return metadata | columns
-    dataset = open_minari(name)
-    metadata = dataset.storage.metadata
-    if "observation_names" in metadata:
+    recorded = read_recorded(name)
+    if "observation_names" in recorded:
         raise DataError(f"{name} is a table without an encoding, which an earlier version stored: import it again")
-    continuous = isinstance(dataset.action_space, gym.spaces.Box)
     with prefix(name):
-        data = importlib.import_module(SCRIPTS[continuous]).load_dataset(name)
-    data["space"] = dataset.observation_space
-    data["notes"] = [str(metadata.get("description")), "Infos, seeds and options are not kept."]
-    for key in COLUMNS[:4]:
-        values = np.asarray(data[key])
-        check_numbers(values, f"{name}: {key}")
-        if key != "actions" or continuous:
-            check_precision(values, f"{name}: {key}")
-        data[key] = values.astype(np.float32 if key != "actions" or continuous else np.int64)
+        data = read_dataset(name)
+    data["observation_space"] = recorded["observation_space"]
+    data["notes"] = [str(recorded.get("description")), "Infos, seeds and options are not kept."]
     try:
         as_json(data.get("environment"))
     except ValueError as error:
@@ -645,7 +631,11 @@ def meaning(part, other):
     found = {"observations": f"{part['observations'].shape[1]} numbers"}
     found |= {"actions": f"{part['actions'].shape[1]} {kind} numbers", "encoding": part.get("encoding") or {}}
     found |= {key: np.asarray(part[key]).tolist() for key in ("action_low", "action_high")}
-    return found | ({"space": part["space"]} if "space" in part and "space" in other else {})
+    return found | (
+        {"observation_space": part["observation_space"]}
+        if "observation_space" in part and "observation_space" in other
+        else {}
+    )
 
 
 def difference(first, second, place=""):
@@ -794,9 +784,9 @@ def check_arguments(args, parser):
         "--ref_min_score must be below --ref_max_score": None in (low, high) or -math.inf < low < high < math.inf,
     })  # fmt: skip
     try:
-        parse_dataset_id(args.id or "d4rl/any-v0")
+        collect.parse_dataset_id(args.id or "d4rl/any-v0")
     except (ValueError, TypeError):  # TypeError: without a version, minari 0.5.4
-        parser.error(f"--id {args.id} is not a Minari id, which looks like namespace/name-v0, two letters or more each")
+        parser.error(f"--id {args.id} is not an id, which looks like namespace/name-v0, two letters or more each")
 
 
 def main(argv=None):
