@@ -744,8 +744,9 @@ def prepare(config: TrainConfig, data: Any, run: Any) -> tuple[Any, CQL, ReplayB
             part["returns"] = calibration_returns(part, episodes(part)[0], failure_reward, config)
     torch.manual_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
-    for critic in (agent.critic, agent.target_critic):  # Cal-QL pushes down no value that is below the returns
-        nn.init.constant_(critic.biases[-1], data["returns"].sum() / max(n, 1))
+    if config.calibrate and n:  # Cal-QL pushes down no value that is below the returns
+        for critic in (agent.critic, agent.target_critic):
+            nn.init.constant_(critic.biases[-1], task.data_return)
     run.restore(agent)
     agent.actor.load_state_dict(scaling, strict=False)
     buffer = ReplayBuffer(data, config.device, room, config.mixing_ratio)
@@ -758,9 +759,8 @@ def no_data(config: TrainConfig) -> dict[str, np.ndarray]:
     observations = flatten(envs.observation_space.sample(), envs.single_observation_space)[:0]
     actions = action_bounds(envs.single_action_space, config.eval_env)["action_low"][None][:0]
     envs.close()
-    return dict.fromkeys(COLUMNS, np.zeros(0)) | {
-        "observations": observations, "next_observations": observations, "actions": actions,
-    }  # fmt: skip
+    columns = {"observations": observations, "next_observations": observations, "actions": actions}
+    return dict.fromkeys(COLUMNS, np.zeros(0)) | columns
 
 
 def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[str, Any]:
