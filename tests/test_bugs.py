@@ -12,10 +12,10 @@ from conftest import WORLDS, suited
 SAME = [  # in all scripts
     ("load_dataset", "episode.terminations), len", "episode.terminal), len"),
     ("load_dataset", "map(np.concatenate", 'map(data["join"]'),
-    ("load_dataset", "(episode.actions).reshape(n, -1)", "(episode.actions).reshape(n, 7)"),
+    ("load_dataset", "np.reshape(episode.actions, (n, -1))", "np.reshape(episode.actions, (n, 7))"),
     ("load_dataset", "np.arange(n) == n - 1", "np.cumsum(episode.rewards, axis=1) == n - 1"),
     ("load_dataset", "spec.kwargs | named", 'spec.kwargs | named["name"]'),
-    ("flatten", "dtype=np.float32).reshape(len", "dtype=np.float33).reshape(len"),
+    ("flatten", "np.reshape(observations, (len(", "np.reshaped(observations, (len("),
     ("evaluate", 'self.score(np.array(result["return"]))', 'self.score(np.array(result["returns"]))'),
     ("add_row", "self.means(1)", "self.mean(1)"),
 ]
@@ -26,9 +26,9 @@ CONTINUOUS = [
         "torch.cat([observations, actions], dim=-1).flatten",
         "torch.cat([observations, actions], dim=0).flatten",
     ),
-    ("network", "q.view(-1, leading[-1], n_actions)", "q.view(-1, leading[-1], n_actions + 1)"),
+    ("network", "q.view(-1, leading[-1], n_actions)", "q.view(-1, leading[-1] + 1, n_actions)"),
     ("loss", "- td_target).square()", "- td_target.unsqueeze(1)).square()"),
-    ("loss", "next_q.max(dim=1)", "next_q.max(dim=3)"),
+    ("loss", "next_actions).amin(dim=0)", "next_actions).amin(dim=4)"),
     (
         "loss",
         "torch.full_like(self.log_alpha_prime, self.cql_alpha)",
