@@ -613,7 +613,9 @@ def load_dataset(name: str) -> dict[str, Any]:
         name, path = f"d4rl/{name}", path.parent / "d4rl" / name
     if name.startswith("d4rl/") and not path.exists():
         raise DataError(f"--env {name}: import it to {path} by: python benchmarks/import_data.py {name[5:]}")
-    problem = f"--env {name} cannot be read from {path}; record or import it; import_data.py --list shows what is there"
+    problem = (
+        f"--env {name} cannot be read from {path}; record or import it (import_data.py --list shows what is there)"
+    )
     with explain(problem):
         if not path.exists():
             minari.download_dataset(name)
@@ -655,19 +657,19 @@ def load_dataset(name: str) -> dict[str, Any]:
 def load_flat(name: str, path: Path, metadata: dict[str, Any], problem: str) -> dict[str, Any]:
     """Reads an imported dataset: one .npy file per column, and the rest in metadata.json. Raises DataError."""
     with explain(problem):
-        form, optional = (metadata["format"], metadata["kind"]), (path / "episode_returns.npy").exists()
+        form = metadata["format"], metadata["kind"]
         if form != (1, "transitions"):
-            raise DataError(
-                f"--env {name} has format {form[0]} of {form[1]}; this script reads format 1 of transitions"
-            )
-        data = {key: np.load(path / f"{key}.npy") for key in (*COLUMNS, *["episode_returns"] * optional)}
-        discrete = data["actions"].dtype.kind == "i"
-        kind, shape = np.int64 if discrete else np.float64, data["actions"].shape[1:]
-        low, high = (np.array(metadata[f"action_{end}"], kind).reshape(shape) for end in ("low", "high"))
-        space = (
-            gym.spaces.MultiDiscrete(high - low + 1, start=low) if discrete else gym.spaces.Box(low, high, dtype=kind)
-        )
+            raise DataError(f"--env {name} has format {form[0]} of {form[1]}; this script reads 1 of transitions")
+        data = {key: np.load(path / f"{key}.npy") for key in COLUMNS}
+        if (path / "episode_returns.npy").exists():
+            data["episode_returns"] = np.load(path / "episode_returns.npy")
         data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
+        kind, shape = np.int64 if data["actions"].dtype.kind == "i" else np.float64, data["actions"].shape[1:]
+        low, high = (np.array(metadata[f"action_{end}"], kind).reshape(shape) for end in ("low", "high"))
+        if kind == np.int64:
+            space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
+        else:
+            space = gym.spaces.Box(low, high, dtype=kind)
     return data | action_bounds(space, f"--env {name}")
 
 
@@ -701,7 +703,7 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
 
 
 def coarse_columns(wide: np.ndarray, narrow: np.ndarray) -> list[int]:
-    """Columns [T(, A)] that float32 changes, since they hold large numbers in a small range."""
+    """Returns the columns [T(, A)] that float32 changes, since they hold large numbers in a small range."""
     if not len(wide):
         return []
     wide, narrow = wide.reshape(len(wide), -1), narrow.reshape(len(wide), -1)
