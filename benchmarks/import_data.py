@@ -570,7 +570,10 @@ def list_datasets():
         name = Path(folder).relative_to(root).as_posix()
         subfolders[:] = sorted(x for x in subfolders if not x.startswith("."))
         if re.search(r"\.\d+\.(tmp|old)$", name):
-            print(f"{name}: left by an import that was killed, delete it")
+            words = "left by an import that was killed (or still runs), delete it"
+            if name.endswith(".old") and not (root / name.split(".")[0]).exists():
+                words = "the dataset before an import that was killed, rename it"
+            print(f"{name}: {words}")
             subfolders.clear()
             continue
         try:

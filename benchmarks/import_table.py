@@ -55,7 +55,10 @@ def check_numbers(values, column):
     if values.size and not (values.min() > -LARGEST and values.max() < LARGEST):
         row, *place = np.argwhere(~(np.abs(values) < LARGEST))[0].tolist()
         column += "".join(f"[{i}]" for i in place)
-        raise DataError(f"{column} is {values[row, *place]:g} in row {row} (from 0): correct or remove such rows")
+        cure = "correct or remove such rows"
+        if np.isfinite(values[row, *place]):
+            cure = f"numbers reach {LARGEST:g} at most, so use a larger unit or subtract a constant"
+        raise DataError(f"{column} is {values[row, *place]:g} in row {row} (from 0): {cure}")
 
 
 def check_flags(values, column):
@@ -64,10 +67,11 @@ def check_flags(values, column):
         raise DataError(f"{column} is {values[row]} in row {row} (from 0): it must be 0 or 1")
 
 
-def is_coarse(low, high):
-    """Whether float32 has few numbers between these two, for the distance that they are from 0."""
+def is_coarse(low, high, share=1e-3, least=1e-5):
+    """Whether float32 has few numbers between these two, for the distance that they are from 0: its steps are more than
+    this share of a range of at least `least`. By default what the scripts refuse."""
     spread, step = high - low, float(np.spacing(np.float32(max(abs(low), abs(high)))))
-    return spread > 0 and (step > 1e-2 * spread and spread > 1e-5 or step >= 1 and step > 1e-6 * spread)
+    return spread > 0 and (step > share * spread and spread > least or step >= 1 and step > 1.5e-7 * spread)
 
 
 def middle(low, high):
@@ -75,9 +79,16 @@ def middle(low, high):
     return float(round((low + high) / 2, -math.floor(math.log10(high - low))))
 
 
-def is_changed(values):
+def is_changed(values, *limits):
     """Whether float32 changes numbers [n] that lie in a small range for their distance from 0."""
-    return is_coarse(values.min().item(), values.max().item()) and bool((np.float32(values) != values).any())
+    return is_coarse(values.min().item(), values.max().item(), *limits) and bool((np.float32(values) != values).any())
+
+
+def is_merged(values, stored):
+    """Whether float32 makes some of these whole numbers [n] equal."""
+    if np.abs(stored).max() < 2**24 or (values != np.rint(values)).any():
+        return False
+    return len(np.unique(np.float32(stored))) < len(np.unique(values))
 
 
 def refuse_precision(column, low, high):
@@ -91,7 +102,7 @@ def check_precision(values, column):
     """Raises DataError for a column of values [n, ...] whose numbers float32 cannot hold apart."""
     if values.dtype != np.float32:
         for place in np.ndindex(values.shape[1:]):
-            if is_changed(part := values[:, *place]):
+            if is_changed(part := values[:, *place]) or is_merged(part, part):
                 name = column + "".join(f"[{i}]" for i in place)
                 refuse_precision(name, part.min().item(), part.max().item())
 
@@ -105,7 +116,8 @@ def pick(patterns, columns, role, taken=()):
     for pattern in patterns:
         found = [pattern] if pattern in columns else [x for x in fnmatch.filter(columns, pattern) if x not in taken]
         if not found or role not in ("observations", "actions") and found != [pattern]:
-            raise DataError(f"--{role} {pattern}: there is no such column; the table has {shorten(columns)}")
+            has = shorten(map(repr, columns))
+            raise DataError(f"--{role} {pattern}: there is no such column; the table has {has}")
         picked += found
     if double := [name for name in picked if columns.count(name) > 1]:
         raise DataError(f"--{role}: several columns are named {double[0]}")
@@ -123,18 +135,19 @@ def open_table(path, args, note):
         if separator != ",":
             note(f"The columns are separated by {'semicolons' if separator == ';' else 'tabs'}.")
         names = [name or f"Unnamed: {i}" for i, name in enumerate(rows[separator].iloc[0])]  # as pandas names them
-        return names, lambda columns, texts: read_csv(path, separator, args.decimal or ".", columns, texts)
+        return names, lambda *columns: read_csv(path, separator, args.decimal or ".", *columns)
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError("Parquet needs pyarrow: pip install -r requirements-extra.txt, or store it as CSV") from error
     names = pyarrow.parquet.read_schema(path).names
-    return names, lambda columns, _: pandas.read_parquet(path, columns=columns)
+    return names, lambda columns, *_: pyarrow.parquet.read_table(path, columns=columns).to_pandas(ignore_metadata=True)
 
 
-def read_csv(path, separator, decimal, columns, texts):
+def read_csv(path, separator, decimal, columns, texts, codes):
     """Some columns of a CSV file, in which only an empty field is empty; `texts` of them as they stand there. The other
-    columns are read too, since pandas passes over a row that is too long if it is to read some alone."""
+    columns are read too, since pandas passes over a row that is too long if it is to read some alone. Raises DataError
+    for leading zeros in `codes`."""
     import pandas
 
     options = {"sep": separator, "decimal": decimal, "index_col": False, "dtype": dict.fromkeys(texts, str)}
@@ -149,11 +162,27 @@ def read_csv(path, separator, decimal, columns, texts):
         except pandas.errors.ParserWarning as error:
             cure = "put numbers with commas in quotes"
             raise DataError(f"its rows have more fields than its first line: {cure}") from error
+        except pandas.errors.ParserError as error:
+            if "Calling read(nbytes)" in str(error):  # pandas makes this of Ctrl-C
+                raise KeyboardInterrupt from error
+            raise
+    whole = [name for name in codes if pandas.api.types.is_integer_dtype(table[name])]
+    if whole:
+        written = pandas.read_csv(path, **options | {"dtype": str, "usecols": whole})
+        for name in whole:
+            if (zeros := written[name].str.match(r"[+-]?0\d").to_numpy(bool)).any():
+                row = zeros.argmax()
+                cure = "for a code, put a letter before it; for a number, remove the zeros"
+                raise DataError(
+                    f"column {name} has leading zeros, {written[name][row]!r} in row {row} (from 0): {cure}"
+                )
     return table[columns]
 
 
 def read_table(path, args, like=None):
     """A Recording of a table. like: the metadata of a dataset whose encoding is used."""
+    import pandas
+
     notes = []
     roles = {role: getattr(args, role) for role in ("episode", "step", "reward", "terminal", "timeout")}
     roles = {role: name for role, name in roles.items() if name is not None}
@@ -164,7 +193,8 @@ def read_table(path, args, like=None):
         actions = pick_columns("actions", args, names, roles.values(), like)
         observations = pick_columns("observations", args, names, [*roles.values(), *actions], like)
         others = [name for role, name in roles.items() if role != "episode"] + actions + observations
-        table = read(list({args.episode: None} | dict.fromkeys(others)), {args.episode} - {*others})
+        codes = [*dict.fromkeys(observations + actions)]
+        table = read(list({args.episode: None} | dict.fromkeys(others)), {args.episode} - {*others}, codes)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # pandas and pyarrow raise many kinds
@@ -173,6 +203,8 @@ def read_table(path, args, like=None):
     if known := [name for name in observations if name in told]:
         raise DataError(f"column {known[0]} cannot be an observation: it is an action, the reward or a flag")
     for name in table:
+        if name == args.episode and pandas.api.types.infer_dtype(table[name]) == "mixed":
+            raise DataError(f"column {name} holds lists or records: store text or numbers")
         if (empty := table[name].isna().to_numpy()).any():
             raise DataError(f"column {name} is empty in row {empty.argmax()} (from 0): fill or remove such rows")
     if not len(table):
@@ -252,6 +284,8 @@ class Reader:
         self.csv, self.decimal = not is_parquet(path), args.decimal or "."
         self.day_first = None if args.day_first is None else args.day_first == "True"
         self.like, self.like_id, self.unseen, self.notes = like, args.like, args.unseen, []
+        # An environment does not know an offset, so only what could not be stored gets one there.
+        self.limits = () if args.eval_env not in (None, "none") else (1e-5, 1e-6)
 
     def known(self, role, name):
         """The entry of a column in the other dataset's encoding, if there is one."""
@@ -292,9 +326,13 @@ class Reader:
         text = texts[codes[row]]
         place = f"{text!r} in row {row} (from 0)"
         if not alike[codes[row]]:
-            raise DataError(f"{name} has text among numbers, {place}: correct such rows")
+            cure = "correct such rows or, if they are categories, put a letter before the numbers"
+            raise DataError(f"{name} has text among numbers, {place}: {cure}")
         cure = "numbers have no separators of thousands, and at most 15 digits"
-        if self.csv and self.decimal == "." and "," in text:
+        odd = texts[~numbers]
+        if len(odd) and odd.str.fullmatch(r"[+-]?\d{1,3}(?:[.,' \u00a0\u202f]\d{3})+").all():
+            pass  # --decimal would misread them
+        elif self.csv and self.decimal == "." and "," in text:
             cure = f"--decimal , reads decimal commas; {cure}"
         elif self.csv and self.decimal == "," and "." in text:
             cure = f"with --decimal , numbers have no points; {cure}"
@@ -306,7 +344,10 @@ class Reader:
             check_flags(values, f"column {column.name}")
             return values.astype(bool)
         if not set(texts) <= {"False", "True"}:
-            raise DataError(f"column {column.name} is {str(column.iloc[0])!r} in row 0: it must be 0 or 1")
+            row = (~column.astype(str).isin(["False", "True"])).to_numpy().argmax()
+            raise DataError(
+                f"column {column.name} is {str(column.iloc[row])!r} in row {row} (from 0): it must be 0 or 1"
+            )
         return (np.array(texts) == "True")[values]
 
     def observations(self, table):
@@ -332,13 +373,10 @@ class Reader:
         if offset is None and low == high:
             offset = float(low) if abs(float(np.float32(low)) - low) >= 0.5 else 0.0
         elif offset is None:
-            offset = middle(low, high) if is_changed(values) else 0.0
+            offset = middle(low, high) if is_changed(values, *self.limits) or is_merged(values, values) else 0.0
         stored = values - offset
-        merged = False
-        if offset and (values == np.rint(values)).all():
-            merged = len(np.unique(np.float32(stored))) < len(np.unique(values))
         constant = low == high and abs(np.float32(stored[0]) - stored[0]) >= 0.5
-        if is_changed(stored) or merged or constant:
+        if is_changed(stored) or is_merged(values, stored) or constant:
             less = f", minus the offset {offset:.15g} of {self.like_id}" if self.like else ""
             raise DataError(
                 f"column {name} runs from {low:.15g} to {high:.15g}{less}, where float32 makes numbers equal: "
@@ -370,14 +408,20 @@ class Reader:
 
     def actions(self, table):
         """Actions [n, A], int64 if all columns are integers or categories, and the entries of the columns."""
+        import pandas
+
         columns, entries = [], []
         for name in table:
             values, texts = self.column(table[name])
-            entry = dict(self.known("actions", name)) or ({"name": name} | ({"values": texts} if texts else {}))
+            named = texts
+            if texts and pandas.api.types.is_bool_dtype(table[name]):
+                named = [text == "True" for text in texts]
+            entry = dict(self.known("actions", name)) or ({"name": name} | ({"values": named} if texts else {}))
             if self.like and "values" in entry:
                 values, unseen = self.places(entry, values, texts)
                 if unseen:
-                    raise DataError(f"column {name} holds {tell_counts(unseen)}, unknown to {self.like_id}")
+                    cure = f"remove these rows, or import {self.like_id} again with such an action"
+                    raise DataError(f"column {name} holds {tell_counts(unseen)}, unknown to {self.like_id}: {cure}")
                 values += entry["low"]
             elif self.like and texts:
                 raise DataError(f"column {name} holds text; in {self.like_id} it holds numbers")
@@ -465,6 +509,8 @@ def read_dates(name, texts, codes, day_first, notes):
     good = {format: times for format, times in read.items() if times.notna().all()}
     format = next(iter(good))
     reading = {True: "day-first", False: "month-first", None: None}[formats[format]]
+    if format.startswith("%Y"):
+        reading = None
     if len(good) > 1:
         orders = [times.rank(method="dense") for times in good.values()]
         if (orders[0] != orders[1]).any():

@@ -982,7 +982,7 @@ def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
         "test/first-v0": "7 transitions, 2 episodes, discrete actions, CartPole-v1, Minari form",
         "test/new-v0": "5 transitions, 3 episodes, discrete actions, no environment, flat form",
         **{key: line for key, line in lines.items() if "damaged" in line},
-        "test/new-v0.123.tmp": "left by an import that was killed, delete it",
+        "test/new-v0.123.tmp": "left by an import that was killed (or still runs), delete it",
     }
     for name in ("cut", "lost", "later", "uneven", "poor"):
         assert lines[f"test/{name}-v0"].startswith(f"flat form, damaged: test/{name}-v0 cannot be read")

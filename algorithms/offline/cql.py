@@ -752,7 +752,7 @@ def coarse_columns(wide: np.ndarray, narrow: np.ndarray) -> list[int]:
     wide, narrow = wide.reshape(len(wide), -1), narrow.reshape(len(wide), -1)
     low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
     step, spread = np.spacing(np.float32(np.maximum(-low, high))), high - low
-    coarse = (step > 1e-2 * spread) & (spread > 1e-5) | (step >= 1) & (step > 1e-6 * spread)
+    coarse = (step > 1e-3 * spread) & (spread > 1e-5) | (step >= 1) & (step > 1.5e-7 * spread)
     return np.flatnonzero(coarse & (narrow != wide).any(axis=0)).tolist()
 
 
@@ -1126,20 +1126,21 @@ def check_encoding(first: Any, second: Any, problem: str) -> None:
         for own, other in itertools.zip_longest(first[part], second[part]):
             if own != other:
                 columns = f"{str(own)[:500]} and {str(other)[:500]}"
-                raise DataError(f"{problem} differ in {part}: {columns}; import the data again with --like")
+                raise DataError(f"{problem} differ in {part}: {columns}; import the data with --like <the other>")
 
 
 def encode_row(row: Any, columns: list[dict[str, Any]]) -> np.ndarray:
     """The observation of a row by name, a dict or pandas row in the table's own values: -> [O]. Raises DataError."""
     numbers = []
     for name, column in ((x["name"], x) for x in columns):
-        if name not in row or np.ndim(row[name]):
+        if name not in row or np.ndim(value := row[name]):
             raise DataError(f"column {name} is missing, or has several values: give one row at a time")
-        known = [str(value) for value in column.get("values", ())]
-        problem = f"column {name} is {row[name]!r}, but takes {', '.join(known)[:500] or 'a finite number'}"
+        known = [str(x) for x in column.get("values", ())]
+        problem = f"column {name} is {value!r}, but takes {', '.join(known)[:500] or 'a finite number'}"
         with explain(problem):
-            coded = [str(row[name]) == value for value in known] or [float(row[name]) - column["offset"]]
-        if not np.isfinite(coded).all() or known and not any(coded):
+            missing = value is None or bool(value != value)
+            coded = [str(value) == x for x in known] or [float(value) - column["offset"]]
+        if missing or not np.isfinite(coded).all() or known and not any(coded):
             raise DataError(problem)
         numbers += coded
     return np.array(numbers, dtype=np.float64)
