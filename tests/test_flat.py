@@ -341,7 +341,9 @@ def test_a_policy_acts_by_name_in_the_tables_own_values(script, policy):
         ({"country": "IT"}, ["country", "'IT'", "AT, DE, FR"]), ({"country": None}, ["country"]),
         ({"country": 1}, ["country"]), ({"time": "soon"}, ["time", "soon"]),
         ({"time": math.nan}, ["time", "finite"]), ({"time": math.inf}, ["time", "finite"]),
-        ({"time": None}, ["time"]), ({"time": ...}, ["time", "missing"]), ({"country": ...}, ["country", "missing"]),
+        ({"time": None}, ["time"]), 
+        ({"country": math.nan}, ["country"]), ({"country": pd.NA}, ["country"]),
+        ({"time": ...}, ["time", "missing"]), ({"country": ...}, ["country", "missing"]),
     ],
 )  # fmt: skip
 def test_a_row_that_the_policy_does_not_know_is_a_value_error(change, words, policy):
@@ -351,6 +353,15 @@ def test_a_row_that_the_policy_does_not_know_is_a_value_error(change, words, pol
         with pytest.raises(ValueError) as info:
             policy(given)
         assert all(word in str(info.value) for word in words)
+
+
+@once
+@pytest.mark.parametrize("value", [None, math.nan, np.float64("nan"), pd.NaT])
+def test_a_missing_value_is_not_the_text_of_its_name(value, script):
+    columns = [{"name": "x", "values": ["None", "nan", "NaT", "a"]}]
+    assert script.encode_row({"x": "nan"}, columns).tolist() == [0, 1, 0, 0]
+    with pytest.raises(ValueError, match="column x is"):
+        script.encode_row({"x": value}, columns)
 
 
 @once

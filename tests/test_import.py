@@ -381,6 +381,9 @@ SIX = np.array([0, 1, 2, 3, 4, 6])
 EXACT = {  # values of x_spend, and what is stored
     "seconds since 1970": (1_700_000_000 + 3600 * np.arange(6), 1_700_010_000.0, 3600 * np.arange(6) - 10_000),
     "fractions of seconds": (1_700_000_000.5 + np.arange(6), 1_700_000_003.0, np.arange(6) - 2.5),
+    "a far sensor": (1e6 + SIX + 0.3, 1_000_003.0, SIX - 2.7),
+    "two blocks of seconds": (1_600_000_000 + 2 * 10**7 * (SIX % 2) + SIX, 1_610_000_000.0,
+                              2 * 10**7 * (SIX % 2) + SIX - 10**7),
     "a narrow band": (433.92 + 1e-5 * SIX, 433.92003, 1e-5 * SIX - 3e-5),
     "a constant": ([1_700_000_001] * 6, 1_700_000_001.0, [0] * 6),
     "numbers that float32 holds": (2**30 + 256 * np.arange(6), 0.0, 2**30 + 256 * np.arange(6)),
@@ -400,6 +403,21 @@ def test_offsets_keep_numbers_apart_that_float32_would_merge(case, run):
     assert found == pytest.approx(np.float64(stored), rel=1e-6, abs=1e-12)
     if offset:
         assert found + offset == pytest.approx(np.float64(values), rel=0, abs=1e-6 * np.ptp(values))
+
+
+def test_whole_numbers_that_no_offset_keeps_apart_are_refused(run, root):
+    """The time of the last visit, where 0 means never."""
+    table = TABLE.assign(x_spend=[0, 1_700_000_000, 1_700_000_001, 1_700_000_002, 1_700_000_003, 0])
+    refused(table_run(run, table), 1, ["column x_spend", "makes numbers equal"], root)
+
+
+def test_truth_values_as_actions_stay_truth_values(run):
+    assert table_run(run, actions=["vip"], observations=["x_*"])[0] == 0
+    (entry,) = metadata()["encoding"]["actions"]
+    assert entry == {"name": "vip", "values": [False, True], "low": 0} and entry["values"][1] is True
+    other = ["--id", "test/like-v0"]
+    assert table_run(run, actions=None, observations=None, like=[ID], id=other[1:])[0] == 0
+    assert metadata(other[1])["encoding"]["actions"] == [entry]
 
 
 def test_an_offset_and_an_environment_exclude_each_other(run, root):
@@ -618,6 +636,11 @@ CSV = {  # text; observations or words of the error; options
                                 {"episode": "a"}),
     "an index": ("," + ROWS.format("1", "2").replace("\n1", "\n0,1"), [[1], [2]], {}),
     "episodes as observations": (ROWS.format("1", "2"), [[1], [1]], {"observations": "e"}),
+    "thousands in one row": (ROWS.format('"1,000"', "950"), ["x holds '1,000'", "separators of thousands"], {}),
+    "leading zeros": (ROWS.format("0012", "12"), ["column x has leading zeros, '0012' in row 0"], {}),
+    "leading zeros of actions": (ROWS.format("1", "2").replace("u", "001").replace("v", "2"),
+                                 ["column a has leading zeros, '001' in row 0"], {}),
+    "a zero and fractions": (ROWS.format("0", "0.5"), [[0], [0.5]], {}),
     "codes of episodes": (ROWS.format("1", "2").replace("\n1,2", "\n01,2"), [[2]], {}),
 }  # fmt: skip
 
@@ -974,6 +997,7 @@ def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
     (place("test/later-v0") / "metadata.json").write_text(json.dumps(metadata() | {"format": 2}))
     (place("test/second-v0") / "data/metadata.json").write_text("{")
     place("test/new-v0.123.tmp").mkdir()
+    shutil.copytree(place(), place("test/gone-v0.12.old"))
     status, out, err = run("--list")
     lines = dict(line.split(": ", 1) for line in out.splitlines())
     assert status == 0 and not err
@@ -983,6 +1007,7 @@ def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
         "test/new-v0": "5 transitions, 3 episodes, discrete actions, no environment, flat form",
         **{key: line for key, line in lines.items() if "damaged" in line},
         "test/new-v0.123.tmp": "left by an import that was killed (or still runs), delete it",
+        "test/gone-v0.12.old": "the dataset before an import that was killed, rename it",
     }
     for name in ("cut", "lost", "later", "uneven", "poor"):
         assert lines[f"test/{name}-v0"].startswith(f"flat form, damaged: test/{name}-v0 cannot be read")
