@@ -419,6 +419,8 @@ def import_dataset(source, dataset_id, args):
         path, env_id, limit = d4rl_file(source), env_id or task.environment or None, limit or task.max_episode_steps
     if not path.is_file():
         raise DataError("there is no such file")
+    if path.suffix in (".xlsx", ".xls", ".ods"):
+        raise DataError("a spreadsheet cannot be read: export the sheet as CSV UTF-8")
     like = read_like(args.like) if args.like else None
     recording = read_table(path, args, like) if is_table(path) else read_hdf5(path)
     environment, space = None, None
@@ -704,7 +706,7 @@ def combine(dataset_id, args):
 
 
 def is_table(source):
-    return is_parquet(source) or bool({".csv", ".tsv"} & set(Path(source).suffixes))
+    return is_parquet(source) or bool({".csv", ".tsv", ".xlsx", ".xls", ".ods"} & set(Path(source).suffixes))
 
 
 def is_file(source):

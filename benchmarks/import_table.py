@@ -13,7 +13,8 @@ from common import DataError
 
 LARGEST = 1e15  # beyond it squares overflow float32
 MAX_CATEGORIES = 1000  # of a text column
-NUMBER = r"[+-]?(?:\d+|\d{1,3}(?:[.,' \u00a0\u202f]\d{3})+)(?:[.,]\d*)?"  # a text that people read as a number
+# A text that people read as a number, with signs and units that pandas does not.
+NUMBER = r"[+\-\u2212€$£]?\s?(?:\d+|\d{1,3}(?:[.,' \u00a0\u202f]\d{3})+)(?:[.,]\d*)?\s?[%€$£]?"
 ZONE = r"[T ]\d.*(?:Z|[+-]\d\d(?::?\d\d)?)$"  # a time that ends with a time zone
 
 
@@ -197,6 +198,8 @@ def read_table(path, args, like=None):
         table = read(list({args.episode: None} | dict.fromkeys(others)), {args.episode} - {*others}, codes)
     except (DataError, MemoryError):
         raise
+    except UnicodeError as error:
+        raise DataError(f"it is not UTF-8 text ({error}): save it as CSV UTF-8") from error
     except Exception as error:  # pandas and pyarrow raise many kinds
         raise DataError(f"it is damaged or not a table: {error}") from error
     told = {name for role, name in roles.items() if role not in ("episode", "step")} | {*actions}
@@ -328,7 +331,7 @@ class Reader:
         if not alike[codes[row]]:
             cure = "correct such rows or, if they are categories, put a letter before the numbers"
             raise DataError(f"{name} has text among numbers, {place}: {cure}")
-        cure = "numbers have no separators of thousands, and at most 15 digits"
+        cure = "numbers have no signs but + and -, no separators of thousands, and at most 15 digits"
         odd = texts[~numbers]
         if len(odd) and odd.str.fullmatch(r"[+-]?\d{1,3}(?:[.,' \u00a0\u202f]\d{3})+").all():
             pass  # --decimal would misread them

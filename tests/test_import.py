@@ -637,6 +637,9 @@ CSV = {  # text; observations or words of the error; options
     "an index": ("," + ROWS.format("1", "2").replace("\n1", "\n0,1"), [[1], [2]], {}),
     "episodes as observations": (ROWS.format("1", "2"), [[1], [1]], {"observations": "e"}),
     "thousands in one row": (ROWS.format('"1,000"', "950"), ["x holds '1,000'", "separators of thousands"], {}),
+    "percent": (ROWS.format("10%", "5%"), ["x holds '10%' in row 0", "no signs but + and -"], {}),
+    "money": (ROWS.format("1.50", "€ 2"), ["x holds '€ 2' in row 1", "no signs but + and -"], {}),
+    "a typographer's minus": (ROWS.format("1.5", "\u22122"), ["x holds '\u22122' in row 1"], {}),
     "leading zeros": (ROWS.format("0012", "12"), ["column x has leading zeros, '0012' in row 0"], {}),
     "leading zeros of actions": (ROWS.format("1", "2").replace("u", "001").replace("v", "2"),
                                  ["column a has leading zeros, '001' in row 0"], {}),
@@ -652,6 +655,17 @@ def test_fields_of_a_csv_file(case, run, root):
     if isinstance(expected[0], str):
         return refused(result, 1, ["table.csv", *expected], root)
     assert result[0] == 0 and read()[0][0].tolist() == expected, result
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("table.csv", ROWS.encode("utf-16"), "UTF-8"), ("table.csv", "e,x\nä,ö\n".encode("latin-1"), "UTF-8"),
+     ("table.xlsx", b"PK", "export the sheet as CSV")],
+)  # fmt: skip
+def test_files_that_are_no_utf8_text_are_one_line(name, content, words, run, root):
+    Path(name).write_bytes(content)
+    options = ["--episode=e", "--observations", "x", "--actions=a", "--reward=r", "--terminal=d"]
+    refused(run(name, "--id", ID, *options), 1, [name, words], root)
 
 
 def test_the_last_digit_of_a_csv_file_is_read(run):
