@@ -23,7 +23,7 @@ OWN = {"TrainConfig", "train"}
 # Lines and tokens of the method with `train` (above the comment "# Common to all files"), and of the file, at most.
 BUDGETS = {
     "offline/cql.py": (510, 4_900, 1_440, 14_250),
-    "offline/combo.py": (870, 9_450, 1_810, 18_950),
+    "offline/combo.py": (870, 9_450, 1_815, 19_000),
     "finetune/cql.py": (810, 8_430, 1_730, 17_750),
     "discrete/cql_dqn.py": (460, 4_300, 1_400, 13_400),
 }
