@@ -330,7 +330,11 @@ OPTIONS = {
 
 
 def table_run(run, table=TABLE, name="table.csv", **changes):
-    table.to_csv(name, index=False) if name.endswith("csv") else table.to_parquet(name)
+    if name.endswith("csv"):
+        table.to_csv(name, index=False)
+    else:
+        pytest.importorskip("pyarrow")
+        table.to_parquet(name)
     options = OPTIONS | {f"--{key}": value for key, value in changes.items()}
     return run(name, *(word for key, words in options.items() if words is not None for word in (key, *words)))
 
