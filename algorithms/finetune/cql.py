@@ -747,7 +747,7 @@ def prepare(config: TrainConfig, data: Any, run: Any) -> tuple[Any, CQL, ReplayB
     if config.calibrate and n:  # Cal-QL pushes down no value that is below the returns
         for critic in (agent.critic, agent.target_critic):
             nn.init.constant_(critic.biases[-1], task.data_return)
-    run.restore(agent)
+    run.restore(agent, task)
     agent.actor.load_state_dict(scaling, strict=False)
     buffer = ReplayBuffer(data, config.device, room, config.mixing_ratio)
     return task, agent, buffer, holdout_batch(config, holdout), failure_reward
@@ -1013,13 +1013,13 @@ def load_flat(name: str, path: Path, metadata: dict[str, Any], problem: str) -> 
         data = {key: np.load(path / f"{key}.npy") for key in COLUMNS}
         if (path / "episode_returns.npy").exists():
             data["episode_returns"] = np.load(path / "episode_returns.npy")
-        data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
         kind, shape = np.int64 if data["actions"].dtype.kind == "i" else np.float64, data["actions"].shape[1:]
         low, high = (np.array(metadata[f"action_{end}"], kind).reshape(shape) for end in ("low", "high"))
-        if kind == np.int64:
-            space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
-        else:
-            space = gym.spaces.Box(low, high, dtype=kind)
+    data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
+    if kind == np.int64:
+        space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
+    else:
+        space = gym.spaces.Box(low, high, dtype=kind)
     return data | action_bounds(space, f"--env {name}")
 
 
@@ -1045,7 +1045,7 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
         if key in ("terminals", "timeouts") and not np.isin(column, (0, 1)).all():
             raise DataError(f"--env {config.env}: {key} are 0 or 1, not {column.min():g} to {column.max():g}")
         if coarse := coarse_columns(wide, column):
-            cure = "subtract a constant (the import of a table does)"
+            cure = "subtract a constant (the import of a table does), or use a larger unit"
             raise DataError(f"--env {config.env}: float32 has too few digits for {key} {coarse}: {cure}")
         data[key] = column.astype(bool) if key in ("terminals", "timeouts") else column
     if n > config.buffer_size:
@@ -1053,14 +1053,19 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
 
 
 def coarse_columns(wide: np.ndarray, narrow: np.ndarray) -> list[int]:
-    """Returns the columns [T(, A)] that float32 changes, since they hold large numbers in a small range."""
+    """Returns the columns [T(, A)] that float32 changes, since they hold large numbers in a small range, or in which it
+    makes large whole numbers equal."""
     if not len(wide):
         return []
     wide, narrow = wide.reshape(len(wide), -1), narrow.reshape(len(wide), -1)
     low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
     step, spread = np.spacing(np.float32(np.maximum(-low, high))), high - low
     coarse = (step > 1e-3 * spread) & (spread > 1e-5) | (step >= 1) & (step > 1.5e-7 * spread)
-    return np.flatnonzero(coarse & (narrow != wide).any(axis=0)).tolist()
+    coarse &= (narrow != wide).any(axis=0)
+    for i in np.flatnonzero((step > 1) & ~coarse):  # such as times, where 0 means never
+        whole = (wide[:, i] == np.rint(wide[:, i])).all()
+        coarse[i] = whole and len(np.unique(narrow[:, i])) < len(np.unique(wide[:, i]))
+    return np.flatnonzero(coarse).tolist()
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1150,10 +1155,6 @@ class Task:
         largest_reward = float(np.abs(self.training_rewards(data["rewards"])).max(initial=1))
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
         self.encoding = json.loads(json.dumps(data.get("encoding")))
-        size = data["observations"].shape[1]
-        self.names = number_names(self.encoding, size)
-        if len(self.names) != size:
-            raise DataError(f"--env {config.env}: the encoding names {len(self.names)} numbers of {size}")
         if self.envs:
             if self.encoding and any(x.get("offset") for part in self.encoding.values() for x in part):
                 raise ConfigError(f"an environment does not know the offsets of {config.env}: give --eval_env none")
@@ -1336,8 +1337,9 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
         mean, std = data["observations"].mean(0, dtype=np.float64).astype(np.float32), scale(data["observations"])
         constant = np.flatnonzero(np.ptp(data["observations"], axis=0) == 0)
         if constant.size:
-            names = ", ".join(task.names[i] for i in constant)
-            print(f"{config.env}: constant in the data, so divided by 1: {names[:500]}")
+            names = number_names(task.encoding, size)
+            told = ", ".join(names[i] for i in constant)[:500]
+            print(f"{config.env}: constant in the data, so divided by 1: {told}")
     if len(mean) != size:
         raise DataError(f"{config.env} has observations that are not of the checkpoint's size {len(mean)}")
     for part, key in itertools.product((data, holdout), ("observations", "next_observations")):
@@ -1618,10 +1620,12 @@ class Run:
         self.sums[1].zero_()
         return self.rows[-1]
 
-    def restore(self, agent: Any) -> None:
+    def restore(self, agent: Any, task: Task) -> None:
         """Sets the agent to where the run starts; a resumed run gets all the rest too. Raises DataError."""
         if not self.checkpoint:
             return
+        encoding = self.checkpoint["policy"].get("encoding")
+        check_encoding(encoding, task.encoding, f"{self.source} and --env {self.config.env}")
         sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
         if sizes != own:
             raise DataError(f"{self.source} holds a network of sizes {sizes}, and this run's has {own}")
@@ -1658,9 +1662,6 @@ class Run:
     def begin(self, task: Task, step: int, unit: str = "update") -> None:
         """Says what will happen, and starts a W&B record if the user is logged in, an agent started this or
         WANDB_MODE asks for it. W&B never stops or delays training: the run folder has everything."""
-        if self.checkpoint:
-            encoding, problem = self.checkpoint["policy"].get("encoding"), f"{self.source} and --env {self.config.env}"
-            check_encoding(encoding, task.encoding, problem)
         if not self.lock_file:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
