@@ -293,6 +293,8 @@ def test_the_world_model_and_fqe_scale_by_the_same_rule():
     columns = np.float32(np.stack([*COLUMNS.values()], axis=1))
     expected = [slow_scale(x) for x in columns.T]
     assert cql.scale(columns) == pytest.approx(expected, rel=1e-4)
+    once_in_many = np.float32(np.arange(200_000) == 7)[:, None]
+    assert cql.scale(once_in_many) == pytest.approx(0.01) and once_in_many.std() < 0.003
     config = combo.TrainConfig(device="cpu", dynamics_members=1, dynamics_elites=1, dynamics_hidden_dim=4)
     dynamics = combo.Dynamics(config, len(COLUMNS) - 1, 1)
     targets = torch.tensor(columns)
@@ -377,6 +379,16 @@ def test_a_missing_value_is_not_the_text_of_its_name(value, script):
 def test_a_whole_table_is_refused(policy):
     with pytest.raises(ValueError, match="give one row at a time"):
         policy(pd.DataFrame({"time": [1.7e9, 1.7e9], "country": ["DE", "DE"]}))
+
+
+@discrete
+def test_whole_numbers_that_do_not_begin_at_0_answer_as_they_are(script, tiny, tmp_path):
+    entry = {"name": "offer", "values": [5, 6, 7], "low": 5}
+    data = arrays(script) | {"encoding": {"observations": [TIME, COUNTRY], "actions": [entry]}}
+    data |= {"actions": data["actions"] + 5, "action_low": np.array([5]), "action_high": np.array([7])}
+    script.train(tiny(env="mine", eval_env="none"), data=data)
+    policy, row = script.load_policy(tmp_path / "runs/run/policy.pt"), {"time": 1.7e9, "country": "AT"}
+    assert policy(row)["offer"] == policy(np.array([0.0, 1, 0, 0])) >= 5
 
 
 @discrete
