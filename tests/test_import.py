@@ -156,7 +156,7 @@ def test_transitions_are_those_of_a_slow_reading(run, data, n, following, flagge
     write(**{"n": n, "timeouts": None} | table)
     status, out, err = run("data.hdf5", "--id", ID, "--force", f"--max_episode_steps={limit}")
     assert status == (0 if expected else 1), err
-    assert (f"{dropped} rows were dropped" in out) == (dropped > 0)
+    assert (f"Dropped: {import_data.plural(dropped, 'row')}" in out) == (dropped > 0)
     if expected:
         (observations, actions, rewards, next_observations, terminations, timeouts), found = read()
         rows = [int(row[0]) for row in expected]
@@ -191,10 +191,10 @@ def test_splits_and_what_is_missing_are_said(run):
     following = np.roll(columns()["observations"], -1, axis=0)
     following[4] = -1
     out = run(write(next_observations=following), "--id", ID)[1]
-    assert "1 episodes were split" in out and read()[1] == [5, 7]
+    assert "Split: 1 episode, where" in out and read()[1] == [5, 7]
     out = run(write(timeouts=None, terminals=flags(12, 2)), "--id", ID, "--force", "--max_episode_steps", 4)[1]
-    assert "end after 4 steps" in out and "3 rows were dropped" in out and "1 terminal rows" in out
-    assert read()[1] == [3, 3, 3] and "1 terminal rows" in " ".join(metadata()["notes"])
+    assert "end after 4 steps" in out and "Dropped: 3 rows" in out and "1 terminal row without" in out
+    assert read()[1] == [3, 3, 3] and "1 terminal row without" in " ".join(metadata()["notes"])
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_a_table_of_logged_data(name, run):
         pytest.importorskip("pyarrow")
     table = TABLE if name.endswith("csv") else TABLE.assign(time=pd.to_datetime(TABLE.time, format="ISO8601"))
     status, out, err = table_run(run, table, name)
-    assert status == 0 and "1 rows were dropped" in out and "0 is call, 1 is mail, 2 is none" in out, err
+    assert status == 0 and "Dropped: 1 row," in out and "0 is call, 1 is mail, 2 is none" in out, err
     (observations, actions, rewards, following, terminals, timeouts), lengths = read()
     assert "typically" in out
     rows = {i: [*TABLE[["x_spend", "x_visits"]].loc[i], *(TABLE.country[i] == x for x in ("AT", "DE", "FR")),
@@ -586,7 +586,7 @@ def test_steps_of_other_types(run, root):
     shutil.rmtree(root)
     for kind, words in (
         (days.time, "time"),
-        ([[1]] * 4, "mixed"),
+        ([{"a": 1}] * 4, "mixed"),
         ([True] * 4, "boolean"),
         (days.to_period("D"), "period"),
     ):
@@ -597,7 +597,7 @@ def test_steps_of_other_types(run, root):
 def test_distances_between_steps_are_told(run):
     table = TABLE.assign(customer="a", left=0, time=[0, 1, 2, 2, 4, 104])
     out = table_run(run, table)[1]
-    assert "1 rows have the same step" in out
+    assert "Same step as the row before: 1 row," in out
     assert "Steps are typically 1 apart; 1 of 5 distances are more than twice that, the largest is 100." in out
     table = table.assign(time=pd.date_range("2024-01-01", periods=6, freq="36h").astype(str))
     assert "typically 1 days 12:00:00 apart; 0 of 5" in table_run(run, table, force=[])[1]
@@ -911,7 +911,7 @@ BAD_COMMANDS = [
     (["data.hdf5", "--id", "../escape-v0"], 2, ["namespace/name-v0"]),
     (["data.hdf5", "--id", "no-version"], 2, ["namespace/name-v0"]),
     (["data.hdf5", "--id", ID, "--reward", "x"], 2, ["--reward"]),
-    (["table.csv", "--id", ID, "--reward", "x"], 2, ["--episode", "--terminal"]),
+    (["table.csv", "--id", ID, "--reward", "x"], 2, ["--terminal", "all, if each row is an episode"]),
     (["data.hdf5", "--id", ID, "--action_low", "0"], 2, ["--action_high"]),
     (["data.hdf5", "--id", ID, "--ref_min_score", "0"], 2, ["--ref_max_score"]),
     (["data.hdf5", "--id", ID, "--max_episode_steps", "0"], 2, ["--max_episode_steps"]),
@@ -1020,7 +1020,7 @@ def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
     lines = dict(line.split(": ", 1) for line in out.splitlines())
     assert status == 0 and not err
     assert lines == {
-        "deep/er/set-v0": "11 transitions, 1 episodes, continuous actions, no environment, flat form",
+        "deep/er/set-v0": "11 transitions, 1 episode, continuous actions, no environment, flat form",
         "test/first-v0": "7 transitions, 2 episodes, discrete actions, CartPole-v1, Minari form",
         "test/new-v0": "5 transitions, 3 episodes, discrete actions, no environment, flat form",
         **{key: line for key, line in lines.items() if "damaged" in line},
@@ -1095,7 +1095,7 @@ def test_combined_flat_datasets_keep_returns_before_dropping(run):
     assert np.load(place() / "episode_returns.npy").tolist() == [7, 56, 3, 60] and metadata()["episodes"] == 4
     assert run(*PARTS, "--rows", 3, 5, "--force")[0] == 0
     assert np.load(place() / "episode_returns.npy").tolist() == [7, 3] and read()[1] == [2, 1, 2, 3]
-    assert [x for x in metadata()["notes"] if x.startswith("test/first-v0: 2 rows were dropped")]
+    assert [x for x in metadata()["notes"] if x.startswith("test/first-v0: Dropped: 2 rows,")]
     assert run("--combine", "test/second-v0", "test/first-v0", "--id", ID, "--force")[0] == 0
     assert np.load(place() / "episode_returns.npy").tolist() == [3, 60, 7, 56]
 
