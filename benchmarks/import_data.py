@@ -209,7 +209,7 @@ def find_episodes(recording, limit):
         recording.note(f"Dropped: {dropped}, time-outs and last rows, whose next observation is not known.")
     if terminals.any():
         ended = plural(terminals.sum(), "terminal row")
-        recording.note(f"Next observations: {ended} without one, in whose place stands the row's own.")
+        recording.note(f"Next observation of {ended}: the row's own, which no target uses.")
     return terminals | unknown, ~unknown
 
 
@@ -839,6 +839,7 @@ def check_arguments(args, parser):
             done is None,
         "--terminal all leaves nothing to --timeout and --max_gap: each row is an episode that ends":
             args.terminal != "all" or args.timeout in (None, "none") and args.max_gap is None,
+        "--terminal and --timeout are the same column": args.terminal != args.timeout or args.timeout in (None, "none"),
         "--max_gap goes with --step": args.max_gap is None or args.step is not None,
         "--day_first goes with --step": args.day_first is None or args.step is not None,
         "--decimal is for CSV files": args.decimal is None or not files or not is_parquet(files[0]),

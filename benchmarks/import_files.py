@@ -1,6 +1,7 @@
 """The files of tables for import_table.py: CSV, Parquet, and folders of Parquet files. Columns are read by name; a
 column of lists becomes one column per place, `name[0]`, `name[1]`, ..."""
 
+import contextlib
 import re
 import urllib.parse
 import warnings
@@ -10,6 +11,7 @@ import numpy as np
 from common import DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip", ".zst")
+PANDAS_INDEX = r"__index_level_\d+__"  # a column in which pandas keeps the numbers of the rows
 MAX_PLACES = 1024  # of a column of lists, beyond which it is an image
 
 
@@ -113,12 +115,15 @@ def hive_keys(part, folder):
     return {key: None if value == "__HIVE_DEFAULT_PARTITION__" else value for key, value in values.items()}
 
 
-def open_part(part):
+@contextlib.contextmanager
+def opened(part):
+    """A Parquet file. Raises DataError where it is damaged."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(part)
+        with pyarrow.parquet.ParquetFile(part) as file:
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{part.name} is damaged or not a Parquet file: {error}") from error
 
@@ -132,20 +137,21 @@ def open_parquet(path, note):
     if not parts:
         raise DataError("the folder holds no Parquet files (.parquet); name a CSV file itself")
     if path.is_dir():
-        passed = f", {len(others):,} other files passed over, such as {others[0].name}" if others else ""
-        note(f"The folder's {len(parts):,} Parquet files are read in the order of their names{passed}.")
+        passed = f"; {len(others):,} of other kinds passed over, such as {others[0].name}" if others else ""
+        ends = " to ".join(dict.fromkeys(str(part.relative_to(path)) for part in (parts[0], parts[-1])))
+        note(f"Parquet files of the folder: {len(parts):,}, {ends}{passed}.")
     keys = [hive_keys(part, path) if path.is_dir() else {} for part in parts]
     names, row = None, {}
     for part, key in zip(parts, keys):
-        file = open_part(part)
-        found = [*file.schema_arrow.names, *key]
+        with opened(part) as file:
+            found = [name for name in file.schema_arrow.names if not re.fullmatch(PANDAS_INDEX, name)] + [*key]
+            if not row and file.metadata.num_rows:
+                row = next(file.iter_batches(batch_size=1)).to_pylist()[0]
         names = names or found
         if sorted(found) != sorted(names):
             changes = [("lacks", {*names} - {*found}), ("adds", {*found} - {*names})]
             words = " and ".join(f"{verb} {', '.join(sorted(some))}" for verb, some in changes if some)
             raise DataError(f"{part.relative_to(path)} differs from {parts[0].relative_to(path)}: it {words}")
-        if not row and file.metadata.num_rows:
-            row = next(file.iter_batches(batch_size=1)).to_pylist()[0]
     places = {name: places_of(name, row.get(name)) for name in names}
     places = {name: some if len(some) <= MAX_PLACES else [name] for name, some in places.items()}
     bases = {place: name for name, some in places.items() for place in some}
@@ -174,12 +180,11 @@ def read_parts(parts, keys, wanted):
 
     tables = []
     for part, key in zip(parts, keys):
-        file = open_part(part)
-        table = file.read(columns=[name for name in wanted if name not in key])
-        for name in wanted:
-            if name in key:
-                value = pyarrow.scalar(key[name], pyarrow.string())
-                table = table.append_column(name, pyarrow.repeat(value, file.metadata.num_rows))
+        with opened(part) as file:
+            table, n = file.read(columns=[name for name in wanted if name not in key]), file.metadata.num_rows
+        for name in (name for name in wanted if name in key):
+            value = pyarrow.scalar(key[name], pyarrow.string())
+            table = table.append_column(name, pyarrow.repeat(value, n))
         tables.append(table.select([*wanted]))
     try:
         table = pyarrow.concat_tables(tables, promote_options="permissive")  # refuses what would change a number
@@ -188,7 +193,7 @@ def read_parts(parts, keys, wanted):
     columns = {}
     for name in wanted:
         values = table[name]
-        if isinstance(values.type, pyarrow.BaseExtensionType):
+        if isinstance(values.type, pyarrow.BaseExtensionType) and pyarrow.types.is_nested(values.type.storage_type):
             values = values.cast(values.type.storage_type)
         whole = name in keys[0] and all(re.fullmatch(r"-?[1-9]\d{0,17}|0", key[name] or "") for key in keys)
         columns[name] = values.cast(pyarrow.int64()) if whole else values
@@ -210,7 +215,7 @@ def spread(name, values):
         row = other.argmax()
         raise DataError(
             f"column {name} has lists of different lengths, {lengths[0]:g} in row 0 and {lengths[row]:g} in row {row} "
-            "(from 0): store lists of one length"
+            "(from 0): a row is one step, with lists of one length"
         )
     n = int(lengths[0])
     flat, columns = pyarrow.compute.list_flatten(values), {}

@@ -145,7 +145,7 @@ def pick_all(args, names, like):
     single = {"step": args.step, "reward": args.reward or args.cost, "propensity": args.propensity}
     single |= {"terminal": args.terminal, "timeout": args.timeout}
     options = {"reward": "cost"} if args.cost else {}
-    columns = {"episode": [x for name in args.episode or () for x in pick([name], names, "episode")]}
+    columns = {"episode": [x for name in dict.fromkeys(args.episode or ()) for x in pick([name], names, "episode")]}
     for role, name in single.items():
         if name in WORDS.get(role, ()):
             if name in names:
@@ -281,12 +281,12 @@ def find_ends(recording, columns, ordered, span, args):
         distances = np.append(steps[1:] - steps[:-1], steps[:1] - steps[:1])
         gaps = goes_on & (distances > read_gap(args.max_gap, distances))
         goes_on &= ~gaps
-        recording.note(f"{plural(gaps.sum(), 'gap')} above {args.max_gap} end an episode.")
+        recording.note(f"Episodes end at {plural(gaps.sum(), 'gap')} above {args.max_gap}.")
     flagged = recording.terminals | timeouts
     if early := (recording.terminals & goes_on).sum() if by else 0:
         recording.note(f"{plural(early, 'terminal row')} before the last row of an episode, which is split there.")
     marks = " or ".join(columns[role][0] for role in ("terminal", "timeout") if role in columns)
-    how = f"by {by}" if by else f"which end where {marks} is 1" if marks else "without an end"
+    how = f"by {by}" if by else f"ended by {marks}" if marks else "without an end"
     ends = ~goes_on if by else ~goes_on | flagged
     recording.note(f"{rows}, {plural(ends.sum(), 'episode')} {how}; steps: {span}.")
     goes_on &= ~flagged
@@ -349,19 +349,22 @@ def match_masks(recording, names, masks, args, reader):
     values, texts = recording.actions[:, 0], entry.get("values")
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         raise DataError(f"--mask is for discrete actions: column {entry['name']} holds real numbers")
-    known = texts or np.unique(values).astype(np.int64).tolist()
+    known, parts = texts or np.unique(values).astype(np.int64).tolist(), mask_parts(names, args.mask)
     recording.actions = recording.actions.astype(np.int64)
-    parts, logged = mask_parts(names, args.mask), [str(x) for x in known]
-    numbers = all(re.fullmatch(r"0|[1-9]\d{0,8}", part) for part in parts)
-    if {*logged} <= {*parts} and len({*parts}) == len(parts):
+    if (numbers := all(part.isdecimal() for part in parts)) and not texts:
+        parts = [str(int(part)) for part in parts]
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        alike = [name for name, part in zip(names, parts) if part == twice[0]]
+        raise DataError(f"--mask has several columns for action {twice[0]}: {shorten(alike)}")
+    missing = [str(x) for x in known if str(x) not in parts]
+    if not missing:
         order = name_actions(recording, entry, parts, known, args)
-    elif numbers and not {*logged} & {*parts} or "[" in names[0]:
+    elif numbers and (len(missing) == len(known) or names[0].endswith("]")):
         order = sorted(range(len(parts)), key=lambda i: int(parts[i]))
-    elif texts or {*logged} & {*parts}:
-        missing = [x for x in logged if x not in parts]
+    elif texts or len(missing) < len(known):
         raise DataError(
-            f"--mask {' '.join(args.mask)}: no column for {entry['name']} {shorten(missing)}; the columns stand for "
-            f"{shorten(parts)}"
+            f"--mask {' '.join(args.mask)}: action {missing[0]} of {entry['name']} has no column; the columns stand "
+            f"for {shorten(parts)}"
         )
     else:
         order = range(len(parts))
@@ -372,8 +375,7 @@ def name_actions(recording, entry, parts, known, args):
     """Takes the actions from the names of their masks, so that one that nobody took is known. Returns the order of the
     columns."""
     whole = isinstance(known[0], int) and not isinstance(known[0], bool)
-    if whole and not all(re.fullmatch(r"0|-?[1-9]\d{0,17}", part) for part in parts):
-        odd = [part for part in parts if not re.fullmatch(r"0|-?[1-9]\d{0,17}", part)]
+    if whole and (odd := [part for part in parts if not re.fullmatch(r"0|-?[1-9]\d{0,14}", part)]):
         raise DataError(f"--mask has a column for {shorten(odd)}, but {entry['name']} holds whole numbers")
     if isinstance(known[0], bool) and len(parts) > 2:
         raise DataError(f"--mask has {len(parts)} columns for the truth values of {entry['name']}")
@@ -389,9 +391,8 @@ def name_actions(recording, entry, parts, known, args):
         recording.actions = np.array([values.index(x) for x in known])[recording.actions]
         entry["values"] = values
     if args.action_low is not None and (args.action_low, args.action_high) != ([low], [high]):
-        raise DataError(
-            "--action_low and --action_high do not fit the masks, whose names tell the actions: leave them out"
-        )
+        cure = "leave out --action_low and --action_high"
+        raise DataError(f"the names of the masks tell the actions, {shorten(values)}: {cure}")
     recording.action_low, recording.action_high = np.array([low]), np.array([high])
     if idle := [value for value in values if value not in known]:
         recording.note(f"Actions of {entry['name']} that no row took, known from the masks: {shorten(idle)}.")
@@ -462,7 +463,7 @@ class Reader:
             check_numbers(column.to_numpy(np.float64), name)
             return column.to_numpy(np.int64 if kind == "integer" else np.float64), None
         if kind in ("mixed", "bytes"):
-            raise DataError(f"{name} holds lists of differing or no length, records or images: leave it out")
+            raise DataError(f"{name} holds records, images, or lists that are empty or long: leave it out")
         if kind not in ("string", "boolean", "categorical"):
             raise DataError(
                 f"{name} holds {kind}: store text or numbers (for times, such as the hours since the episode began)"

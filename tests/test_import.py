@@ -193,8 +193,8 @@ def test_splits_and_what_is_missing_are_said(run):
     out = run(write(next_observations=following), "--id", ID)[1]
     assert "Split: 1 episode, where" in out and read()[1] == [5, 7]
     out = run(write(timeouts=None, terminals=flags(12, 2)), "--id", ID, "--force", "--max_episode_steps", 4)[1]
-    assert "end after 4 steps" in out and "Dropped: 3 rows" in out and "1 terminal row without" in out
-    assert read()[1] == [3, 3, 3] and "1 terminal row without" in " ".join(metadata()["notes"])
+    assert "end after 4 steps" in out and "Dropped: 3 rows" in out and "of 1 terminal row:" in out
+    assert read()[1] == [3, 3, 3] and "of 1 terminal row:" in " ".join(metadata()["notes"])
 
 
 @pytest.mark.parametrize(
