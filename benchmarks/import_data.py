@@ -492,9 +492,10 @@ def store_flat(dataset_id, columns, metadata, root, force):
     try:
         staging.mkdir(parents=True)
         for name, values in columns.items():
+            values = np.ascontiguousarray(values)
             with open(staging / f"{name}.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-                file.write(np.ascontiguousarray(values).data)  # np.save does not say that a disk is full
+                file.write(values.data)  # np.save does not say that a disk is full
                 sync(file)
         with open(staging / "metadata.json", "w", encoding="utf-8") as file:
             file.write(as_json(metadata))
