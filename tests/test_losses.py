@@ -148,7 +148,7 @@ def check_traced(script, agent, make_batch, tolerance, monkeypatch):
     test_gpu.py has). The random numbers are the same, and compiling itself uses none."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *x, options, **more: compile(*x, backend="aot_eager", **more))
-    data = {key: getattr(make_batch(), key).numpy() for key in script.Batch._fields}
+    data = {key: column.numpy() for key, column in make_batch()._asdict().items() if column is not None}
     state = torch.get_rng_state()
     script.updater(agent.config, agent, script.ReplayBuffer(data, "cpu").sample)
     assert torch.equal(state, torch.get_rng_state()) and agent.compute_gradients != agent.gradients
