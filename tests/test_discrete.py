@@ -308,7 +308,6 @@ def test_clone_is_cross_entropy_alone(head):
     assert close(loss, -q.softmax(dim=1)[torch.arange(B), batch.actions].log().mean())
     assert metrics.keys() == {"cql_qf_diff", *agent.action_metrics(q, batch.actions)}
     assert agent.holdout_metrics(batch).keys() == {"holdout_gap", "holdout_q"}
-    assert np.isnan(agent.start_values(np.ones((2, S)))).all()
 
 
 # Features.
@@ -390,7 +389,7 @@ def test_columns_are_those_of_a_slow_loop(target, n_step, episodes):
         assert refusal(cql.td_columns, data, config)[0] == 1
         return
     columns = cql.td_columns(data, config)
-    next_actions = columns.pop("next_actions")
+    next_actions = columns.pop("next_actions", columns["actions"])
     columns = [columns[key].reshape(-1) for key in cql.Batch._fields if key in columns]
     *expected, after = zip(*rows)
     assert all(x.tolist() == list(y) for x, y in zip(columns, expected)), (columns, expected)
@@ -433,6 +432,28 @@ def test_given_ends_of_the_atoms_count():
 def test_update_is_a_step_of_adam_then_of_the_target(rate, period):
     options = {"soft_target_update_rate": rate, "target_update_period": period, "qf_lr": 0.03}
     check_updates(lambda: make_agent(**options), make_batch, lambda _: (), {"critic": 0.03}, rate, period)
+
+
+@HEADS
+def test_regularisation(head):
+    """Weight decay shrinks all weights, layers are normalised without gain, and dropout acts in training alone."""
+    agents = [make_agent(head=head, weight_decay=decay) for decay in (0.0, 0.3)]
+    before, batch = copy.deepcopy(agents[0]), make_batch()
+    for agent in agents:
+        agent.update(batch)
+    for old, new, other in zip(*(agent.critic.parameters() for agent in (before, *agents))):
+        assert close(other, new - 0.01 * 0.3 * old)
+    network, x = make_agent(head=head, critic_layer_norm=True).critic, batch.observations
+    for layer in (network.hidden[0], network.hidden[2]):
+        x = layer(x)
+        x = (x - x.mean(dim=1, keepdim=True)) / (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+        x = x.clamp(min=0)
+    assert close(network.features(batch.observations), x)
+    agent, plain = make_agent(head=head, dropout=0.5, dr3_coefficient=0.1), make_agent(head=head)
+    assert (agent.critic(batch.observations) != agent.critic(batch.observations)).any()
+    assert agent.feature_metrics(batch) == plain.feature_metrics(batch) and agent.training
+    agent.eval()
+    assert torch.equal(agent.critic(batch.observations), plain.critic(batch.observations))
 
 
 # Precision and compilation.

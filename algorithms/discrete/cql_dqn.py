@@ -91,8 +91,8 @@ class TrainConfig:
     q_n_hidden_layers: int = 2  # hidden layers of the network
     orthogonal_init: bool = True  # orthogonal initialisation of the network
     normalize_features: bool = False  # scale the last hidden layer's output to norm 1
-    critic_layer_norm: bool = False  # layer normalisation in each hidden layer
-    dropout: float = 0.0  # share of each hidden layer's outputs that training sets to 0
+    critic_layer_norm: bool = False  # layer normalisation, without gain and shift, in the hidden layers
+    dropout: float = 0.0  # share of the hidden layers' outputs that training sets to 0
 
     discount: float = 0.99  # discount factor
     n_step: int = 1  # rewards in a TD target, all from one episode
@@ -135,11 +135,9 @@ class QNetwork(nn.Module):
         self.action_sizes, self.n_outputs, self.epsilon = action_sizes, n_outputs, 0.0  # share of random actions
         sizes = [observation_dim] + [hidden_dim] * n_hidden_layers + [math.prod(action_sizes) * n_outputs]
         *hidden, self.last = linear_layers(sizes, orthogonal_init)
-        self.hidden = nn.Sequential()
-        for layer in hidden:
-            self.hidden.extend([layer, nn.LayerNorm(hidden_dim), nn.ReLU()] if layer_norm else [layer, nn.ReLU()])
-            if dropout:
-                self.hidden.append(nn.Dropout(dropout))
+        norm = nn.LayerNorm(hidden_dim, elementwise_affine=False) if layer_norm else nn.Identity()
+        activation = nn.Sequential(norm, nn.ReLU(), nn.Dropout(dropout))
+        self.hidden = nn.Sequential(*[module for layer in hidden for module in (layer, activation)])
         self.register_buffer("atoms", torch.zeros(n_outputs))  # the values of c51's atoms
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
@@ -204,7 +202,7 @@ class Batch(NamedTuple):
     next_observations: Tensor  # [B, O], after them
     terminals: Tensor  # [B], 1 if they end in a terminal state, 0 elsewhere and at time-outs
     discounts: Tensor  # [B], factor on the value after them: discount ** (their number), 0 after a terminal state
-    next_actions: Tensor  # [B], index of the data's action after them; any if there is none
+    next_actions: Optional[Tensor] = None  # [B], index of the data's action after them, with target sarsa
     masks: Optional[Tensor] = None  # [B, A], 1 where an action is allowed; None: all are
     next_masks: Optional[Tensor] = None  # [B, A], after them
 
@@ -370,9 +368,7 @@ class DiscreteCQL(nn.Module):
     # local: the value of the greedy action
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """Returns what the network predicts: max_a Q(s, a) for raw observations [B, O] -> [B]; NaN for a clone."""
-        if self.config.bc_only:
-            return np.full(len(observations), np.nan)
+        """Returns what the network predicts: max_a Q(s, a) for raw observations [B, O] -> [B]."""
         observations = self.critic.normalise(as_observations(observations, self.critic.observation_mean))
         values = self.critic.values(self.critic(observations)).max(dim=1).values
         return values.view(len(observations)).cpu().numpy()
@@ -388,7 +384,9 @@ class DiscreteCQL(nn.Module):
     @torch.no_grad()
     def feature_metrics(self, batch: Batch) -> dict[str, float]:
         """Metrics of what DR3 acts on. The rank is the number of singular values that make up 99 % of their sum."""
+        self.eval()  # without dropout
         features, following = (self.critic.features(x) for x in (batch.observations, batch.next_observations))
+        self.train()
         share = torch.linalg.svdvals(features).cumsum(dim=0)
         return {
             "feature_rank": float((share < 0.99 * share[-1]).sum() + 1),
@@ -496,13 +494,13 @@ IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvCh
 Policy = QNetwork
 # local: limits of the options, both ends included, or the words that an option takes
 LIMITS = {
-    "seed eval_seed qf_lr cql_alpha dr3_coefficient": (0, 1e12),
+    "seed eval_seed qf_lr weight_decay cql_alpha dr3_coefficient": (0, 1e12),
     "max_timesteps eval_freq n_episodes batch_size buffer_size log_interval": (1, 1e12),
     "target_update_period hidden_dim q_n_hidden_layers n_step n_quantiles": (1, 1e6),
     "n_atoms": (2, 1e6),
     "reward_scale reward_bias v_min v_max": (-1e12, 1e12),
     "discount soft_target_update_rate eval_epsilon": (0, 1),
-    "holdout_fraction": (0, 0.9),
+    "holdout_fraction dropout": (0, 0.9),
     "reward_clip max_grad_norm": (1e-6, math.inf),
     "precision": ("float32", "tf32", "bfloat16"),
     "head": ("dqn", "c51", "qr"),
@@ -767,19 +765,20 @@ def check_masks(data: dict[str, Any], actions: np.ndarray, n_actions: int, name:
 
 
 def with_next_actions(data: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
-    """Adds the action of the following row. Target sarsa drops, and counts, the rows before a time-out: what follows
-    them in the data belongs to another episode, so they only lend their action. Raises DataError."""
+    """With target sarsa, adds the action of the following row, and drops, and counts, the last rows before a time-out:
+    what follows them in the data belongs to another episode, so they only lend their action. Raises DataError."""
+    if config.target != "sarsa":
+        return data
     ends, n = data["terminals"] | data["timeouts"], len(data["actions"])
     ends[-1:] = True
-    data = data | {"next_actions": np.roll(data["actions"], -1, axis=0)}
     known = ~ends | data["terminals"]
-    if config.target != "sarsa" or known.all():
-        return data
-    if not known.any():
+    if n and not known.any():
         raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
-    print(f"--target sarsa: {n - known.sum():,} of {n:,} transitions are dropped, as their next action is not known")
-    data["timeouts"] = data["timeouts"] | np.append(~known[1:], False)
-    return {key: column[known] for key, column in data.items()}
+    if not known.all():
+        print(f"--target sarsa: {n - known.sum():,} of {n:,} transitions are dropped: their next action is not known")
+    more = {"next_actions": np.roll(data["actions"], -1, axis=0)}
+    more["timeouts"] = data["timeouts"] | np.append(~known[1:], False)[:n]
+    return {key: column[known] for key, column in (data | more).items()}
 
 
 def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
@@ -925,7 +924,9 @@ class Task:
                     traceback.print_exception(error.__cause__)
                 self.failed = True
             if result:
-                result["predicted_value"] = agent.start_values(result.pop("first_observations"))
+                starts = result.pop("first_observations")
+                if not getattr(config, "bc_only", False):  # a clone has no values
+                    result["predicted_value"] = agent.start_values(starts)
                 rewards = map(self.training_rewards, result.pop("rewards"))
                 result["discounted_return"] = [(x * config.discount ** np.arange(len(x))).cumsum()[-1] for x in rewards]
                 if not np.isnan(result["success"]).all():  # else the environment reports none

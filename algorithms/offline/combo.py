@@ -188,10 +188,11 @@ class EnsembleCritic(nn.Module):
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
+        layer_norm: bool = False, dropout: float = 0.0,
     ):  # fmt: skip
         """dtype: that of the hidden layers' products. The last layer keeps the parameters': values need digits."""
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.layer_norm, self.dropout = dtype, layer_norm, dropout
         sizes = [observation_dim + action_dim, *[hidden_dim] * n_hidden_layers, 1]
         members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
         self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
@@ -207,7 +208,10 @@ class EnsembleCritic(nn.Module):
         x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
         x = x.to(self.dtype or x.dtype).expand(len(self.weights[0]), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype)).relu_()  # [E, B N, hidden]
+            x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype))  # [E, B N, hidden]
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:])
+            x = F.dropout(x.relu_(), self.dropout, self.training)
         q = (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]  # as a product it is slow on a CPU
         return q.view(-1, leading[-1], n_actions)
 
@@ -1278,7 +1282,9 @@ class Task:
                     traceback.print_exception(error.__cause__)
                 self.failed = True
             if result:
-                result["predicted_value"] = agent.start_values(result.pop("first_observations"))
+                starts = result.pop("first_observations")
+                if not getattr(config, "bc_only", False):  # a clone has no values
+                    result["predicted_value"] = agent.start_values(starts)
                 rewards = map(self.training_rewards, result.pop("rewards"))
                 result["discounted_return"] = [(x * config.discount ** np.arange(len(x))).cumsum()[-1] for x in rewards]
                 if not np.isnan(result["success"]).all():  # else the environment reports none
