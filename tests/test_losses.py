@@ -373,7 +373,7 @@ def test_dropout_acts_in_training_alone():
     ],
 )
 def test_options_that_exclude_each_other(options, words):
-    status, line = refusal(cql.TrainConfig, **options)
+    status, line = refusal(make_agent, **options)
     assert status == 2 and words in line
 
 

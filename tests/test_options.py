@@ -531,7 +531,8 @@ def acting(script):
     names = names - option_names("algorithms.offline.cql") if "finetune" in script else names
     texts = [Path(importlib.import_module(x).__file__).read_text() for x in (script, "algorithms.offline.cql")]
     own = "".join(text[text.index("# Shapes: ") : text.index("# Common to all files")] for text in texts)
-    return [x for x in ACTS if x in names and re.search(rf"\bconfig\.{x}\b", own)]
+    alone = names.difference(*(option_names(other) for other in SCRIPTS if other != script))
+    return [x for x in ACTS if x in alone or x in names and re.search(rf"\bconfig\.{x}\b", own)]
 
 
 @pytest.mark.parametrize(("script", "option"), [(x, y) for x in SCRIPTS for y in acting(x)], indirect=["script"])

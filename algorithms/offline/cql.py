@@ -1,6 +1,5 @@
 """Conservative Q-Learning (CQL), offline, for continuous actions: a soft actor-critic (SAC) that lowers the values of
-actions that the policy may choose and raises those of actions in the data. So the policy avoids what the data lack.
-CQL: https://arxiv.org/abs/2006.04779; SAC: https://arxiv.org/abs/1812.05905.
+actions that the policy may choose and raises those of the data's. At arxiv.org/abs: CQL 2006.04779, SAC 1812.05905.
 
     python algorithms/offline/cql.py --config_path configs/offline/cql/quickstart.yaml
 
@@ -11,8 +10,7 @@ Differs from the paper
 2. The log-integral of exp Q is estimated from N uniform, N current and N next-state policy actions, without log(3N).
 3. The entropy coefficient is tuned, and all losses use the same parameters, as in later public code.
 
-Known failures: scores depend on cql_alpha and the critics' depth; cloning may do better where noise averages out.
-docs/cql.md explains the options and metrics, docs/results.md has the results.
+Known failures: scores depend on cql_alpha and the critics' depth; cloning may be better. docs/cql.md explains options.
 """
 
 import contextlib
@@ -118,10 +116,6 @@ class TrainConfig:
 
     def __post_init__(self):
         check_config(self)
-        if self.target == "sarsa" and (self.backup_entropy or self.cql_max_target_backup):
-            raise ConfigError("--target sarsa takes neither --backup_entropy nor --cql_max_target_backup")
-        if self.dropout > 0 and self.cql_backprop_actions > 0:
-            raise ConfigError("--dropout takes --cql_backprop_actions 0: two passes would drop different outputs")
 
 
 # Shapes: B batch, E critics, N sampled actions, O observation, A action. Actions of the networks lie in [-1, 1].
@@ -242,6 +236,10 @@ class CQL(nn.Module):
 
     def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
         super().__init__()
+        if config.target == "sarsa" and (config.backup_entropy or config.cql_max_target_backup):
+            raise ConfigError("--target sarsa takes neither --backup_entropy nor --cql_max_target_backup")
+        if config.dropout > 0 and config.cql_backprop_actions > 0:
+            raise ConfigError("--dropout takes --cql_backprop_actions 0: two passes would drop different outputs")
         self.config, self.cql_alpha = config, config.cql_alpha
         sizes = (observation_dim, action_dim, config.hidden_dim)
         shape = (config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init)
