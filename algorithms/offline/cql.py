@@ -843,17 +843,17 @@ class ReplayBuffer:
     """All transitions, on the device; on the CPU, memory is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields if key in data]
+        columns = {key: torch.as_tensor(data[key], device=device) for key in Batch._fields if key in data}
         kept = (torch.int64, torch.uint8)  # discrete actions and masks
-        self.columns = [x if x.dtype in kept else x.float() for x in columns]
-        self.size = len(columns[0])
+        self.columns = Batch(**{key: x if x.dtype in kept else x.float() for key, x in columns.items()})
+        self.size = len(columns["rewards"])
 
     def rows(self, indices: Any) -> Batch:
-        return Batch(*[column[indices] for column in self.columns])
+        return Batch(*[None if x is None else x[indices] for x in self.columns])
 
     def sample(self, batch_size: int) -> Batch:
         rows = torch.randint(self.size, (batch_size,), device=self.columns[0].device)
-        return Batch(*[column.index_select(0, rows) for column in self.columns])  # faster than column[rows]
+        return Batch(*[None if x is None else x.index_select(0, rows) for x in self.columns])  # faster than x[rows]
 
 
 def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
