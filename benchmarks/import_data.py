@@ -9,10 +9,15 @@ an HDF5 file in D4RL's layout (observations, actions, rewards, terminals; timeou
 
     python benchmarks/import_data.py robot.hdf5 --id mine/robot-v0 --eval_env Hopper-v5
 
-a table of logged data, CSV or Parquet, with one row per step:
+a table of logged data, CSV or Parquet, or a folder of Parquet files, with one row per step; a bandit's log, where each
+row is an episode; or that of a plant which never ends:
 
     python benchmarks/import_data.py shop.csv --id mine/shop-v0 --episode customer --step time \
         --observations 'x_*' country --actions discount --reward profit --terminal left
+    python benchmarks/import_data.py clicks.csv --id mine/clicks-v0 --terminal all \
+        --observations 'user_*' --actions item --reward click --mask 'allowed_*' --propensity p
+    python benchmarks/import_data.py plant.csv --id mine/plant-v0 --terminal none --step time --max_gap 30min \
+        --observations 'T*' --actions valve --cost energy
 
 a later table, encoded as that one was:
 
@@ -753,7 +758,7 @@ def parse_arguments(argv):
     parser = Parser("", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     domains = list(dict.fromkeys(dataset.domain for dataset in d4rl().values()))
     add = parser.add_argument
-    add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv or .parquet file")
+    add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv, .tsv or .parquet file or folder")
     add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those imported before")
     add("--combine", nargs="+", metavar="DATASET_ID", help="two or more local datasets, to be joined in this order")
     add("--rows", type=int, nargs="+", metavar="N", help="rows to take from the start of each one (default: all)")
@@ -769,7 +774,7 @@ def parse_arguments(argv):
     add("--action_high", type=float, nargs="+", help="highest action: one number, or one per column")
     group = parser.add_argument_group("tables", "one row per step; the rows of an episode need not follow each other")
     table = group.add_argument
-    words = "columns whose values the rows of an episode share; without it --terminal alone ends episodes"
+    words = "values that the rows of an episode share (default: all rows, in order, until --terminal)"
     table("--episode", nargs="+", metavar="COLUMN", help=words)
     table("--step", metavar="COLUMN", help="numbers or times to sort the rows by (default: the order of the file)")
     table("--observations", nargs="+", metavar="COLUMN", help="names or patterns such as 'x_*'; text becomes one-hot")
