@@ -320,8 +320,8 @@ def read_gap(text, distances):
 
 
 def mask_parts(names, patterns):
-    """What distinguishes each name of a mask: what `*` stands for, the place in a list, or what follows the beginning
-    that all share."""
+    """The part of each mask's name that tells its action: what `*` stands for, the place in a list, or what follows the
+    beginning that all names share."""
     start = os.path.commonprefix(names)
     start = re.sub(r"[^\W_]+$", "", start) if len(names) > 1 else ""
     parts = [name[len(start) :] for name in names]

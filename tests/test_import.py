@@ -1226,7 +1226,7 @@ def test_other_folders_are_one_line(run, root):
 
 
 def robot(path, version):
-    """Three episodes in LeRobot's layout: a file each or, since version 3, in one, with lists of a fixed length."""
+    """Three episodes in LeRobot's layout: in three files or, since version 3, in one, with lists of a fixed length."""
     pa = pytest.importorskip("pyarrow")
     rng, tables, rows = np.random.default_rng(0), [], []
     for episode, n in enumerate((3, 4, 2)):
