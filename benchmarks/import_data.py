@@ -436,7 +436,7 @@ def import_dataset(source, dataset_id, args):
     env_id, limit = args.eval_env, args.max_episode_steps
     if task:
         path, env_id, limit = d4rl_file(source), env_id or task.environment or None, limit or task.max_episode_steps
-    if not path.is_file() and not (path.is_dir() and is_table(path)):
+    if not path.exists():
         raise DataError("there is no such file")
     if extension(path) in (".xlsx", ".xls", ".ods"):
         raise DataError("a spreadsheet cannot be read: export the sheet as CSV UTF-8")

@@ -274,10 +274,10 @@ def find_ends(recording, columns, ordered, span, args):
     (episodes, steps, timeouts), by = ordered, ", ".join(columns["episode"])
     goes_on, rows = np.append(episodes[1:] == episodes[:-1], False), plural(len(steps), "row")
     if args.terminal == "all":
-        order = f"sorted by {', '.join(columns['episode'] + columns['step'])}" if "step" in columns else span
-        recording.note(f"{rows}, each an episode of its own (--terminal all); {order}.")
+        order = ", ".join(columns["episode"] + columns.get("step", []))
+        recording.note(f"{rows}, each an episode of its own (--terminal all), in the order of {order or 'the file'}.")
         return np.zeros(len(steps), bool)
-    if "step" in columns and args.max_gap:
+    if args.max_gap:
         distances = np.append(steps[1:] - steps[:-1], steps[:1] - steps[:1])
         gaps = goes_on & (distances > read_gap(args.max_gap, distances))
         goes_on &= ~gaps
