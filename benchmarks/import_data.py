@@ -211,7 +211,7 @@ def find_episodes(recording, limit):
     unknown[-1] = not terminals[-1]
     if unknown.any():
         dropped = plural(unknown.sum(), "row")
-        recording.note(f"Dropped: {dropped}, time-outs and last rows, whose next observation is not known.")
+        recording.note(f"Dropped: {dropped} without a known next observation (time-outs and last rows).")
     if terminals.any():
         ended = plural(terminals.sum(), "terminal row")
         recording.note(f"Next observation of {ended}: the row's own, which no target uses.")

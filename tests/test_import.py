@@ -345,7 +345,7 @@ def test_a_table_of_logged_data(name, run):
         pytest.importorskip("pyarrow")
     table = TABLE if name.endswith("csv") else TABLE.assign(time=pd.to_datetime(TABLE.time, format="ISO8601"))
     status, out, err = table_run(run, table, name)
-    assert status == 0 and "Dropped: 1 row," in out and "0 is call, 1 is mail, 2 is none" in out, err
+    assert status == 0 and "Dropped: 1 row without" in out and "0 is call, 1 is mail, 2 is none" in out, err
     (observations, actions, rewards, following, terminals, timeouts), lengths = read()
     assert "typically" in out
     rows = {i: [*TABLE[["x_spend", "x_visits"]].loc[i], *(TABLE.country[i] == x for x in ("AT", "DE", "FR")),
@@ -1621,7 +1621,7 @@ def test_combined_flat_datasets_keep_returns_before_dropping(run):
     assert np.load(place() / "episode_returns.npy").tolist() == [7, 56, 3, 60] and metadata()["episodes"] == 4
     assert run(*PARTS, "--rows", 3, 5, "--force")[0] == 0
     assert np.load(place() / "episode_returns.npy").tolist() == [7, 3] and read()[1] == [2, 1, 2, 3]
-    assert [x for x in metadata()["notes"] if x.startswith("test/first-v0: Dropped: 2 rows,")]
+    assert [x for x in metadata()["notes"] if x.startswith("test/first-v0: Dropped: 2 rows without")]
     assert run("--combine", "test/second-v0", "test/first-v0", "--id", ID, "--force")[0] == 0
     assert np.load(place() / "episode_returns.npy").tolist() == [3, 60, 7, 56]
 
