@@ -32,9 +32,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, get_args
+from typing import Any, NamedTuple, Optional, get_args, get_type_hints
 
 if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads would spin, and a busy neighbour would cost most updates
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -596,46 +596,42 @@ def check_config(config: Any) -> None:
 
 def convert(name: str, text: str, kind: Any) -> Any:
     """An option's value from its text on the command line or in YAML. Raises ConfigError for any other text."""
-    kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
+    kind, *optional = get_args(kind) or (kind,)
     if optional and text in ("None", "null", "~", ""):
         return None
-    text = text if isinstance(text, str) else "--"  # argparse made a list of it
     with contextlib.suppress(OverflowError, ValueError):
         if kind is bool:
             return ["false", "true"].index(text.lower()) == 1
-        value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
+        value = text if kind is str else float(text.replace(".inf", "inf"))
         if kind(value) == value:
             return kind(value)
     takes = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
-    raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {text[:100]!r}")
+    raise ConfigError(f"--{name} takes {takes}{' or None' if optional else ''}, not {text[:100]!r}")
 
 
 def parse_arguments(config_class: type) -> Any:
     """The configuration from the command line and the YAML file that --config_path names: pyrallis without its silent
     conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed). Raises ConfigError."""
+    place = ""
 
     def fail(message: str) -> None:
-        raise ConfigError(f"{message} (write --option=value); --help lists the options")
+        raise ConfigError(f"{place}{message[:500]} (write --option=value); --help lists the options")
 
-    kinds = {field.name: field.type for field in fields(config_class)}
+    kinds = get_type_hints(config_class)
     getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else it runs once per option
     parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
     inspect.getsource = getsource
     parser.error, parser._postprocessing = fail, vars
     for action in parser._actions:
         if kind := kinds.get(action.dest):
-            action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
+            action.type, action.metavar = str, inspect.formatannotation(kind)
     options = parser.parse_args()
     if path := options.pop("config_path", None):
-        problem = f"--config_path {path} cannot be read as a YAML file of lines `option: value`"
-        with explain(problem, ConfigError):
+        with explain(f"--config_path {path} cannot be read as a YAML file of lines `option: value`", ConfigError):
             content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings, as on the command line
-        if not isinstance(content, dict):
-            raise ConfigError(problem)
-        for name, value in content.items():
-            if name not in kinds or not isinstance(value, str):
-                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is not an option with one value")
-        options = content | options
+            words = ["--" + name + "=" + value for name, value in content.items()]
+        place = f"--config_path {path}: "
+        options = parser.parse_args(words) | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
 
