@@ -983,18 +983,14 @@ def load_dataset(name: str) -> dict[str, Any]:
     for i in range(len(dataset)):
         with explain(problem):
             episode = dataset[i]
-        observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
-        lengths = {n, len(observations) - 1, len(episode.actions), len(episode.terminations), len(episode.truncations)}
-        if len(lengths) > 1 or not n or (parts and observations.shape[1] != parts[0][0].shape[1]):
-            raise DataError(f"{problem} (the parts of episode {i} differ in length or size)")
+        observations = flatten(episode.observations, dataset.observation_space)
+        actions = np.reshape(episode.actions, (len(episode.actions), -1))
         # The next observation is known at time-outs too, so that they bootstrap.
-        timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
-        actions = np.reshape(episode.actions, (n, -1))
+        timeouts = np.append(episode.truncations[:-1], True) & ~episode.terminations
         parts.append((observations[:-1], actions, episode.rewards, observations[1:], episode.terminations, timeouts))
     data |= dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
-    scores = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    if None not in scores:
-        data["reference_scores"] = scores
+    if {"ref_min_score", "ref_max_score"} <= metadata.keys():
+        data["reference_scores"] = [metadata["ref_min_score"], metadata["ref_max_score"]]
     if spec := dataset._eval_env_spec or dataset.env_spec:  # an entry point in it is ignored: it could be any code
         spec.kwargs.pop("render_mode", None)  # the recording may have had a window
         wrappers = [(wrapper.name, wrapper.kwargs) for wrapper in spec.additional_wrappers]
