@@ -683,18 +683,16 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
 
 def coarse_columns(wide: np.ndarray, narrow: np.ndarray) -> list[int]:
     """Returns the columns [T(, A)] that float32 changes, since they hold large numbers in a small range, or in which it
-    makes large whole numbers equal."""
-    if not len(wide):
-        return []
-    wide, narrow = wide.reshape(len(wide), -1), narrow.reshape(len(wide), -1)
-    low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
-    step, spread = np.spacing(np.float32(np.maximum(-low, high))), high - low
-    coarse = (step > 1e-3 * spread) & (spread > 1e-5) | (step >= 1) & (step > 1.5e-7 * spread)
-    coarse &= (narrow != wide).any(axis=0)
-    for i in np.flatnonzero((step > 1) & ~coarse):  # such as times, where 0 means never
-        whole = (wide[:, i] == np.rint(wide[:, i])).all()
-        coarse[i] = whole and len(np.unique(narrow[:, i])) < len(np.unique(wide[:, i]))
-    return np.flatnonzero(coarse).tolist()
+    makes whole numbers equal (such as times, where 0 means never)."""
+    coarse = []
+    for i, (x, y) in enumerate(zip(np.atleast_2d(wide.T), np.atleast_2d(narrow.T))):
+        if (x == y).all():
+            continue
+        step, spread = np.spacing(np.abs(y).max()), float(x.max()) - float(x.min())
+        merged = (x == np.rint(x)).all() and len(np.unique(y)) < len(np.unique(x))
+        if spread > 1e-5 and step > 1e-3 * spread or step >= 1 and step > 1.5e-7 * spread or merged:
+            coarse.append(i)
+    return coarse
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
