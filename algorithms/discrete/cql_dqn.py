@@ -855,9 +855,8 @@ class Task:
         self.arguments = recorded = data.get("environment", {"id": "none"})
         if config.eval_env not in (None, recorded["id"]):
             self.arguments = {"id": config.eval_env}
-            left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
-            if left and config.eval_env != "none":
-                print(f"{config.eval_env} is made with its defaults; {recorded['id']} was recorded with {left}")
+            if "none" not in (config.eval_env, recorded["id"]):
+                print(f"{config.eval_env} is made with its defaults; the data were recorded in {recorded}")
         n = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))  # so that all waves are alike
         self.envs = make_environments(config.eval_env, n, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
