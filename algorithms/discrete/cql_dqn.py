@@ -1096,8 +1096,7 @@ def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
         content = torch.load(path, map_location=device, weights_only=True)
         return content | {key: content[key] for key in keys}
     except Exception as error:  # torch's messages are pages of advice
-        kind = "checkpoint.pt" if keys else "checkpoint.pt or policy.pt"
-        fault = f"is not a {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
+        fault = "does not exist, is damaged, or is not a checkpoint.pt of a run (to act, its policy.pt will do)"
         raise DataError(f"{path} {fault}") from error
 
 
@@ -1286,19 +1285,21 @@ class Run:
         self.saved, self.save_seconds = time.perf_counter(), 0.0
         with contextlib.suppress(OSError):  # the folder does not exist yet or, of a finished run, is read-only
             self.lock()
-        self.resumed = (self.path / "checkpoint.pt").exists()
-        self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
-        self.rng = torch.cuda if "cuda" in config.device else torch
+        self.source, self.rng = self.path / "checkpoint.pt", torch
+        self.resumed = self.source.exists()
+        if not self.resumed:
+            self.source = config.load_model
         if "cuda" in config.device:
+            self.rng = torch.cuda
             torch.cuda.set_device(torch.device(config.device).index or 0)
         if self.source:
-            keys = ("agent", "policy", "config", "rows") + ("means", "random") * self.resumed
+            keys = ("agent", "policy", "config", "rows", "means", "random")
             self.checkpoint = load(self.source, config.device, *keys)
         if self.resumed:
             self.rows, old, new = self.checkpoint["rows"], self.checkpoint["config"], vars(config)
             longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
-            names = sorted((old.keys() | new.keys()) - self.may_change - longer)
-            changed = [f"{x} was {old.get(x)}, is {new.get(x)}" for x in names if old.get(x) != new.get(x)]
+            names = sorted(new.keys() - self.may_change - longer)
+            changed = [f"{x} was {old.get(x)}, is {new[x]}" for x in names if old.get(x) != new[x]]
             if changed:
                 raise ConfigError(f"{self.path} has other options, so give another --run_id: {'; '.join(changed)}")
 
@@ -1355,12 +1356,13 @@ class Run:
     def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
         """Adds a row with the speed and the means since the last one, weighted by the counts of its records."""
         speed = self.sums[1, -1].item() / self.seconds if self.seconds else 0.0
-        self.rows.append({"step": step} | row | {"updates_per_second": speed} | self.means(1))
-        self.progress.set_postfix_str(describe(self.rows[-1]))
-        self.progress.write(f"{self.unit} {step:,}: {describe(self.rows[-1])}, {speed:.0f} updates/s")
+        row = {"step": step} | row | {"updates_per_second": speed} | self.means(1)
+        self.rows.append(row)
+        self.progress.set_postfix_str(describe(row))
+        self.progress.write(f"{self.unit} {step:,}: {describe(row)}, {speed:.0f} updates/s")
         self.seconds = 0.0
         self.sums[1].zero_()
-        return self.rows[-1]
+        return row
 
     def restore(self, agent: Any, task: Task) -> None:
         """Sets the agent to where the run starts; a resumed run gets all the rest too. Raises DataError."""
@@ -1385,14 +1387,14 @@ class Run:
         started = time.perf_counter()
         if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
             return
-        policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
-        policy["encoding"] = self.encoding
+        policy = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict(), "encoding": self.encoding}
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [self.names, self.sums, self.done, self.seconds], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
         if self.config.keep_policies and self.rows and self.done == self.last_step:
             save(self.path / f"policy-{self.last_step}.pt", policy)
         if self.rows:
+            text = io.StringIO()
             writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -1424,20 +1426,26 @@ class Run:
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
         asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
         try:
-            limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
             mode = None if asked or wandb.login(prompt=False, verify=False) else "disabled"
-            options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
-            self.wandb = wandb.init(**options, config=vars(config), resume="allow", settings=limits, mode=mode)
+            self.wandb = wandb.init(
+                project=config.project,
+                group=config.group,
+                name=self.path.name,
+                id=config.run_id,
+                config=vars(config),
+                resume="allow",
+                settings=wandb.Settings(init_timeout=20, finish_timeout=20),  # seconds
+                mode=mode,
+            )
         except Exception as error:  # no account, no network, no disk
             print(f"warning: W&B is off for this run ({name_error(error)})", file=sys.stderr)
             self.wandb = wandb.init(mode="disabled")
         self.progress = tqdm(total=self.n_steps, initial=step, unit=unit, disable=None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        values = {name: value for name, value in metrics.items() if value is not None}
         try:
             if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
-                self.wandb.log(values, step=step)
+                self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step=step)
         except Exception as error:  # a failure of W&B does not end the run
             if not self.log_failed:
                 print(f"warning: W&B lacks step {step:,} ({name_error(error)})", file=sys.stderr)
