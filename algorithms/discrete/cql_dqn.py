@@ -1410,8 +1410,6 @@ class Run:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
-        if not self.resumed and (self.path / "checkpoint.pt").exists():
-            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit, self.encoding = unit, task.encoding
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
