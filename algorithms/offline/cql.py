@@ -788,9 +788,7 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     """Scales actions [T, A] from the box of action_low and action_high (-1 and 1 if unknown) to [-1, 1]; returns
     the box too, [A]. Raises DataError for actions outside it by more than 1e-3 of the range; others are clipped."""
     actions, size = data["actions"], data["actions"].shape[1:]
-    if coarse_columns(actions, np.float32(actions)):
-        raise DataError(f"--env {name}: float32 has too few digits for these actions: subtract a constant")
-    low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
+    low, high = np.broadcast_to(data.get("action_low", -1.0), size), np.broadcast_to(data.get("action_high", 1.0), size)
     largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound means no bound
     if not ((-largest < low) & (low < high) & (high < largest)).all():
         raise DataError(f"--env {name}: actions need bounds of about their own size, not {low} to {high}")
