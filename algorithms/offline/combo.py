@@ -1054,8 +1054,9 @@ def load_dataset(name: str) -> dict[str, Any]:
         timeouts = np.append(episode.truncations[:-1], True) & ~episode.terminations
         parts.append((observations[:-1], actions, episode.rewards, observations[1:], episode.terminations, timeouts))
     data |= dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
-    if {"ref_min_score", "ref_max_score"} <= metadata.keys():
-        data["reference_scores"] = [metadata["ref_min_score"], metadata["ref_max_score"]]
+    scores = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
+    if None not in scores:
+        data["reference_scores"] = scores
     if spec := dataset._eval_env_spec or dataset.env_spec:  # an entry point in it is ignored: it could be any code
         spec.kwargs.pop("render_mode", None)  # the recording may have had a window
         wrappers = [(wrapper.name, wrapper.kwargs) for wrapper in spec.additional_wrappers]
@@ -1452,7 +1453,8 @@ def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
         content = torch.load(path, map_location=device, weights_only=True)
         return content | {key: content[key] for key in keys}
     except Exception as error:  # torch's messages are pages of advice
-        fault = "does not exist, is damaged, or is not a checkpoint.pt of a run (to act, its policy.pt will do)"
+        kind = "checkpoint.pt" if keys else "checkpoint.pt or policy.pt"
+        fault = f"is not a {kind} of a run, or is damaged" if os.path.exists(path) else "does not exist"
         raise DataError(f"{path} {fault}") from error
 
 
