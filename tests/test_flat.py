@@ -226,13 +226,12 @@ def test_recorded_columns_that_float32_cannot_hold_apart_are_refused(script, tin
 @once
 def test_actions_that_float32_cannot_hold_are_refused(script, tiny, tmp_path):
     """433.92 MHz in Hz; in MHz they are fine."""
-    data = arrays(script) | {"actions": np.linspace(433_050_000, 434_790_000, 60).astype(np.int64)[:, None]}
+    data = arrays(script) | {"actions": np.linspace(433_050_000, 434_790_000, 60)[:, None]}
     data |= {"action_low": np.array([433.05e6]), "action_high": np.array([434.79e6])}
     data.pop("encoding")
     config = tiny(env="mine", eval_env="none")
-    for kind in (np.int64, np.float64):
-        line = refusal(script.train, config, data=data | {"actions": data["actions"].astype(kind)})[1]
-        assert "float32 has too few digits" in line and "actions" in line
+    line = refusal(script.train, config, data=data)[1]
+    assert "float32 has too few digits" in line and "actions" in line
     script.train(config, data=data | {key: data[key] / 1e6 for key in ("actions", "action_low", "action_high")})
     actions = script.load_policy(tmp_path / "runs/run/policy.pt")(data["observations"])
     assert 433.05 - 4e-5 <= actions.min() <= actions.max() <= 434.79 + 4e-5
