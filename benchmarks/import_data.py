@@ -794,7 +794,7 @@ def parse_arguments(argv):
     table("--propensity", metavar="COLUMN", help="probability with which the logged action was chosen")
     table("--day_first", choices=("True", "False"), help="whether 02/01/2024 in --step is 2 January")
     table("--decimal", choices=(",", "."), help="the decimal mark of a CSV file (default: a point)")
-    table("--like", metavar="DATASET_ID", help="encode as this dataset is: its observations, actions and bounds")
+    table("--like", metavar="DATASET_ID", help="encode as this dataset is: its observations, actions, bounds and masks")
     table(
         "--unseen",
         choices=("other",),
