@@ -398,7 +398,7 @@ MASKS = ["may_call", "may_mail", "may_17"]
 
 @discrete
 def test_masks_and_scores_by_name(script, tiny, tmp_path, write):
-    """Of an imported dataset, masks and all."""
+    """Policies of an imported dataset read the masks of a row."""
     data, rng = as_stored(arrays(script)), np.random.default_rng(1)
     masks = (rng.random((60, 3)) < 0.5) | (data["actions"] == np.arange(3))
     data |= {"masks": masks, "next_masks": np.roll(masks, -1, axis=0), "propensities": rng.random(60)}
