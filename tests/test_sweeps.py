@@ -118,7 +118,7 @@ def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark():
 
 
 def test_a_benchmark_lists_all_datasets_of_its_configuration():
-    benchmarked = {path: [] for path in CONFIGURATIONS if "quickstart" not in path}
+    benchmarked = {path: [] for path in CONFIGURATIONS if not re.search("quickstart|bandit", path)}
     for name, sweep in SWEEPS.items():
         for path in listed(sweep, "config_path"):
             envs = listed(sweep, "env")
