@@ -201,12 +201,12 @@ def fit(action, space, name):
     """An action of a foreign policy in the type of the space. Raises DataError for what the space does not contain."""
     fitted = action
     if isinstance(space, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)):
+        fitted = None
         with contextlib.suppress(RuntimeError, TypeError, ValueError):  # lists of lists, tensors with gradients
             values = np.asarray(action)
             if values.dtype.kind in "biuf" and np.isfinite(values).all():
-                fitted = values.astype(space.dtype)[()]
-                if space.dtype.kind != "f" and (fitted != values).any():
-                    fitted = None
+                converted = values.astype(space.dtype)[()]
+                fitted = converted if space.dtype.kind == "f" or (converted == values).all() else None
     if fitted is None or not space.contains(fitted):
         raise DataError(f"--policy {name} acted {str(action)[:200]}, which is not in {space}")
     return fitted
@@ -459,7 +459,9 @@ def collect(args):
         env=gym.spec(env_id),
         observation_space=envs[0].observation_space,
         action_space=space,
-        algorithm_name=", ".join([args.policy or f"replay of {Path(args.replay).name}", *extras]),
+        algorithm_name=", ".join(
+            [args.policy or f"replay of {Path(args.replay).name}", *filter(None, [args.algo]), *extras]
+        ),
         description=shlex.join(["collect.py", *(f"--{name}={value}" for name, value in options.items())]),
     )
     for env in envs:
