@@ -934,9 +934,7 @@ def make_environments(
 ) -> Optional[gym.vector.SyncVectorEnv]:
     """Returns None if none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
     kind = ConfigError if eval_env else DataError
-    problem = (
-        f"environment {id} cannot be made; --eval_env takes another, MODULE:ID (PYTHONPATH=. finds files), or none"
-    )
+    problem = f"environment {id} cannot be made; --eval_env takes another, MODULE:ID (local: PYTHONPATH=.), or none"
     if id not in gym.registry and id != "none" and importlib.util.find_spec("gymnasium_robotics"):
         with explain(problem, kind), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
