@@ -259,7 +259,7 @@ def agent_policy(args, env):
 
 
 def outline(space):
-    """What must agree between the spaces of an agent and of an environment; pictures may have their axes in any
+    """The part of a space that must be the same for an agent and an environment. Images may have their axes in any
     order."""
     if isinstance(space, gym.spaces.Dict):
         return {key: outline(part) for key, part in space.items()}

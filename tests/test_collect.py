@@ -353,7 +353,7 @@ def test_modules_that_are_missing_are_said_and_bugs_keep_their_traceback(policie
 
 
 class Agent:
-    """What collect.py uses of an agent of Stable-Baselines3, whose file holds what it is to do."""
+    """The part of an agent of Stable-Baselines3 that collect.py uses. Its file holds the name of its class."""
 
     def __init__(self, spaces):
         self.observation_space, self.action_space = spaces
@@ -392,7 +392,7 @@ class VecNormalize:
 
 @pytest.fixture
 def agents(monkeypatch):
-    """Modules in the place of Stable-Baselines3's."""
+    """Modules with the names of Stable-Baselines3's."""
     modules = {"stable_baselines3": {"PPO": PPO, "Logger": str}, "sb3_contrib": {"RecurrentPPO": RecurrentPPO}}
     modules |= {"stable_baselines3.common": {}, "stable_baselines3.common.base_class": {"BaseAlgorithm": Agent}}
     modules["stable_baselines3.common.vec_env"] = {"VecNormalize": VecNormalize, "DummyVecEnv": list}
