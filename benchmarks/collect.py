@@ -55,6 +55,7 @@ from minari.storage import get_dataset_path
 from tqdm import tqdm
 
 STATEFUL = ("maskableppo", "recurrentppo")  # algorithms of SB3-Contrib: their policies take masks or a state
+ROUNDING = 1e-6  # share of the range by which an action may be outside its bounds
 N_ENVS = 16  # side by side, so that a network acts for all of them in one call
 
 
@@ -198,13 +199,18 @@ def function_policy(name, env):
 
 
 def fit(action, space, name):
-    """An action of a foreign policy in the type of the space. Raises DataError for what the space does not contain."""
+    """An action of a foreign policy in the type of the space, whose bounds it may miss by rounding. Raises DataError
+    for what the space does not contain."""
     fitted = action
     if isinstance(space, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)):
         fitted = None
         with contextlib.suppress(RuntimeError, TypeError, ValueError):  # lists of lists, tensors with gradients
             values = np.asarray(action)
-            if values.dtype.kind in "biuf" and np.isfinite(values).all():
+            if values.shape == space.shape and values.dtype.kind in "biuf" and np.isfinite(values).all():
+                if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f":
+                    low, high = np.float64(space.low), np.float64(space.high)
+                    inside = np.clip(values, low, high)
+                    values = inside if (np.abs(inside - values) <= ROUNDING * (high - low)).all() else values
                 converted = values.astype(space.dtype)[()]
                 fitted = converted if space.dtype.kind == "f" or (converted == values).all() else None
     if fitted is None or not space.contains(fitted):
@@ -251,7 +257,9 @@ def agent_policy(args, env):
 
     def actions(observations):
         batch = normalise(stack(env.observation_space, observations))
-        found, _ = agent.predict(batch, deterministic=not args.stochastic)
+        found, state = agent.predict(batch, deterministic=not args.stochastic)
+        if state is not None:  # a recurrent agent under another name
+            raise DataError(f"--policy {args.policy} keeps a state, which cannot be given to it")
         return [fit(action, env.action_space, args.policy) for action in found]
 
     actions([env.reset(seed=0)[0]])
@@ -390,7 +398,8 @@ def parse_arguments(argv):
         ),
         "--policy must be random, heuristic, a file or module:function": not stored or Path(args.policy).is_file() or
             is_function(args.policy),
-        "--script goes with a policy.pt": args.script is None or stored and not args.algo,
+        "--script goes with a policy.pt": args.script is None or
+            stored and not args.algo and not is_function(args.policy),
         "--algo goes with an agent.zip as --policy": not args.algo or stored and Path(args.policy).is_file(),
         f"--policy {args.policy} needs its algorithm, such as --algo ppo": args.algo or not stored or
             Path(args.policy).suffix != ".zip",

@@ -295,6 +295,7 @@ def between(observation): return 1.5
 def beyond(observation): return 4
 def later(observation): return [-2, 0.25 if observation[0] < 2 else 9]
 def broken(observation): return 1 / 0
+def rounded(observation): return [-3 - 1e-6, 0.5 + 1e-7]
 
 number = 3
 """
@@ -318,6 +319,8 @@ def test_a_function_of_ones_own_acts(policies):
         assert episode.observations.tolist() == [[t] for t in range(len(episode) + 1)]
     for episode in run("--force", env="Keys-v0", policy="policy_module:place"):
         assert episode.actions.tolist() == [1, 1, 2, 2, 2, 2][: len(episode)]
+    for episode in run("--force", policy="policy_module:rounded"):
+        assert episode.actions.tolist() == [[-3, 0.5]] * len(episode)
     noisy = run("--force", "--epsilon", 0.5, env="Keys-v0", policy="policy_module:place")
     assert {x for episode in noisy for x in episode.actions.tolist()} == {1, 2, 3}
 
@@ -361,9 +364,12 @@ class Agent:
 
     @classmethod
     def load(cls, path, device):
-        if Path(path).read_text() != cls.__name__:
+        name, _, state = Path(path).read_text().partition(" ")
+        if name != cls.__name__:
             raise AttributeError("it has no network\nof this kind")
-        return cls((Corridor.observation_space, Corridor.action_space))
+        agent = cls((Corridor.observation_space, Corridor.action_space))
+        agent.state = state or None
+        return agent
 
     def set_random_seed(self, seed):
         self.seed = seed
@@ -371,7 +377,7 @@ class Agent:
     def predict(self, observations, deterministic):
         drawn = np.random.default_rng(self.seed).uniform(0.1, 0.4)
         second = np.full(len(observations), 0.25 if deterministic else drawn)
-        return np.stack([-observations[:, 0] / 4, second], axis=1), None
+        return np.stack([-observations[:, 0] / 4, second], axis=1), self.state
 
 
 class PPO(Agent):
@@ -402,6 +408,7 @@ def agents(monkeypatch):
         vars(module).update(values)
         monkeypatch.setitem(sys.modules, name, module)
     Path("agent.zip").write_text("PPO")
+    Path("recurrent.zip").write_text("PPO with a state")
     Path("statistics.pkl").write_text("statistics")
 
 
@@ -435,6 +442,8 @@ def test_an_agent_of_stable_baselines_acts(agents):
         (["--vecnormalize", "statistics.pkl"], {"policy": "random"}, 2, ["--vecnormalize", "--algo"]),
         (["--algo", "dqn"], {}, 2, ["--algo dqn is not one of ppo"]),
         (["--algo", "RecurrentPPO"], {}, 2, ["--algo RecurrentPPO acts on more than an observation"]),
+        (["--algo", "ppo"], {"policy": "recurrent.zip"}, 1, ["--policy recurrent.zip keeps a state"]),
+        (["--script", "agent.zip"], {"policy": "json:loads"}, 2, ["--script goes with a policy.pt"]),
         (["--algo", "ppo"], {"policy": "other.zip"}, 1, ["--policy other.zip", "--algo ppo", "no network of this"]),
         (["--algo", "ppo"], {"env": "Keys-v0"}, 1, ["--policy agent.zip was trained with Box(", "Discrete(3"]),
         (["--algo", "ppo"], {"env": "Told-v0"}, 1, ["--policy agent.zip was trained with Box(", "Dict("]),
