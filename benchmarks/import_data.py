@@ -435,7 +435,7 @@ def import_dataset(source, dataset_id, args):
         raise DataError("a spreadsheet cannot be read: export the sheet as CSV UTF-8")
     like = read_like(args.like) if args.like else None
     environment, space = None, None
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         recording, of_task = read_npz(path, args.task)
         env_id = env_id or of_task and f"ogbench:{of_task}"
     else:
@@ -801,7 +801,7 @@ def check_arguments(args, parser):
         "a file and --combine need --id; D4RL names take none": bool(files or args.combine) == (args.id is not None),
         f"{', '.join(f'--{name}' for name in given)}: for tables alone": not given or files and is_table(files[0]),
         f"a table needs {', '.join(missing)}": not missing or not files or not is_table(files[0]),
-        "--task goes with a .npz file": args.task is None or bool(files) and Path(files[0]).suffix == ".npz",
+        "--task goes with a .npz file": args.task is None or bool(files) and Path(files[0]).suffix.lower() == ".npz",
         "--day_first goes with --step": args.day_first is None or args.step is not None,
         "--decimal is for CSV files": args.decimal is None or not files or not is_parquet(files[0]),
         "--unseen goes with --like": args.unseen is None or args.like is not None,
