@@ -171,9 +171,9 @@ def read_hdf5(path):
 def read_npz(path, task):
     """An OGBench file, and the id of the task's environment."""
     columns, notes, environment = read_ogbench(path, task)
-    columns = {key: columns[key] for key in COLUMNS}
+    rows, columns = columns.get("rows"), {key: columns[key] for key in COLUMNS}
     check_layout(columns, columns)
-    recording = Recording(**{key: read_column(key, column) for key, column in columns.items()})
+    recording = Recording(rows=rows, **{key: read_column(key, column) for key, column in columns.items()})
     for note in notes:
         recording.note(note)
     return recording, environment

@@ -6,10 +6,11 @@ import warnings
 
 import numpy as np
 from common import DataError
-from import_table import check_flags
+from import_table import check_flags, check_numbers
 
 PACKAGE = "pip install -r requirements.txt ogbench==1.2.2"  # alone it takes a MuJoCo that our robots do not know
 COLUMNS = ("observations", "actions", "terminals")
+KEYS = (*COLUMNS, "next_observations", "rewards", "masks", "valids", "timeouts", "qpos", "qvel", "button_states")
 
 
 def read_ogbench(path, task):
@@ -22,13 +23,13 @@ def read_ogbench(path, task):
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = {key: file[key] for key in file.files}
+            columns = {key: file[key] for key in KEYS if key in file}
     except MemoryError:
         raise
     except Exception as error:  # NumPy and zipfile raise nearly anything for a damaged file
         raise DataError(f"it is damaged or not a .npz file of arrays: {error}") from error
     if missing := [key for key in COLUMNS if key not in columns]:
-        raise DataError(f"it lacks {', '.join(missing)}; it has {', '.join(columns) or 'nothing'}")
+        raise DataError(f"it lacks {', '.join(missing)}; it has {', '.join(columns) or 'none of its columns'}")
     if "timeouts" in columns:
         raise DataError("it has timeouts, which OGBench's layout lacks: store D4RL's layout as HDF5")
     columns = {key: column for key, column in columns.items() if key != "valids" or "next_observations" not in columns}
@@ -51,12 +52,14 @@ def read_ogbench(path, task):
         example = "such as pointmaze-medium-navigate-singletask-v0"
         raise DataError(f"it has no rewards: --task names the task of OGBench whose rewards are added, {example}")
     successes = columns.pop("masks", np.ones(len(columns["rewards"]))) == 0
-    notes.append(f"{successes.sum():,} rows are terminal, where masks are 0; each ends an episode.")
+    counted = f"{successes.sum():,} rows are terminal, where masks are 0; each ends an episode."
+    notes.append(counted if successes.any() else "No masks that are 0: no row is terminal.")
     return columns | {"terminals": successes, "timeouts": columns["timeouts"] & ~successes}, notes, environment
 
 
 def to_transitions(columns):
-    """The columns with next_observations, and timeouts instead of terminals; and sentences about it."""
+    """The columns with next_observations, timeouts instead of terminals, and `rows`, the places in the file where rows
+    were dropped; and sentences about it. Raises DataError."""
     ends = columns.pop("terminals").astype(bool)
     if "next_observations" in columns:
         return columns | {"timeouts": ends}, ["next_observations are the file's: no row was dropped."]
@@ -64,8 +67,11 @@ def to_transitions(columns):
     last[-1:] = True
     if last.all():
         raise DataError("no transition has a known next observation")
+    for key in ("actions", "rewards"):  # here rows have their numbers in the file
+        if key in columns and columns[key].dtype.kind in "biuf":
+            check_numbers(np.where(last, 0, columns[key].T).T, key)
     following = columns["observations"][1:][~last[:-1]]
-    columns = {key: column[~last] for key, column in columns.items()}
+    columns = {key: column[~last] for key, column in columns.items()} | {"rows": np.flatnonzero(~last)}
     note = f"{last.sum():,} rows were dropped: the last of each trajectory, since nothing tells where its action led."
     return columns | {"next_observations": following, "timeouts": np.append(last[1:], True)[~last]}, [note]
 
