@@ -73,8 +73,8 @@ class Told(Corridor):
         {"hint": gym.spaces.Text(5), "mission": Missions(), "place": Corridor.observation_space}
     )
 
-    def reset(self, **options):
-        return self.tell(super().reset(**options)[0]), {}
+    def reset(self, seed=None, options=None):
+        return self.tell(super().reset(seed=seed)[0]), {}
 
     def tell(self, place):
         return {"hint": "walk", "mission": "go", "place": place}
