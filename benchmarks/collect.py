@@ -1,20 +1,27 @@
-"""Record a Minari dataset with random actions, Gymnasium's LunarLander controller, or the policy of a run.
+"""Record a Minari dataset with random actions, Gymnasium's LunarLander controller, or a policy.
 
     python benchmarks/collect.py --env LunarLanderContinuous-v3 --policy heuristic --noise 0.9 --steps 100000 \
         --id lunarlander-continuous/medium-v0
+    python benchmarks/collect.py --env Hopper-v5 --policy runs/sac/policy.pt --id hopper/mine-v0
+    python benchmarks/collect.py --env Hopper-v5 --policy agent.zip --algo ppo --id hopper/ppo-v0
+    PYTHONPATH=. python benchmarks/collect.py --env Hopper-v5 --policy my_module:act --id hopper/rule-v0
     python benchmarks/collect.py --replay runs/sac --steps 50000 --id lunarlander-continuous/replay-v0
 
-The second command makes a dataset of what a run of finetune/cql.py met online, from its first random actions on, as
-D4RL's "replay" datasets are. A policy of your own copy of a script, with another network, needs --script
-path/to/copy.py.
+The policies are, in this order, LunarLander's controller; one of a run (one of your own copy of a script, with another
+network, needs --script path/to/copy.py); an agent of Stable-Baselines3 or SB3-Contrib, whose zip and .pkl files can run
+any code when they are opened; and a function of your own, from one observation to its action. The last command makes a
+dataset of what a run of finetune/cql.py met online, from its first random actions on, as D4RL's "replay" datasets are.
 
 The dataset goes to $MINARI_DATASETS_PATH (default ~/.minari/datasets). It is lossless and has exactly --steps steps:
 the last episode is cut there and marked truncated. Exit status: 0 stored, 1 cannot be done, 2 a bad value on the
 command line. An error is one line on stderr and stores nothing.
 """
 
+import contextlib
+import importlib.util
 import math
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -27,6 +34,9 @@ import gymnasium as gym
 import minari
 import numpy as np
 from common import (
+    MODULE_PATH,
+    DataError,
+    OptionError,
     Parser,
     check_actions,
     dataset_form,
@@ -44,6 +54,8 @@ from minari.namespace import NAMESPACE_METADATA_FILENAME, namespace_hierarchy
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
+STATEFUL = ("maskableppo", "recurrentppo")  # algorithms of SB3-Contrib: their policies take masks or a state
+ROUNDING = 1e-6  # share of the range by which an action may be outside its bounds
 N_ENVS = 16  # side by side, so that a network acts for all of them in one call
 
 
@@ -53,6 +65,13 @@ def storable(space):
         return all(map(storable, space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces))
     kinds = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
     return isinstance(space, kinds)
+
+
+def texts(space):
+    """The parts of a Dict that are texts, also of a kind of its own, such as MiniGrid's missions. The scripts leave
+    them out, too."""
+    parts = space.items() if isinstance(space, gym.spaces.Dict) else ()
+    return [key for key, part in parts if isinstance(part.sample(), str)]
 
 
 def stack(space, items):
@@ -133,8 +152,8 @@ def record(envs, policy, steps, seed, noise=0.0, epsilon=0.0):
 
 
 def make_policy(name, env, script=None):
-    """'random', 'heuristic' or the path of a policy.pt -> a function from running episodes to their actions. Raises a
-    DataError."""
+    """'random', 'heuristic', 'module:function' or the path of a policy.pt -> a function from running episodes to their
+    actions. Raises a DataError."""
     if name == "random":
         return lambda episodes: [episode.action_space.sample() for episode in episodes]
     if name == "heuristic":
@@ -143,6 +162,8 @@ def make_policy(name, env, script=None):
         from gymnasium.envs.box2d.lunar_lander import heuristic
 
         return lambda episodes: [heuristic(env, episode.observations[-1].tolist()) for episode in episodes]
+    if is_function(name):
+        return function_policy(name, env)
     _, policy = open_policy(Path(name), script)
     from algorithms.offline.cql import flatten
 
@@ -152,6 +173,109 @@ def make_policy(name, env, script=None):
     with prefix(f"--policy {name} cannot act in {env.spec.id}"):
         check_actions(act([env.reset(seed=0)[0]]), env.action_space)
     return lambda episodes: act([episode.observations[-1] for episode in episodes])
+
+
+def is_function(name):
+    return not Path(name).exists() and bool(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name))
+
+
+def function_policy(name, env):
+    """`module:function`, from an observation to an action, as a function from running episodes to their actions."""
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # one that the module imports
+            raise
+        raise OptionError(f"--policy {name}: {error} ({MODULE_PATH})") from error
+    if not callable(act := getattr(found, function, None)):
+        raise OptionError(f"--policy {name}: {module} has no function {function}")
+
+    def actions(observations):
+        return [fit(act(deepcopy(x)), env.action_space, name) for x in observations]  # it may write into its argument
+
+    actions([env.reset(seed=0)[0]])
+    return lambda episodes: actions([episode.observations[-1] for episode in episodes])
+
+
+def fit(action, space, name):
+    """An action of a foreign policy in the type of the space, whose bounds it may miss by rounding. Raises DataError
+    for what the space does not contain."""
+    fitted = action
+    if isinstance(space, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)):
+        fitted = None
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):  # lists of lists, tensors with gradients
+            values = np.asarray(action)
+            if values.shape == space.shape and values.dtype.kind in "biuf" and np.isfinite(values).all():
+                if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f":
+                    low, high = np.float64(space.low), np.float64(space.high)
+                    inside = np.clip(values, low, high)
+                    values = inside if (np.abs(inside - values) <= ROUNDING * (high - low)).all() else values
+                converted = values.astype(space.dtype)[()]
+                fitted = converted if space.dtype.kind == "f" or (converted == values).all() else None
+    if fitted is None or not space.contains(fitted):
+        raise DataError(f"--policy {name} acted {str(action)[:200]}, which is not in {space}")
+    return fitted
+
+
+def agent_policy(args, env):
+    """The agent of Stable-Baselines3 in the zip file --policy, as a function from running episodes to their actions.
+    Raises a DataError."""
+    try:
+        from stable_baselines3.common.base_class import BaseAlgorithm
+        from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+    except ImportError as error:
+        fail(1, f"--algo: the package {error.name} is missing: pip install -r requirements-extra.txt")
+    known = {}
+    for package in ("stable_baselines3", "sb3_contrib"):
+        if importlib.util.find_spec(package):
+            kinds = vars(importlib.import_module(package)).values()
+            known |= {x.__name__.lower(): x for x in kinds if isinstance(x, type) and issubclass(x, BaseAlgorithm)}
+    if (algo := args.algo.lower()) in STATEFUL:
+        raise OptionError(f"--algo {args.algo} acts on more than an observation, which cannot be given to it")
+    if algo not in known:
+        packages = "" if "tqc" in known else "; the package sb3_contrib, which has more, is not installed"
+        raise OptionError(f"--algo {args.algo} is not one of {', '.join(sorted({*known} - {*STATEFUL}))}{packages}")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            agent = known[algo].load(args.policy, device="cpu")
+    except Exception as error:  # a file of another algorithm or version raises nearly anything
+        problem = f"--policy {args.policy} cannot be loaded as --algo {args.algo}"
+        raise DataError(f"{problem}: {type(error).__name__}: {error}") from error
+    for own, other in ((agent.observation_space, env.observation_space), (agent.action_space, env.action_space)):
+        if outline(own) != outline(other):
+            raise DataError(f"--policy {args.policy} was trained with {own}, {env.spec.id} has {other}")
+    normalise = lambda observations: observations  # noqa: E731
+    if args.vecnormalize:
+        try:
+            statistics = VecNormalize.load(args.vecnormalize, DummyVecEnv([lambda: env]))
+        except Exception as error:  # a file of another kind, or other sizes
+            problem = f"--vecnormalize {args.vecnormalize} does not fit {env.spec.id}"
+            raise DataError(f"{problem}: {type(error).__name__}: {error}") from error
+        normalise = statistics.normalize_obs
+    agent.set_random_seed(args.seed)  # of drawn actions
+
+    def actions(observations):
+        batch = normalise(stack(env.observation_space, observations))
+        found, state = agent.predict(batch, deterministic=not args.stochastic)
+        if state is not None:  # a recurrent agent under another name
+            raise DataError(f"--policy {args.policy} keeps a state, which cannot be given to it")
+        return [fit(action, env.action_space, args.policy) for action in found]
+
+    actions([env.reset(seed=0)[0]])
+    return lambda episodes: actions([episode.observations[-1] for episode in episodes])
+
+
+def outline(space):
+    """The part of a space that must be the same for an agent and an environment. Images may have their axes in any
+    order."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: outline(part) for key, part in space.items()}
+    return (
+        type(space).__name__,
+        sorted(space.shape or ()),
+        np.ravel(getattr(space, "nvec", getattr(space, "n", 0))).tolist(),
+    )
 
 
 def free_place(dataset_id, force):
@@ -238,7 +362,20 @@ def parse_arguments(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--env", metavar="GYM_ID", help="Gymnasium id; MODULE:ID imports the module that registers it")
-    add("--policy", help="random, heuristic (LunarLander's controller), or the path of a policy.pt")
+    add("--policy", help="random, heuristic (LunarLander's controller), a policy.pt, an agent.zip, or module:function")
+    add("--algo", metavar="NAME", help="algorithm of an agent.zip of Stable-Baselines3 or SB3-Contrib, such as ppo")
+    add(
+        "--vecnormalize",
+        type=Path,
+        metavar="FILE.pkl",
+        help="VecNormalize's statistics that the agent was trained with",
+    )
+    add(
+        "--stochastic",
+        action="store_true",
+        default=None,
+        help="draw the agent's actions instead of taking the likeliest",
+    )
     add(
         "--replay", metavar="RUN_FOLDER", help="instead of --policy: the first online steps of a run of finetune/cql.py"
     )
@@ -259,8 +396,14 @@ def parse_arguments(argv):
         "--policy, --noise and --epsilon do not go with --replay": not (
             args.replay and (args.policy or args.noise or args.epsilon)
         ),
-        "--policy must be random, heuristic or a file": not stored or Path(args.policy).is_file(),
-        "--script goes with the file of a policy": args.script is None or stored,
+        "--policy must be random, heuristic, a file or module:function": not stored or Path(args.policy).is_file() or
+            is_function(args.policy),
+        "--script goes with a policy.pt": args.script is None or
+            stored and not args.algo and not is_function(args.policy),
+        "--algo goes with an agent.zip as --policy": not args.algo or stored and Path(args.policy).is_file(),
+        f"--policy {args.policy} needs its algorithm, such as --algo ppo": args.algo or not stored or
+            Path(args.policy).suffix != ".zip",
+        "--stochastic and --vecnormalize go with --algo": args.algo or not (args.stochastic or args.vecnormalize),
         "--steps must be at least 1": args.steps >= 1,
         "--noise must be a finite number of at least 0": 0 <= args.noise < math.inf,
         "--epsilon must be a probability, from 0 to 1": 0 <= args.epsilon <= 1,
@@ -284,6 +427,9 @@ def collect(args):
         if not args.env:
             fail(2, f"--replay {args.replay} acted in its dataset's environment: give it as --env")
     envs = [make_env(args.env) for _ in range(N_ENVS)]
+    if left_out := texts(envs[0].observation_space):
+        kept = [key for key in envs[0].observation_space if key not in left_out]
+        envs = [gym.wrappers.FilterObservation(env, kept) for env in envs] if kept else envs
     env_id, space = envs[0].spec.id, envs[0].action_space
     try:
         gym.spec(env_id).to_json()  # Minari stores it, and fails where the entry point is not a text
@@ -294,7 +440,14 @@ def collect(args):
             fail(1, f"--env {env_id} has a space that cannot be stored as arrays: {kind}")
     if args.noise and not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
         fail(2, f"--noise {args.noise:g} needs bounded actions of real numbers, which {env_id} lacks: use --epsilon")
-    policy = None if args.replay else make_policy(args.policy, envs[0], args.script)
+    if args.replay:
+        policy = None
+    elif args.algo:
+        policy = agent_policy(args, envs[0])
+    else:
+        policy = make_policy(args.policy, envs[0], args.script)
+    if left_out:
+        print(f"{env_id}: left out of the observations, since they are texts: {', '.join(left_out)}")
     if args.ref_min_score is None:
         args.ref_min_score, args.ref_max_score = reference_scores(env_id) or (None, None)
     scores = {"ref_min_score": args.ref_min_score, "ref_max_score": args.ref_max_score}
@@ -313,7 +466,11 @@ def collect(args):
         root,
         added=scores if args.ref_min_score is not None else None,
         env=gym.spec(env_id),
-        algorithm_name=", ".join([args.policy or f"replay of {Path(args.replay).name}", *extras]),
+        observation_space=envs[0].observation_space,
+        action_space=space,
+        algorithm_name=", ".join(
+            [args.policy or f"replay of {Path(args.replay).name}", *filter(None, [args.algo]), *extras]
+        ),
         description=shlex.join(["collect.py", *(f"--{name}={value}" for name, value in options.items())]),
     )
     for env in envs:

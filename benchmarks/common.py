@@ -24,6 +24,7 @@ SCRIPTS = (
     "algorithms.offline.cql",
 )  # between them they open the policies of all scripts
 INTERFACE = ("load_policy", "load_dataset", "evaluate")  # all that programs use of the script of a policy
+MODULE_PATH = "PYTHONPATH=. lets Python import a module of the current folder"
 LUNAR_LANDER = {"LunarLander": (-180.0, 250.0), "LunarLanderContinuous": (-200.0, 280.0)}  # see reference_scores
 
 
@@ -173,10 +174,10 @@ def check_actions(actions: Any, space: Any) -> None:
 
 
 def know_robotics(env_id: str) -> None:
-    """Makes the environments of Gymnasium-Robotics known if the id is not one of Gymnasium's."""
+    """Makes the environments of Gymnasium-Robotics known, if it is installed and the id is not one of Gymnasium's."""
     import gymnasium as gym
 
-    if env_id not in gym.registry:
+    if env_id not in gym.registry and importlib.util.find_spec("gymnasium_robotics"):
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
 
@@ -191,7 +192,12 @@ def make_env(env_id: str, option: str = "--env", /, **arguments: Any) -> Any:
         with warnings.catch_warnings(action="ignore"):
             return gym.make(env_id, disable_env_checker=True, **arguments)
     except Exception as error:  # Gymnasium's own errors, a missing package, a simulator of another version
-        raise OptionError(f"{option} {env_id} cannot be used: {str(error) or repr(error)}") from error
+        cure = ""
+        if isinstance(error, gym.error.UnregisteredEnv) and ":" not in env_id:
+            cure = f" ({option} MODULE:{env_id} imports the module that registers it)"
+        elif isinstance(error, ModuleNotFoundError) and ":" in env_id:
+            cure = f" ({MODULE_PATH})"
+        raise OptionError(f"{option} {env_id} cannot be used: {str(error) or repr(error)}{cure}") from error
 
 
 def dataset_form(path: Path) -> Optional[str]:

@@ -9,6 +9,11 @@ an HDF5 file in D4RL's layout (observations, actions, rewards, terminals; timeou
 
     python benchmarks/import_data.py robot.hdf5 --id mine/robot-v0 --eval_env Hopper-v5
 
+an OGBench file, with the rewards of a task, which OGBench's package computes:
+
+    python benchmarks/import_data.py pointmaze-medium-navigate-v0.npz --id ogbench/pointmaze-medium-v0 \
+        --task pointmaze-medium-navigate-singletask-v0
+
 a table of logged data, CSV or Parquet, or a folder of Parquet files, with one row per step; a bandit's log, where each
 row is an episode; or that of a plant which never ends:
 
@@ -53,6 +58,7 @@ import h5py
 import numpy as np
 from common import DataError, Parser, d4rl, dataset_form, fail, make_env, prefix, read_dataset, reference_scores
 from import_files import extension, find_parts, is_parquet
+from import_ogbench import read_ogbench
 from import_table import (
     DONE,
     Recording,
@@ -138,9 +144,8 @@ def check_layout(columns, present):
             raise DataError(f"{key} has shape {column.shape}, as images have: the scripts take vectors and small grids")
         if column.dtype.kind not in "biuf":
             raise DataError(f"{key} has type {column.dtype}: store numbers")
-        if (
-            column.is_virtual or column.external
-        ):  # its rows are in other files, and read as zeros where those are missing
+        # its rows are in other files, and read as zeros where those are missing
+        if isinstance(column, h5py.Dataset) and (column.is_virtual or column.external):
             raise DataError(f"{key} is a virtual dataset: store the numbers in this file")
     n_bytes = 4 * sum(column.size for column in columns.values())
     if n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
@@ -172,8 +177,19 @@ def read_hdf5(path):
         raise DataError(f"it is damaged or not an HDF5 file: {error}") from error
 
 
+def read_npz(path, task):
+    """An OGBench file, and the id of the task's environment."""
+    columns, notes, environment = read_ogbench(path, task)
+    rows, columns = columns.get("rows"), {key: columns[key] for key in COLUMNS}
+    check_layout(columns, columns)
+    recording = Recording(rows=rows, **{key: read_column(key, column) for key, column in columns.items()})
+    for note in notes:
+        recording.note(note)
+    return recording, environment
+
+
 def read_column(key, column):
-    """A column of an HDF5 file: flags, actions in their own precision, and numbers that float32 holds apart."""
+    """A column of a file: flags, actions in their own precision, and numbers that float32 holds apart."""
     values = column[()]
     if key in ("terminals", "timeouts"):
         check_flags(values, key)
@@ -265,34 +281,30 @@ def episode_ends(columns):
     return columns["terminals"] | columns["timeouts"]
 
 
-def n_numbers(space):
-    """How many numbers an observation has when a script flattens it."""
-    if isinstance(space, gym.spaces.Dict):
-        return sum(map(n_numbers, space.values()))
-    if isinstance(space, (gym.spaces.Discrete, gym.spaces.Text)):
-        return int(getattr(space, "n", 0))
-    return math.prod(space.shape or ())
-
-
 def as_json(value):
     """The text of metadata. Raises ValueError for what JSON does not have, such as a function."""
     return json.dumps(value, indent=1, ensure_ascii=False, default=lambda x: np.asarray(x).tolist())
 
 
 def evaluation(env_id, limit, size):
-    """The environment, with this step limit if there is one, as load_dataset returns it; and its action space."""
+    """The environment, with this step limit if there is one, as load_dataset returns it; and its action space. The id
+    is stored without its module: a run imports one only if its user names it."""
+    from algorithms.offline.cql import flatten
+
     cure = "name another --eval_env, or none"
     try:
         env = make_env(env_id, "--eval_env")
-        spec = gym.spec(env_id)
+        spec = gym.spec(env.spec.id)
         environment = {key: value for key, value in spec.kwargs.items() if key != "render_mode"}
         environment |= {"id": spec.id, "max_episode_steps": limit or spec.max_episode_steps}
         environment["wrappers"] = [[wrapper.name, wrapper.kwargs] for wrapper in spec.additional_wrappers]
         as_json(environment)
+        space = env.observation_space
+        wanted = flatten(collect.stack(space, [space.sample()]), space).shape[1]
     except (DataError, TypeError, ValueError) as error:
         raise DataError(f"{error}; {cure}") from error
     env.close()
-    if size != (wanted := n_numbers(env.observation_space)):
+    if size != wanted:
         raise DataError(f"observations have {size} numbers, those of {env_id} have {wanted}: {cure}")
     return environment, env.action_space
 
@@ -441,8 +453,12 @@ def import_dataset(source, dataset_id, args):
     if extension(path) in (".xlsx", ".xls", ".ods"):
         raise DataError("a spreadsheet cannot be read: export the sheet as CSV UTF-8")
     like = read_like(args.like) if args.like else None
-    recording = read_table(path, args, like) if is_table(path) else read_hdf5(path)
     environment, space = None, None
+    if extension(path) == ".npz":
+        recording, of_task = read_npz(path, args.task)
+        env_id = env_id or of_task and f"ogbench:{of_task}"
+    else:
+        recording = read_table(path, args, like) if is_table(path) else read_hdf5(path)
     if env_id not in (None, "none"):
         environment, space = evaluation(env_id, limit, recording.observations.shape[1])
     if environment and recording.masks is not None:
@@ -459,6 +475,8 @@ def import_dataset(source, dataset_id, args):
         scores = task and task.scores or environment and reference_scores(environment["id"])
     if environment is None:
         recording.note(NO_ENVIRONMENT)
+    elif ":" in env_id:
+        recording.note(f"Runs import the module of the environment only where it is named: --eval_env {env_id}.")
     metadata = {
         "action_low": low,
         "action_high": high,
@@ -751,14 +769,19 @@ def is_table(source):
 
 
 def is_file(source):
-    return is_table(source) or Path(source).suffix in (".hdf5", ".h5") or os.path.exists(source)
+    return is_table(source) or extension(source) in (".hdf5", ".h5", ".npz") or os.path.exists(source)
 
 
 def parse_arguments(argv):
     parser = Parser("", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     domains = list(dict.fromkeys(dataset.domain for dataset in d4rl().values()))
     add = parser.add_argument
-    add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv, .tsv or .parquet file or folder")
+    add(
+        "sources",
+        nargs="*",
+        metavar="source",
+        help="D4RL names, or one .hdf5, .npz, .csv, .tsv or .parquet file or folder",
+    )
     add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those imported before")
     add("--combine", nargs="+", metavar="DATASET_ID", help="two or more local datasets, to be joined in this order")
     add("--rows", type=int, nargs="+", metavar="N", help="rows to take from the start of each one (default: all)")
@@ -766,6 +789,11 @@ def parse_arguments(argv):
     add("--id", metavar="DATASET_ID", help="the new id, namespace/name-v0 (D4RL names become d4rl/<name>)")
     add("--force", action="store_true", help="replace an existing dataset")
     add("--eval_env", metavar="GYM_ID", help="Gymnasium environment to evaluate in, or none")
+    add(
+        "--task",
+        metavar="NAME",
+        help="task of OGBench whose rewards a .npz file is given, evaluated in its environment",
+    )
     add("--max_episode_steps", type=int, help="step limit of evaluations, and of episodes if no end is marked")
     add("--ref_min_score", type=float, help="return that scores 0 (D4RL's tasks have a default)")
     add("--ref_max_score", type=float, help="return that scores 100; give both or neither")
@@ -847,6 +875,7 @@ def check_arguments(args, parser):
             args.terminal != "all" or args.timeout in (None, "none") and args.max_gap is None,
         "--terminal and --timeout are the same column": args.terminal != args.timeout or args.timeout in (None, "none"),
         "--max_gap goes with --step": args.max_gap is None or args.step is not None,
+        "--task goes with a .npz file": args.task is None or bool(files) and extension(files[0]) == ".npz",
         "--day_first goes with --step": args.day_first is None or args.step is not None,
         "--decimal is for CSV files": args.decimal is None or not files or not is_parquet(files[0]),
         "--unseen goes with --like": args.unseen is None or args.like is not None,

@@ -50,13 +50,15 @@ def without_renderer(message):
 def find_environment(name, script):
     """The id and arguments of the environment that --env means, and the data if it is a dataset, else an empty dict.
     Raises DataError."""
-    if name in gym.registry or "/" not in name and not local_dataset(name):
+    if name in gym.registry or ":" in name or "/" not in name and not local_dataset(name):
         return {"id": name}, {}
     data = script.load_dataset(name)
-    environment = data.get("environment", {"id": "none"})
+    if not (environment := data.get("environment")):
+        raise DataError(f"--env {name} names no environment: give the id of one")
     know_robotics(environment["id"])
     if environment["id"] not in gym.registry:  # a name in data could import any module
-        raise DataError(f"--env {name} has no environment that Gymnasium knows: give the id of one")
+        cure = "give the id of one; MODULE:ID imports the module that registers it"
+        raise DataError(f"--env {name} names {environment['id']}, which Gymnasium does not know: {cure}")
     return environment, data
 
 
@@ -168,7 +170,7 @@ def parse_arguments(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("policy", type=Path, metavar="POLICY", help="policy.pt or checkpoint.pt of a run")
-    add("--env", required=True, metavar="ID", help="Gymnasium id, or the name of a dataset, for its environment")
+    add("--env", required=True, metavar="ID", help="Gymnasium id or MODULE:ID, or a dataset, for its environment")
     add("--output", type=Path, metavar="PATH", help="folder for the videos, or a .mp4 file if there is one episode")
     add("--no_video", action="store_true", help="print the returns only")
     add("--episodes", type=int, default=1, help="number of episodes (default %(default)s)")

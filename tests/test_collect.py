@@ -1,8 +1,10 @@
 """benchmarks/collect.py: what it records, how it stores it, and the messages for users' errors."""
 
+import importlib.machinery
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -54,12 +56,44 @@ class Texts(Corridor):
     observation_space = gym.spaces.Dict({"hint": gym.spaces.Text(5)})
 
 
+class Missions(gym.Space):
+    """Texts in a space of its own, as MiniGrid has them."""
+
+    def sample(self):
+        return "go"
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+
+class Told(Corridor):
+    """Corridor that tells its mission beside the place."""
+
+    observation_space = gym.spaces.Dict(
+        {"hint": gym.spaces.Text(5), "mission": Missions(), "place": Corridor.observation_space}
+    )
+
+    def reset(self, seed=None, options=None):
+        return self.tell(super().reset(seed=seed)[0]), {}
+
+    def tell(self, place):
+        return {"hint": "walk", "mission": "go", "place": place}
+
+    def step(self, action):
+        place, *rest = super().step(action)
+        return self.tell(place), *rest
+
+
+class Keys(Corridor):
+    action_space = gym.spaces.Discrete(3, start=1)
+
+
 class Broken(Corridor):
     def __init__(self):
         raise RuntimeError("no simulator\nof this version")
 
 
-for kind in (Corridor, Endless, Sequences, Texts, Broken):
+for kind in (Corridor, Endless, Sequences, Texts, Told, Keys, Broken):
     gym.register(f"{kind.__name__}-v0", entry_point=f"{__name__}:{kind.__name__}")
 gym.register("Callable-v0", entry_point=Corridor)  # what Minari cannot store
 
@@ -232,6 +266,227 @@ def test_policy_of_a_run(env, capsys, monkeypatch):
     code, line = refusal(capsys, env="InvertedPendulum-v5", policy="policy.pt", id="test/pendulum-v0")
     assert code == 1 and "--policy policy.pt" in line and "InvertedPendulum-v5" in line
     assert env != "CartPole-v1" or "int64" in line
+
+
+def test_texts_are_left_out_and_said(capsys):
+    dataset = run(env="Told-v0", steps=30)
+    assert "they are texts: hint, mission" in capsys.readouterr().out
+    assert dataset.observation_space == gym.spaces.Dict({"place": Corridor.observation_space})
+    data = cql.load_dataset("test/corridor-v0")
+    assert data["environment"]["id"] == "Told-v0" and data["environment"]["wrappers"] == []
+    assert data["observations"].shape == (30, 1) and data["observations"][:3].tolist() == [[0], [1], [2]]
+
+
+POLICIES = """
+import numpy as np
+
+def half(observation):
+    observation[:] = 99  # its own copy
+    return [-2, 0.25]
+
+def place(observation): return 1.0 + (observation[0] > 1)  # 1 or 2
+def few(observation): return [0.0]
+def outside(observation): return [-2, 0.6]
+def nan(observation): return np.array([np.nan, 0])
+def nothing(observation): pass
+def ragged(observation): return [0, [0.1]]
+def words(observation): return "left"
+def between(observation): return 1.5
+def beyond(observation): return 4
+def later(observation): return [-2, 0.25 if observation[0] < 2 else 9]
+def broken(observation): return 1 / 0
+def rounded(observation): return [-3 - 1e-6, 0.5 + 1e-7]
+
+number = 3
+"""
+
+
+@pytest.fixture
+def policies(tmp_path, monkeypatch):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "policy_module.py").write_text(POLICIES)
+    (tmp_path / "modules" / "needy_module.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    yield
+    sys.modules.pop("policy_module", None)
+
+
+def test_a_function_of_ones_own_acts(policies):
+    dataset = run(policy="policy_module:half")
+    assert dataset.storage.metadata["algorithm_name"] == "policy_module:half"
+    for episode in dataset:
+        assert episode.actions.dtype == np.float32 and episode.actions.tolist() == [[-2, 0.25]] * len(episode)
+        assert episode.observations.tolist() == [[t] for t in range(len(episode) + 1)]
+    for episode in run("--force", env="Keys-v0", policy="policy_module:place"):
+        assert episode.actions.tolist() == [1, 1, 2, 2, 2, 2][: len(episode)]
+    for episode in run("--force", policy="policy_module:rounded"):
+        assert episode.actions.tolist() == [[-3, 0.5]] * len(episode)
+    noisy = run("--force", "--epsilon", 0.5, env="Keys-v0", policy="policy_module:place")
+    assert {x for episode in noisy for x in episode.actions.tolist()} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "status", "words"),
+    [
+        *((name, "Corridor-v0", 1, [f"--policy policy_module:{name} acted", "Box("]) for name in (
+            "few", "outside", "nan", "nothing", "ragged", "words", "later")),
+        ("between", "Keys-v0", 1, ["acted 1.5", "Discrete(3, start=1)"]),
+        ("beyond", "Keys-v0", 1, ["acted 4", "Discrete(3, start=1)"]),
+        ("number", "Corridor-v0", 2, ["policy_module has no function number"]),
+        ("missing", "Corridor-v0", 2, ["policy_module has no function missing"]),
+    ],
+)  # fmt: skip
+def test_a_function_that_returns_no_action_is_one_line(name, env, status, words, policies, capsys, root):
+    code, line = refusal(capsys, env=env, policy=f"policy_module:{name}")
+    assert code == status and all(word in line for word in words), line
+    assert not any(root.glob("test/*"))
+
+
+def test_modules_that_are_missing_are_said_and_bugs_keep_their_traceback(policies, capsys, monkeypatch):
+    code, line = refusal(capsys, policy="no.such_module:act")
+    assert code == 2 and "--policy no.such_module:act" in line and "PYTHONPATH=." in line
+    code, line = refusal(capsys, env="no_such_module:Corridor-v0")
+    assert code == 2 and "PYTHONPATH=." in line
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)  # not everybody has it
+    code, line = refusal(capsys, env="Corrido-v0")
+    assert code == 2 and "Corridor" in line and "--env MODULE:Corrido-v0 imports the module" in line
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        run(policy="needy_module:act")
+    with pytest.raises(ZeroDivisionError):
+        run(policy="policy_module:broken")
+
+
+class Agent:
+    """The part of an agent of Stable-Baselines3 that collect.py uses. Its file holds the name of its class."""
+
+    def __init__(self, spaces):
+        self.observation_space, self.action_space = spaces
+        self.seed = None
+
+    @classmethod
+    def load(cls, path, device):
+        name, _, state = Path(path).read_text().partition(" ")
+        if name != cls.__name__:
+            raise AttributeError("it has no network\nof this kind")
+        agent = cls((Corridor.observation_space, Corridor.action_space))
+        agent.state = state or None
+        return agent
+
+    def set_random_seed(self, seed):
+        self.seed = seed
+
+    def predict(self, observations, deterministic):
+        drawn = np.random.default_rng(self.seed).uniform(0.1, 0.4)
+        second = np.full(len(observations), 0.25 if deterministic else drawn)
+        return np.stack([-observations[:, 0] / 4, second], axis=1), self.state
+
+
+class PPO(Agent):
+    pass
+
+
+class RecurrentPPO(Agent):
+    pass
+
+
+class VecNormalize:
+    @staticmethod
+    def load(path, venv):
+        if Path(path).read_text() != "statistics":
+            raise AssertionError("spaces must have the same shape")
+        return types.SimpleNamespace(normalize_obs=lambda observations: observations / 2)
+
+
+@pytest.fixture
+def agents(monkeypatch):
+    """Modules with the names of Stable-Baselines3's."""
+    modules = {"stable_baselines3": {"PPO": PPO, "Logger": str}, "sb3_contrib": {"RecurrentPPO": RecurrentPPO}}
+    modules |= {"stable_baselines3.common": {}, "stable_baselines3.common.base_class": {"BaseAlgorithm": Agent}}
+    modules["stable_baselines3.common.vec_env"] = {"VecNormalize": VecNormalize, "DummyVecEnv": list}
+    for name, values in modules.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+    Path("agent.zip").write_text("PPO")
+    Path("recurrent.zip").write_text("PPO with a state")
+    Path("statistics.pkl").write_text("statistics")
+
+
+def test_an_agent_of_stable_baselines_acts(agents):
+    agent = "--algo", "ppo"
+    dataset = run(*agent, policy="agent.zip")
+    assert dataset.storage.metadata["algorithm_name"] == "agent.zip, ppo"
+    assert "--algo=ppo" in dataset.storage.metadata["description"] and "stochastic" not in str(dataset.storage.metadata)
+    for episode in dataset:
+        assert episode.actions == pytest.approx(
+            np.stack([-episode.observations[:-1, 0] / 4, 0.25 + 0 * episode.rewards], 1)
+        )
+    halved = run(*agent, "--vecnormalize", "statistics.pkl", "--force", policy="agent.zip")
+    for episode in halved:
+        assert episode.actions[:, 0] == pytest.approx(-episode.observations[:-1, 0] / 8)
+    drawn = [
+        run("--algo", "PPO", "--stochastic", "--seed", seed, "--force", policy="agent.zip")[0] for seed in (0, 0, 1)
+    ]
+    seconds = [episode.actions[0, 1] for episode in drawn]
+    assert seconds[0] == seconds[1] != seconds[2] and 0.25 not in seconds
+    assert run(*agent, "--noise", 0.1, "--force", policy="agent.zip")[0].actions[0, 0] != 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "code", "words"),
+    [
+        ([], {}, 2, ["--policy agent.zip", "--algo ppo"]),
+        (["--algo", "ppo"], {"policy": "random"}, 2, ["--algo", "agent.zip"]),
+        (["--algo", "ppo"], {"policy": "nowhere.zip"}, 2, ["--policy", "file"]),
+        (["--stochastic"], {"policy": "random"}, 2, ["--stochastic", "--algo"]),
+        (["--vecnormalize", "statistics.pkl"], {"policy": "random"}, 2, ["--vecnormalize", "--algo"]),
+        (["--algo", "dqn"], {}, 2, ["--algo dqn is not one of ppo"]),
+        (["--algo", "RecurrentPPO"], {}, 2, ["--algo RecurrentPPO acts on more than an observation"]),
+        (["--algo", "ppo"], {"policy": "recurrent.zip"}, 1, ["--policy recurrent.zip keeps a state"]),
+        (["--script", "agent.zip"], {"policy": "json:loads"}, 2, ["--script goes with a policy.pt"]),
+        (["--algo", "ppo"], {"policy": "other.zip"}, 1, ["--policy other.zip", "--algo ppo", "no network of this"]),
+        (["--algo", "ppo"], {"env": "Keys-v0"}, 1, ["--policy agent.zip was trained with Box(", "Discrete(3"]),
+        (["--algo", "ppo"], {"env": "Told-v0"}, 1, ["--policy agent.zip was trained with Box(", "Dict("]),
+        (["--algo", "ppo", "--vecnormalize", "agent.zip"], {}, 1, ["--vecnormalize agent.zip", "same shape"]),
+    ],
+)
+def test_agents_that_do_not_fit_are_one_line(options, named, code, words, agents, capsys, root):
+    Path("other.zip").write_text("DQN")
+    status, line = refusal(capsys, *options, **{"policy": "agent.zip"} | named)
+    assert status == code and all(word in line for word in words), line
+    assert not any(root.glob("test/*"))
+
+
+def test_without_stable_baselines_the_line_says_what_to_install(capsys, monkeypatch):
+    Path("agent.zip").touch()
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    status, line = refusal(capsys, "--algo", "ppo", policy="agent.zip")
+    assert status == 1 and "stable_baselines3" in line and "requirements-extra.txt" in line
+
+
+def test_outlines_know_pictures_and_kinds():
+    box, outline = gym.spaces.Box, collect.outline
+    assert outline(box(0, 255, (3, 8, 9), np.uint8)) == outline(box(0, 255, (8, 9, 3), np.uint8))
+    assert outline(box(0, 1, (2,))) != outline(box(0, 1, (3,))) and outline(gym.spaces.Discrete(2)) != outline(
+        box(0, 1, (2,))
+    )
+    assert outline(gym.spaces.Discrete(2)) != outline(gym.spaces.Discrete(3))
+    assert outline(gym.spaces.Dict(a=box(0, 1, (2,)))) != outline(gym.spaces.Dict(b=box(0, 1, (2,))))
+
+
+@pytest.mark.parametrize(("kind", "env"), [("PPO", "CartPole-v1"), ("DQN", "CartPole-v1"), ("SAC", "Pendulum-v1")])
+def test_real_agents(kind, env, capsys):
+    agents = pytest.importorskip("stable_baselines3", reason="requirements-extra.txt is not installed")
+    agent = getattr(agents, kind)("MlpPolicy", env, device="cpu", seed=0)
+    agent.save("agent.zip")
+    for episode in run("--algo", kind.lower(), env=env, policy="agent.zip", steps=40):
+        expected, _ = agent.predict(episode.observations[:-1], deterministic=True)
+        assert episode.actions == pytest.approx(expected, abs=1e-5)
+    capsys.readouterr()
+    other = "sac" if kind != "SAC" else "ppo"
+    status, line = refusal(capsys, "--algo", other, "--force", env=env, policy="agent.zip")
+    assert status == 1 and f"cannot be loaded as --algo {other}" in line
 
 
 @pytest.mark.parametrize(

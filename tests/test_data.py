@@ -123,6 +123,19 @@ def test_returns_of_the_data_are_said_and_logged(script, run, capsys):
     assert "100 transitions" in out and "20 episodes" in out
 
 
+class Words(gym.Space):
+    """Texts in a space of one's own, as MiniGrid's missions are."""
+
+    def __init__(self):
+        super().__init__(dtype=str)
+
+    def sample(self):
+        return "go"
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+
 @once
 def test_observations_of_many_kinds_are_vectors_in_data_and_environment(script, new_dataset, run, spaces):
     """Dict observations in the sorted order of their keys, small grids, Discrete ones one-hot, and no texts."""
@@ -140,10 +153,14 @@ def test_observations_of_many_kinds_are_vectors_in_data_and_environment(script, 
     assert float(table(run(env=name))[-1]["eval_length"]) == 3.5
 
     number = gym.spaces.Discrete(3, start=5)
-    grid = {"grid": gym.spaces.Box(0, 255, (2, 3), np.uint8), "number": number, "text": gym.spaces.Text(9)}
-    columns = {"grid": np.arange(30).reshape(5, 2, 3), "number": np.array([5, 6, 7, 5, 6]), "text": 5 * ("go",)}
+    texts = {"text": gym.spaces.Text(9), "words": Words()}
+    grid = {"grid": gym.spaces.Box(0, 255, (2, 3), np.uint8), "number": number} | texts
+    columns = {"grid": np.arange(30).reshape(5, 2, 3), "number": np.array([5, 6, 7, 5, 6])}
+    columns |= {"text": 5 * ("go",), "words": 5 * ("stay",)}
     expected = np.concatenate([np.arange(30).reshape(5, 6), np.eye(3)[[0, 1, 2, 0, 1]]], axis=1)
     assert np.array_equal(script.flatten(columns, gym.spaces.Dict(grid)), expected)
+    refused = script.flatten, {"other": 5 * (object(),)}, gym.spaces.Dict(other=gym.Space())
+    assert "observations are" in refusal(*refused)[1]  # neither numbers nor a text
     buffers = [episode(0, observations=columns["number"])]
     name = new_dataset(buffers, "toy/number-v0", **spaces | {"observation_space": number})
     assert script.load_dataset(name)["next_observations"].tolist() == np.eye(3)[[1, 2, 0, 1]].tolist()

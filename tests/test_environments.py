@@ -1,6 +1,7 @@
 """Environments: wrappers of a recording, bounds and kinds of actions, reports of success, and what fails in them."""
 
 import math
+import sys
 import types
 
 import gymnasium as gym
@@ -108,6 +109,70 @@ def test_whole_numbers_are_rounded_where_a_box_has_them(script):
 
 
 REPORTS = [None, math.nan, "yes", np.array([True]), np.array([1.0, 0.0]), 1, True, np.float32(1), {"a": 1}]
+
+
+MODULE = """
+import gymnasium as gym
+from conftest import Counter
+
+
+class Sized(Counter):
+    def __init__(self, size=1):
+        self.size = size
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, float(self.size), *rest
+
+
+gym.register("Sized-v0", entry_point=Sized, max_episode_steps=9, kwargs={"size": 2})
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module that registers Sized-v0 when it is imported, whose rewards are its size."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "sized_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    yield
+    sys.modules.pop("sized_module", None)
+    gym.registry.pop("Sized-v0", None)
+
+
+def test_a_recorded_environment_is_made_where_its_user_names_its_module(script, tiny, module, capsys):
+    data = script.load_dataset("toy/counter-v0")
+    data["environment"] = {"id": "Sized-v0", "size": 5, "max_episode_steps": 2, "wrappers": []}
+    assert script.train(tiny(max_timesteps=1, run_id="unnamed"), data=dict(data))["eval_return"] is None
+    assert "sized_module" not in sys.modules
+    line = "no evaluation: Gymnasium does not know Sized-v0; --eval_env MODULE:Sized-v0 imports the module that"
+    assert line in capsys.readouterr().out
+    row = script.train(tiny(max_timesteps=1, eval_env="sized_module:Sized-v0", run_id="named"), data=dict(data))
+    assert row["eval_return"] == 2 * 5 and "evaluated in sized_module:Sized-v0" in capsys.readouterr().out
+    assert script.train(tiny(max_timesteps=1, run_id="known"), data=dict(data))["eval_return"] == 2 * 5
+    data["environment"]["id"] = "Counter-v0"  # not the one that is named: made as it is registered
+    row = script.train(tiny(max_timesteps=1, eval_env="sized_module:Sized-v0", run_id="other"), data=dict(data))
+    assert row["eval_return"] > 2 * 3 and "is made with its defaults" in capsys.readouterr().out
+    data["environment"]["id"] = "sized_module:Sized-v0"  # no file imports a module
+    sys.modules.pop("sized_module"), gym.registry.pop("Sized-v0")
+    assert script.train(tiny(max_timesteps=1, run_id="file"), data=dict(data))["eval_return"] is None
+    assert "sized_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Count-v0", ["Count-v0", "Counter", "MODULE:ID"]),
+        ("no_such_module:Count-v0", ["no_such_module", "PYTHONPATH"]),
+        ("FetchReach-v4", ["FetchReach-v4", "MODULE:ID"]),  # of gymnasium-robotics, which not all have
+    ],
+)
+def test_an_unknown_environment_is_one_line_with_a_cure(name, words, script, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
+    monkeypatch.setattr(gym.envs.registration, "registry", {x: y for x, y in gym.registry.items() if "Fetch" not in x})
+    monkeypatch.setattr(gym, "registry", gym.envs.registration.registry)
+    status, line = refusal(script.train, tiny(eval_env=name))
+    assert status == 2 and "--eval_env" in line and all(word in line for word in words), line
 
 
 @pytest.mark.parametrize("value", REPORTS, ids=repr)

@@ -241,6 +241,24 @@ def test_environment_and_scores_of_a_file(run):
     assert source["command"].startswith("import_data.py data.hdf5 --id")
 
 
+def test_an_environment_of_a_module_is_stored_without_the_module(run, tmp_path, monkeypatch):
+    Path("pendulum_module.py").write_text(
+        "import gymnasium as gym\n"
+        "gym.register('Mine-v0', gym.spec('Pendulum-v1').entry_point, max_episode_steps=9, kwargs={'g': 2.0})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = write(actions=np.linspace(-1, 1, 12))
+    status, out, err = run(name, "--id", ID, "--eval_env=pendulum_module:Mine-v0")
+    gym.registry.pop("Mine-v0")
+    assert status == 0 and "--eval_env pendulum_module:Mine-v0." in out, err
+    environment = {"g": 2.0, "id": "Mine-v0", "max_episode_steps": 9, "wrappers": []}
+    assert metadata()["environment"] == environment and metadata()["action_low"] == [-2]
+    status, out, err = run(name, "--id", ID, "--force", "--eval_env=no_such_module:Mine-v0")
+    assert status == 1 and "no_such_module" in err and "PYTHONPATH=." in err and err.count("\n") == 1
+    status, out, err = run(name, "--id", ID, "--force", "--eval_env=Mine-v0")
+    assert status == 1 and "--eval_env MODULE:Mine-v0" in err and err.count("\n") == 1
+
+
 def test_names_of_d4rl():
     known = common.d4rl()
     assert len(known) == len({dataset.file for dataset in known.values()}) == 154

@@ -143,6 +143,13 @@ def test_environment_of_a_dataset_with_its_arguments(output, new_dataset, capsys
     spaces = {"observation_space": Painted.observation_space, "action_space": Painted.action_space}
     status, line = refusal(capsys, env=new_dataset(episodes, "toy/nowhere-v0", **spaces))
     assert status == 1 and "--env toy/nowhere-v0" in line and "no environment" in line
+    gym.register("Gone-v0", entry_point=f"{__name__}:Painted")
+    name = new_dataset(episodes, "toy/gone-v0", env="Gone-v0")
+    gym.registry.pop("Gone-v0")  # by a module, which no file imports
+    status, line = refusal(capsys, env=name)
+    assert status == 1 and "--env toy/gone-v0 names Gone-v0" in line and "MODULE:ID" in line
+    play("--seed", 1, env=f"{__name__}:Painted-v0", output=None)
+    assert f"{Counter.length(1)} steps" in capsys.readouterr().out
 
 
 def test_an_episode_is_a_video_from_its_start_to_its_end(frames, capsys):
@@ -202,6 +209,7 @@ def test_missing_package(capsys, monkeypatch):
         ([], {"env": "Pendulum-v1", "output": None}, 1, ["policy.pt", "Pendulum-v1", "do not fit"]),
         ([], {"env": "Painte-v0"}, 2, ["--env Painte-v0", "Painted"]),
         ([], {"env": "no_such_module:Painted-v0"}, 2, ["--env no_such_module:Painted-v0", "no_such_module"]),
+        ([], {"env": "no_such_module:toy/Painted-v0"}, 2, ["no_such_module:toy/Painted-v0", "PYTHONPATH"]),
         ([], {"env": "toy/missing-v0"}, 1, ["--env toy/missing-v0", "cannot be read"]),
         ([], {"env": "../../etc"}, 1, ["--env ../../etc", "cannot be read"]),
         ([], {"env": "none", "output": None}, 2, ["--env none", "cannot be used"]),

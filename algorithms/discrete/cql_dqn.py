@@ -22,7 +22,7 @@ import csv
 import ctypes
 import fcntl
 import functools
-import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -570,12 +570,12 @@ def parse_arguments(config_class: type) -> Any:
 
 def flatten(observations: Any, space: gym.Space) -> np.ndarray:
     """One vector per observation, [N, ...] -> [N, O]: parts of Dicts (goal environments) in the sorted order of their
-    keys, without texts; Discrete ones one-hot. Raises DataError for other kinds and for images."""
+    keys, without texts (of any space); Discrete ones one-hot. Raises DataError for other kinds and for images."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flatten(observations[key], part) for key, part in sorted(space.items())], axis=-1)
     if isinstance(space, gym.spaces.Discrete):
         return (np.asarray(observations)[..., None] == space.start + np.arange(space.n)).astype(np.float32)
-    if isinstance(space, gym.spaces.Text):
+    if isinstance(observations[0], str):
         return np.empty((len(observations), 0), dtype=np.float32)
     if not space.shape or len(space.shape) > 1 and math.prod(space.shape) > 1024:
         raise DataError(f"observations are {space}; this script takes vectors, small grids, and Dicts of them")
@@ -854,10 +854,12 @@ class Task:
             print(f"{config.env}: no scores, as {self.reference[0]} and {self.reference[1]} cannot score 0 and 100")
             self.reference = None
         self.arguments = recorded = data.get("environment", {"id": "none"})
-        if config.eval_env not in (None, recorded["id"]):
-            self.arguments = {"id": config.eval_env}
-            if "none" not in (config.eval_env, recorded["id"]):
-                print(f"{config.eval_env} is made with its defaults; the data were recorded in {recorded}")
+        id = config.eval_env or recorded["id"]
+        if id.rpartition(":")[2] != recorded["id"]:  # MODULE:ID may name the recorded one
+            self.arguments = {}
+            if "none" not in (id, recorded["id"]):
+                print(f"{id} is made with its defaults; the data were recorded in {recorded}")
+        self.arguments = self.arguments | {"id": id}
         n = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))  # so that all waves are alike
         self.envs = make_environments(config.eval_env, n, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
@@ -984,8 +986,8 @@ def make_environments(
 ) -> Optional[gym.vector.SyncVectorEnv]:
     """Returns None if none is wanted, or Gymnasium does not know the dataset's. Raises ConfigError or DataError."""
     kind = ConfigError if eval_env else DataError
-    problem = f"the environment {id} cannot be made; --eval_env takes another, or none"
-    if id not in gym.registry and id != "none":
+    problem = f"environment {id} cannot be made; --eval_env takes another, MODULE:ID (local: PYTHONPATH=.), or none"
+    if id not in gym.registry and id != "none" and importlib.util.find_spec("gymnasium_robotics"):
         with explain(problem, kind), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
     if id not in gym.registry and eval_env in (None, "none"):  # a name in data could import any module
@@ -1413,7 +1415,11 @@ class Run:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
         self.unit, self.encoding = unit, task.encoding
-        config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
+        config, id = self.config, task.arguments["id"]
+        where = f"evaluated in {id}" if task.envs else "no evaluation, as no environment is named (--eval_env)"
+        if not task.envs and id != "none":
+            cure = f"--eval_env MODULE:{id} imports the module that registers it"
+            where = f"no evaluation: Gymnasium does not know {id}; {cure}"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
         if getattr(config, "cql_lagrange", False) and config.cql_target_action_gap < 0:
             meaning = f"alpha_prime grows while the gap is above {config.cql_target_action_gap:g}"
