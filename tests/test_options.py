@@ -432,6 +432,7 @@ ACTS = {
     "reward_clip": ({}, 110.0), "holdout_fraction": ({}, 0.1), "hidden_dim": ({}, 17), "q_n_hidden_layers": ({}, 2),
     "orthogonal_init": ({}, False), "discount": ({}, 0.9), "qf_lr": ({}, 1e-4), "bc_only": ({}, True),
     "soft_target_update_rate": ({}, 0.1), "target_update_period": ({}, 2), "cql_alpha": ({}, 5.0),
+    "weight_decay": ({}, 1.0), "dropout": ({}, 0.5), "critic_layer_norm": ({}, True),
     "project": ({}, "other"), "group": ({}, "other"), "name": ({"run_id": None}, "other"),
     # of algorithms/offline/cql.py
     "policy_n_hidden_layers": ({}, 2), "policy_log_std_multiplier": ({}, 0.5), "policy_lr": ({}, 2e-4),
@@ -530,7 +531,8 @@ def acting(script):
     names = names - option_names("algorithms.offline.cql") if "finetune" in script else names
     texts = [Path(importlib.import_module(x).__file__).read_text() for x in (script, "algorithms.offline.cql")]
     own = "".join(text[text.index("# Shapes: ") : text.index("# Common to all files")] for text in texts)
-    return [x for x in ACTS if x in names and re.search(rf"\bconfig\.{x}\b", own)]
+    alone = names.difference(*(option_names(other) for other in SCRIPTS if other != script))
+    return [x for x in ACTS if x in alone or x in names and re.search(rf"\bconfig\.{x}\b", own)]
 
 
 @pytest.mark.parametrize(("script", "option"), [(x, y) for x in SCRIPTS for y in acting(x)], indirect=["script"])
