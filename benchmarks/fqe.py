@@ -22,8 +22,10 @@ Exit status: 0 evaluated, 1 cannot be done, 2 a bad command line. An error is on
 """
 
 import argparse
+import contextlib
 import copy
 import csv
+import inspect
 import io
 import math
 import os
@@ -83,7 +85,9 @@ class FittedQ:
         to_go, discounts = cql.episodes(data, discount)[1], discount * ~data["terminals"]
         largest, self.limits = np.abs(to_go).max(), value_bounds(data, discount)
         self.centre, self.scale = to_go.mean(), to_go.std()
-        if self.scale <= 1e-6 * largest:  # all returns are equal, up to rounding
+        if np.ptp(self.limits) <= 1e-6 * np.abs(self.limits).max():  # all values are equal, up to rounding
+            self.centre, self.scale = self.limits[0], 0.0
+        if self.scale <= 1e-6 * largest:
             self.scale = largest or 1.0
         self.bounds = [(limit - self.centre) / self.scale for limit in self.limits]
         self.rewards = tensor((data["rewards"] - self.centre * (1 - discounts)) / self.scale)
@@ -190,9 +194,9 @@ def split(data: dict[str, np.ndarray], share: float, seed: int) -> tuple[np.ndar
     order = np.arange(len(first)) if found < FEW_EPISODES else np.random.default_rng(seed).permutation(len(first))
     n_fitted = min(max(round(share * len(first)), 1), len(first) - 1)
     fitted = np.repeat(np.isin(np.arange(len(first)), order[:n_fitted]), last - first + 1)
-    kind, which = ("pieces" if words else "episodes"), "first " * (found < FEW_EPISODES)
-    words += f"fitted on {which}{n_fitted:,} {kind} ({fitted.sum():,} transitions), reported on the other "
-    return fitted, ~fitted, words + f"{len(first) - n_fitted:,}"
+    kind, which = ("pieces" if words else "episodes"), "the first " * (found < FEW_EPISODES)
+    words += f"fitted on {which}{n_fitted:,} of {len(first):,} {kind} ({fitted.sum():,} transitions)"
+    return fitted, ~fitted, words + ", reported on the others"
 
 
 def fit(
@@ -259,9 +263,9 @@ def behaviour_model(data: dict[str, np.ndarray], sizes: list[int], n_updates: in
 def support(share: float, n: int) -> float:
     """For how many steps n rows hold MIN_ROWS stretches in which the behaviour acts as a policy does, if this share of
     them is left after each step."""
-    if share <= 0 or n <= MIN_ROWS:
+    if n < MIN_ROWS:
         return 0.0
-    return math.log(n / MIN_ROWS) / -math.log(share) if share < 1 else math.inf
+    return math.inf if share >= 1 else math.log(n / MIN_ROWS) / -math.log(share)
 
 
 def find_policies(paths: list[Path]) -> list[Path]:
@@ -302,12 +306,9 @@ def read_data(args: argparse.Namespace, first: Opened) -> dict[str, Any]:
     n, size = data["actions"].shape
     if extra and (size > 1 or not is_discrete(data["actions"])):
         raise DataError(f"--env {args.env}: {' and '.join(extra)} go with discrete actions of one column only")
-    with prefix(f"--env {args.env}"):
-        if "propensities" in extra:
+    if "propensities" in extra:
+        with prefix(f"--env {args.env}"):
             extra["propensities"] = check_propensities(extra["propensities"], n)
-        for key in extra.keys() & {"masks", "next_masks"}:
-            if extra[key].ndim != 2 or len(extra[key]) != n or extra[key].dtype != bool:
-                raise DataError(f"{key} are {extra[key].dtype} of shape {list(extra[key].shape)}, not bool of {n} rows")
     return data | extra
 
 
@@ -353,18 +354,13 @@ def supports(
 ) -> tuple[list[float], float]:
     """The support of each policy, by its actions in the reported part [P, T, A], and the support that a rank needs.
 
-    The share of rows that is left after a step is that of the effective sample size of importance weights. It comes
-    from the dataset's propensities, or else is 1 / mean(1 / probability of the policy's action) by a model of the
-    behaviour."""
+    As in the effective sample size of importance weights, 1 / mean(1 / probability of the policy's action) of the rows
+    is left after a step."""
     fitted, reported = parts
     n, length = len(fitted["rewards"]), len(fitted["rewards"]) / len(episode_rows(fitted)[0])
-    if "propensities" in reported:
-        weights = (actions == reported["actions"]).all(axis=2) / reported["propensities"]
-        shares = weights.sum(axis=1) ** 2 / np.maximum(np.square(weights).sum(axis=1), 1e-300) / weights.shape[1]
-    else:
-        model = behaviour_model(fitted, sizes, args.updates, args.seed, args.device)
-        likely = [np.exp(model(reported, chosen)) for chosen in actions]
-        shares = [1 / np.mean(1 / np.maximum(x, 1 / n)) for x in likely]  # rarer than once in n rows is unknown
+    model = behaviour_model(fitted, sizes, args.updates, args.seed, args.device)
+    likely = [np.exp(model(reported, chosen)) for chosen in actions]
+    shares = [1 / np.mean(1 / np.maximum(x, 1 / n)) for x in likely]  # rarer than once in n rows is unknown
     return [support(share, n) for share in shares], max(1.0, HORIZON_SHARE * min(1 / (1 - args.discount), length))
 
 
@@ -399,6 +395,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     data = read_data(args, policies[0])
     for policy in policies:
         check_encoding(policy.path, policy.act, args.env, data.get("encoding"))
+        if "masks" in data and len(inspect.signature(policy.act).parameters) < 2:
+            raise DataError(f"{policy.path} takes no masks, and --env {args.env} has some: take its script from here")
     n, n_parts, masks = len(data["rewards"]), data["actions"].shape[1], ["masks"] * ("masks" in data)
     fitted, reported, words = split(data, args.fit_share, args.seed)
     print(f"{args.env}: {n:,} transitions, {words}")
@@ -407,6 +405,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     with prefix(f"{policies[0].path} does not fit --env {args.env}"):  # its script reads such data
         discrete = is_discrete(answers(policies[0], *(data[key][:1] for key in ["observations", *masks])))
     _, data["action_low"], data["action_high"] = (cql_dqn if discrete else cql).encode_actions(data, args.env)
+    for key in data.keys() & {"masks", "next_masks"}:
+        data[key] = data[key].astype(bool)
 
     def chosen(rows: np.ndarray, following: str = "") -> np.ndarray:
         states = [data[following + key][rows] for key in ["observations", *masks]]
@@ -441,27 +441,32 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     for row in rows:
         row |= {"fitted_episodes": len(episode_rows(parts[0])[0]), "reported_episodes": len(first)}
     one_step = len(first) == len(parts[1]["rewards"])
-    return judge(rows, returns - means[-2], returns, one_step, needed)
+    returns = np.append(returns, behaviour_returns(q, parts[0], args.discount))
+    rows, lines = judge(rows, returns, one_step, needed)
+    seen = trained_on([x.path for x in policies], args.env)
+    if seen and (one_step or "propensities" in data):
+        what = f"{seen} of {len(policies)} policies were trained on these rows, on which they look too good"
+        lines.insert(-1, f"WARNING: {what}: train on one part of the log, and give another to --env")
+    return rows, lines
 
 
 def judge(
-    rows: list[dict[str, Any]], errors: np.ndarray, returns: np.ndarray, one_step: bool, needed: Optional[float]
+    rows: list[dict[str, Any]], returns: np.ndarray, one_step: bool, needed: Optional[float]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Ranks the rows of policies, and says why some have no rank. Returns rows, and lines of text.
 
-    errors: returns of the behaviour minus their FQE, [N]. one_step: whether all episodes are. needed: the support that
-    a rank needs (None: not known).
+    returns: the behaviour's, of both parts. one_step: whether all episodes are. needed: the support that a rank needs
+    (None: not known).
     """
     *policies, behaviour, last = rows
-    error, n, chance = behaviour["estimate"] - last["estimate"], len(returns), 0.0
-    if n > 1:  # the returns of both parts scatter
-        chance = 2 * errors.std(ddof=1) * (1 / n + 1 / last["fitted_episodes"]) ** 0.5
+    error, n = behaviour["estimate"] - last["estimate"], last["reported_episodes"]
+    chance = 2 * returns.std() * (1 / n + 1 / last["fitted_episodes"]) ** 0.5  # as the returns of both parts scatter
     # In logs of single steps, chance makes most of the spread, and a tenth of that may be more than the mean.
     spread = 0.0 if one_step else returns.std()
     allowed = TRUST * max(spread, abs(last["estimate"])) + chance
     agree = abs(error) <= allowed
     lines = [
-        f"check: FQE of the behaviour is off by {error:.3g}; {allowed:.3g} is allowed, {chance:.2g} of it by chance"
+        f"check: FQE of the behaviour is off by {error:.3g}; {allowed:.3g} is allowed, {chance:.2g} of it for chance"
     ]
     if not agree:
         lines.append("WARNING: trust no estimate, and try more --updates: FQE does not know what the data return")
@@ -475,7 +480,7 @@ def judge(
     unsupported = [row for row in policies if needed is not None and row["support"] < needed]
     if needed is not None:
         ends = [f"{f([row['support'] for row in policies]):.3g}" for f in (min, max)]
-        what = f"the data follow the policies for {' to '.join(dict.fromkeys(ends))} steps; {needed:.3g} are needed"
+        what = f"the data follow the policies for {' to '.join(dict.fromkeys(ends))} steps; a rank needs {needed:.3g}"
         lines.append(f"support: {what}")
     if unsupported:
         few = f"{len(unsupported)} of {len(policies)} policies do what the data hold too rarely"
@@ -487,15 +492,28 @@ def judge(
         row["rank"] = i + 1
     if "ips" in policies[0]:
         lines += judge_weights(policies)
-    if not ranked:
-        why = "no policy has a fit that is bounded and supported" if agree else "the check failed"
-        lines.append(f"best: none, since {why}")
+    if not agree:
+        lines.append("best: none, since the check failed")
+    elif not ranked:
+        lines.append("best: none, since no policy has a fit that is bounded and supported")
+    elif len(ranked) > 1 and len({row["estimate"] for row in ranked}) == 1:
+        lines.append("best: none, since all estimates are equal")
     else:
         best, *others = ranked
-        n_close = sum(best["estimate"] - row["estimate"] < 2 * best["seed_std"] for row in others)
+        n_close = sum(best["estimate"] - row["estimate"] <= 2 * best["seed_std"] for row in others)
         close = f"; {n_close} more within two standard deviations of its fits" * bool(n_close)
         lines.append(f"best: {best['policy']}{f' of the {len(ranked)} ranked' * bool(rest)}{close}")
     return [*ranked, *rest, behaviour, last], lines
+
+
+def trained_on(paths: list[Path], env: str) -> int:
+    """The number of policies that were trained on this dataset, by the config.yaml files beside them."""
+    n = 0
+    for path in paths:
+        with contextlib.suppress(OSError, yaml.YAMLError):
+            config = yaml.safe_load((path.parent / "config.yaml").read_text())
+            n += isinstance(config, dict) and config.get("env") == env
+    return n
 
 
 def judge_weights(rows: list[dict[str, Any]]) -> list[str]:

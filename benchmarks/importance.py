@@ -62,7 +62,8 @@ def episode_samples(
     Raises DataError.
     """
     rewards, agrees, n = np.asarray(rewards, np.float64), np.asarray(agrees, bool), len(rewards)
-    weights = agrees / check_propensities(propensities, n)
+    propensities = check_propensities(propensities, n)
+    weights = agrees / propensities
     has_model = q_policy is not None
     q_policy, q_data = (np.asarray(x, np.float64) if has_model else np.full(n, np.nan) for x in (q_policy, q_data))
     cut = np.zeros(n, bool) if timeouts is None else np.asarray(timeouts, bool)
@@ -72,7 +73,9 @@ def episode_samples(
     if cut.any() and not has_model:
         raise DataError("episodes that end by a time-out need a model's values of the last states")
     rewarded = int((agrees & (rewards != 0)).sum())
-    mean, error = weights.mean(), weights.std() / np.sqrt(n)
+    mean, variance = weights.mean(), weights.var()
+    if not agrees.any():  # by chance or not: as of a policy whose actions are as rare as the logged ones
+        variance = np.mean(1 / propensities) - 1
     clipped = np.minimum(weights, clip)
     n_clipped = int((clipped < weights).sum())
     # At a time-out the value takes the place of the reward, whatever was done.
@@ -94,7 +97,7 @@ def episode_samples(
         with np.errstate(invalid="ignore"):
             snips[alive] += discount**t * product[alive] * rewards[rows] / product.mean()
     effective = product.sum() ** 2 / np.square(product).sum() if product.any() else 0.0
-    return Samples(ips, snips, dr, int(agrees.sum()), rewarded, n_clipped, effective, mean, error)
+    return Samples(ips, snips, dr, int(agrees.sum()), rewarded, n_clipped, effective, mean, (variance / n) ** 0.5)
 
 
 def intervals(samples: np.ndarray, seed: int = 0, n_resamples: int = 10_000) -> np.ndarray:
