@@ -420,7 +420,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     starts = np.concatenate([actions[:, first], parts[1]["actions"][None, first]])
     values, returns = q.values(parts[1]["observations"][first], starts), behaviour_returns(q, parts[1], args.discount)
     stds = values.mean(axis=2).std(axis=1) if args.seeds > 1 else [np.nan] * len(values)  # one fit has no spread
-    off_data = np.abs(actions - 1.0 * parts[1]["actions"]).sum(axis=2).mean(axis=1) / 2 / n_parts
+    off_data = [np.abs(x - 1.0 * parts[1]["actions"]).sum(axis=1).mean() / 2 / n_parts for x in actions]
     means = np.stack([*values.mean(axis=1), returns])
     ends = intervals(means, args.seed, args.resamples)
     rows = [
@@ -483,7 +483,7 @@ def judge(
         what = f"the data follow the policies for {' to '.join(dict.fromkeys(ends))} steps; a rank needs {needed:.3g}"
         lines.append(f"support: {what}")
     if unsupported:
-        few = f"{len(unsupported)} of {len(policies)} policies do what the data hold too rarely"
+        few = f"{len(unsupported)} of {len(policies)} policies take actions that the data hold too rarely"
         lines.append(f"WARNING: {few}, so their values are guesses and get no rank")
     ranked = [row for row in policies if agree and row not in unbounded + unsupported]
     ranked.sort(key=lambda row: -row["estimate"])
@@ -520,7 +520,7 @@ def judge_weights(rows: list[dict[str, Any]]) -> list[str]:
     """Lines on what the estimates by propensities rest on."""
     clipped, agreeing = sum(row["clipped"] for row in rows), sum(row["agreeing"] for row in rows)
     means = [row["mean_weight"] for row in rows]
-    what = f"the weights' means are {min(means):.3g} to {max(means):.3g} (1 is right); "
+    what = f"their means are {min(means):.3g} to {max(means):.3g} (1 is right); "
     lines = [f"weights: {what}{clipped:,} of {agreeing:,} are clipped (--clip)"]
     wrong = [row for row in rows if abs(row["mean_weight"] - 1) > 4 * row["mean_weight_error"]]
     if wrong:

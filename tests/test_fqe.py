@@ -162,7 +162,10 @@ def test_only_what_can_be_trusted_has_a_rank():
     supported, guessed = row("a.pt", 1.0, support=3.0), row("b.pt", 9.0, support=2.9)
     rows, lines = judge([supported, guessed], needed=3.0)
     assert [(x["policy"], x["rank"]) for x in rows[:2]] == [("a.pt", 1), ("b.pt", "")]
-    assert lines[-1] == "best: a.pt of the 1 ranked" and "1 of 2 policies do what the data hold too rarely" in lines[-2]
+    assert (
+        lines[-1] == "best: a.pt of the 1 ranked"
+        and "1 of 2 policies take actions that the data hold too rarely" in lines[-2]
+    )
     # A tenth of the spread and, for chance, two standard errors of the difference between both parts: 2 x 1 / 5.
     for error, trusted in ((0.49, True), (0.51, False)):
         rows, lines = judge([row("a.pt", 1.0)], behaviour=1.0 + error)
@@ -313,7 +316,7 @@ def test_data_that_cannot_be_checked(script, new_dataset, capsys):
 
 
 def constant_policy(path, action, n_actions=3, size=2):
-    """Of a log of one column of actions from 0; the actions after it come next in its order."""
+    """A policy for logs of one column of actions from 0. The actions after its own come next in its order."""
     actor = cql_dqn.QNetwork(size, [n_actions], 8, 1, "dqn", 1)
     actor.last.bias.data[:] = 1e6 - 1e5 * ((torch.arange(n_actions) - action) % n_actions)
     cql_dqn.save(Path(path), {"sizes": list(actor.sizes), "weights": actor.state_dict()})
@@ -439,7 +442,7 @@ def test_what_the_data_never_do_gets_no_rank(log, capsys):
     rows, printed = rows_of("out.csv"), capsys.readouterr().out
     assert [(row["policy"], row["rank"]) for row in rows[:2]] == [("always0.pt", "1"), ("always2.pt", "")]
     assert float(rows[1]["support"]) < 1 < float(rows[0]["support"])
-    assert "1 of 2 policies do what the data hold too rarely" in printed
+    assert "1 of 2 policies take actions that the data hold too rarely" in printed
     evaluate("always2.pt", env="any", updates=300)
     assert capsys.readouterr().out.endswith("best: none, since no policy has a fit that is bounded and supported\n")
 
@@ -462,7 +465,7 @@ def test_policies_are_asked_with_masks(log, monkeypatch, capsys):
 
 
 def test_estimates_by_propensities(log, capsys):
-    """The logger prefers action 0; the constants of the rewards make all values known."""
+    """The reward of each action is known, and so are all values."""
     data = log(n=2000, propensities=np.full(2000, 1 / 3))
     Path("config.yaml").write_text("env: other\ndiscount: 0.5")
     evaluate("always1.pt", "always2.pt", "--clip", 2.5, "--output", "out.csv", env="any", updates=300)
