@@ -469,7 +469,8 @@ def judge(
         f"check: FQE of the behaviour is off by {error:.3g}; {allowed:.3g} is allowed, {chance:.2g} of it for chance"
     ]
     if not agree:
-        lines.append("WARNING: trust no estimate, and try more --updates: FQE does not know what the data return")
+        cure = "try more --updates, or fewer if the log is small"
+        lines.append(f"WARNING: trust no estimate, since FQE does not know what the data return; {cure}")
     if n < FEW_STARTS:
         lines.append(f"WARNING: intervals and check rest on {n} start{'s' * (n > 1)} only")
     unbounded = [row for row in policies if row["bounded"] > 0.01]

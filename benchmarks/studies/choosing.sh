@@ -91,10 +91,12 @@ alphas() {
 
 fqe() {
     local out=benchmarks/results/fqe
-    python benchmarks/fqe.py runs/continuous-alpha{0,1,5,25}-seed1 --env $lander/medium-v0 --output runs/c1.csv
-    python benchmarks/fqe.py runs/discrete-alpha{0,0.1,1}-seed1 --env lunarlander/medium-v0 --output runs/d1.csv
-    python benchmarks/fqe.py runs/discrete-alpha10-seed1 --env lunarlander/medium-v0 --output runs/d2.csv
-    python benchmarks/fqe.py runs/discrete-alpha0.01-seed1 --env lunarlander/medium-v0 --output runs/d3.csv
+    python benchmarks/fqe.py runs/continuous-alpha{0,1,5,25}-seed1 --env $lander/medium-v0 --fit_share 1 \
+        --output runs/c1.csv
+    python benchmarks/fqe.py runs/discrete-alpha{0,0.1,1}-seed1 --env lunarlander/medium-v0 --fit_share 1 \
+        --output runs/d1.csv
+    python benchmarks/fqe.py runs/discrete-alpha10-seed1 --env lunarlander/medium-v0 --fit_share 1 --output runs/d2.csv
+    python benchmarks/fqe.py runs/discrete-alpha0.01-seed1 --env lunarlander/medium-v0 --fit_share 1 --output runs/d3.csv
     python benchmarks/studies/choices.py runs/continuous-alpha{0,1,5,25}-seed1 --fqe runs/c1.csv --output $out/$lander.csv
     python benchmarks/studies/choices.py runs/discrete-alpha{0,0.01,0.1,1,10}-seed1 --fqe runs/d{1,2,3}.csv \
         --output $out/lunarlander.csv
