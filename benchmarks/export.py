@@ -3,12 +3,13 @@
     python benchmarks/export.py runs/<run>/policy.pt
 
 This writes runs/<run>/policy.onnx, one file that needs neither torch nor this repository. Its input `observation`,
-float32 [batch, O], takes raw observations (Dict observations are flattened in the sorted order of their keys). If the
-data had masks, the input `mask`, bool [batch, number of actions], is True where an action is allowed. The
+float32 [batch, O], takes raw observations (Dict observations are flattened in the sorted order of their keys). Its
 output `action` is in the environment's units: float32 [batch, A] within its bounds, int64 [batch] for Discrete actions,
-[batch, A] for MultiDiscrete ones. Observations are normalised and actions scaled inside the file. The file is kept only
-if onnxruntime computes the same actions from it as torch. Its metadata hold JSON texts: `action_low` and `action_high`
-and, if the data were a table, `encoding`, the names, categories and offsets of its columns (see docs/data.md).
+[batch, A] for MultiDiscrete ones. For these two the output `scores`, float32 [batch, number of actions], holds each
+action's value and, if the data had masks, the input `mask`, bool [batch, number of actions], is True where an action is
+allowed. Observations are normalised and actions scaled inside the file. The file is kept only if onnxruntime computes
+the same actions from it as torch. Its metadata hold JSON texts: `action_low` and `action_high` and, if the data were a
+table, `encoding`, the names, categories and offsets of its columns (see docs/data.md).
 
 A policy of your own copy of a script, with another network, needs --script path/to/copy.py. Its load_policy must return
 a policy whose attribute `network` has the buffers and the method `actions` of the original network.
@@ -36,14 +37,20 @@ TOLERANCE = 1e-5  # largest accepted difference from torch, as a share of the ac
 
 
 class Policy(nn.Module):
-    """The network's `actions` as a module: [B, O], and a mask if it takes one, -> [B, A], or [B] if Discrete."""
+    """The outputs of the file for [B, O] and a mask if it takes one: actions, [B, A] or [B] if
+    Discrete, and for a network that has `scores` each action's value too."""
 
     def __init__(self, actor: nn.Module):
         super().__init__()
         self.actor = actor
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.actor.actions(*inputs)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(getattr(self.actor, name)(*inputs) for name in outputs_of(self.actor).values())
+
+
+def outputs_of(actor: nn.Module) -> dict[str, str]:
+    """The outputs of the file, and the network's methods that compute them."""
+    return {"action": "actions"} | ({"scores": "scores"} if hasattr(actor, "scores") else {})
 
 
 def find_network(policy: Callable) -> nn.Module:
@@ -76,7 +83,7 @@ def to_onnx(actor: nn.Module) -> bytes:
             Policy(actor).eval(),
             tuple(map(torch.as_tensor, inputs.values())),
             input_names=[*inputs],
-            output_names=["action"],
+            output_names=[*outputs_of(actor)],
             dynamic_shapes=(({0: "batch"},) * len(inputs),),
             dynamo=True,
             verbose=False,

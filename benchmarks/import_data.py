@@ -9,10 +9,15 @@ an HDF5 file in D4RL's layout (observations, actions, rewards, terminals; timeou
 
     python benchmarks/import_data.py robot.hdf5 --id mine/robot-v0 --eval_env Hopper-v5
 
-a table of logged data, CSV or Parquet, with one row per step:
+a table of logged data, CSV or Parquet, or a folder of Parquet files, with one row per step; a bandit's log, where each
+row is an episode; or that of a plant which never ends:
 
     python benchmarks/import_data.py shop.csv --id mine/shop-v0 --episode customer --step time \
         --observations 'x_*' country --actions discount --reward profit --terminal left
+    python benchmarks/import_data.py clicks.csv --id mine/clicks-v0 --terminal all \
+        --observations 'user_*' --actions item --reward click --mask 'allowed_*' --propensity p
+    python benchmarks/import_data.py plant.csv --id mine/plant-v0 --terminal none --step time --max_gap 30min \
+        --observations 'T*' --actions valve --cost energy
 
 a later table, encoded as that one was:
 
@@ -47,14 +52,17 @@ import gymnasium as gym
 import h5py
 import numpy as np
 from common import DataError, Parser, d4rl, dataset_form, fail, make_env, prefix, read_dataset, reference_scores
+from import_files import extension, find_parts, is_parquet
 from import_table import (
+    DONE,
     Recording,
+    check_choices,
     check_flags,
     check_numbers,
     check_precision,
     is_coarse,
-    is_parquet,
     middle,
+    plural,
     read_table,
     refuse_precision,
     shorten,
@@ -70,6 +78,7 @@ MAX_ACTIONS = 100_000  # values of a discrete action; the scripts take no more
 TOLERANCE = 1e-3  # share of the range by which an action may be outside its bounds: rounding
 NO_ENVIRONMENT = "No environment: runs train without evaluation unless --eval_env names one."
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # of a flat dataset
+CHOICES = ("masks", "next_masks", "propensities")  # its optional columns, [T, actions] twice and [T]
 
 
 # ---------------------------------------------------------------------------------------------------- D4RL's names
@@ -190,7 +199,7 @@ def find_episodes(recording, limit):
         differs = (following[:-1] != recording.observations[1:]).any(axis=1)
         flagged = terminals if recording.timeouts is None else terminals | recording.timeouts
         if splits := (differs & ~flagged[:-1]).sum() * (recording.timeouts is not None):
-            recording.note(f"{splits:,} episodes were split where the next observation is not that of the next row.")
+            recording.note(f"Split: {plural(splits, 'episode')}, where the next observation is not the next row's.")
         return flagged | np.append(differs, True), np.ones(n, bool)
     timeouts = recording.timeouts
     if timeouts is None:
@@ -201,9 +210,11 @@ def find_episodes(recording, limit):
     unknown = timeouts & ~terminals
     unknown[-1] = not terminals[-1]
     if unknown.any():
-        recording.note(f"{unknown.sum():,} rows were dropped: time-outs and last rows without a next observation.")
+        dropped = plural(unknown.sum(), "row")
+        recording.note(f"Dropped: {dropped} without a known next observation (time-outs and last rows).")
     if terminals.any():
-        recording.note(f"{terminals.sum():,} terminal rows have no next observation: their own is repeated.")
+        ended = plural(terminals.sum(), "terminal row")
+        recording.note(f"Next observation of {ended}: the row's own, which no target uses.")
     return terminals | unknown, ~unknown
 
 
@@ -218,11 +229,13 @@ def transitions(recording, limit):
     """The columns of a flat dataset. Rows without a known next observation are dropped."""
     ends, known = find_episodes(recording, limit)
     if not known.any():
-        raise DataError("no transition has a known next observation")
+        cure = "where nothing comes after a row, mark it as terminal"
+        raise DataError(f"no transition has a known next observation, since each row is a time-out or the last: {cure}")
     observations, terminals, rewards = recording.observations, recording.terminals, recording.rewards
     following = recording.next_observations
+    after = np.arange(len(ends)) + (known & ~terminals)
     if following is None:
-        following = observations[np.arange(len(ends)) + (known & ~terminals)]
+        following = observations[after]
     before = np.append(~known[1:], False)  # the row after it is dropped, so that its own episode ends
     columns = {
         "observations": observations,
@@ -232,6 +245,10 @@ def transitions(recording, limit):
         "terminals": terminals,
         "timeouts": (ends | before) & ~terminals,
     }
+    if recording.masks is not None:
+        columns |= {"masks": recording.masks, "next_masks": recording.masks[after]}
+    if recording.propensities is not None:
+        columns["propensities"] = recording.propensities
     if known.all():
         return columns
     columns = {key: column[known] for key, column in columns.items()}
@@ -331,7 +348,7 @@ def fit_actions(recording, args, space):
     given = args.action_low or recording.action_low, args.action_high or recording.action_high
     given = None if given[0] is None else given
     texts = [entry["name"] for entry in entries if "values" in entry and not args.like]
-    if texts and (given or space or args.action_kind == "continuous"):
+    if texts and (args.action_low or space or args.action_kind == "continuous"):
         cure = "for bounds, an environment or --action_kind continuous, store the numbers of the actions"
         raise DataError(f"column {texts[0]} holds text or truth values: {cure}")
     integers, fractions = actions.dtype.kind == "i", actions != np.rint(actions)
@@ -349,6 +366,8 @@ def fit_actions(recording, args, space):
     cure = f"{source}; --action_low and --action_high set the bounds"
     if args.like:
         source = cure = f"those of {args.like}"
+    elif recording.masks is not None and given and not args.action_low:
+        source = cure = "named by the masks"
     spans = [[f"{x:.10g}" for x in bound] for bound in (low, high)]
     span = " to ".join(x[0] if len({*x}) == 1 else f"[{shorten(x)}]" for x in spans)
     margin = 0 if discrete else TOLERANCE * (high - low)
@@ -417,16 +436,19 @@ def import_dataset(source, dataset_id, args):
     env_id, limit = args.eval_env, args.max_episode_steps
     if task:
         path, env_id, limit = d4rl_file(source), env_id or task.environment or None, limit or task.max_episode_steps
-    if not path.is_file():
+    if not path.exists():
         raise DataError("there is no such file")
-    if path.suffix in (".xlsx", ".xls", ".ods"):
+    if extension(path) in (".xlsx", ".xls", ".ods"):
         raise DataError("a spreadsheet cannot be read: export the sheet as CSV UTF-8")
     like = read_like(args.like) if args.like else None
     recording = read_table(path, args, like) if is_table(path) else read_hdf5(path)
     environment, space = None, None
     if env_id not in (None, "none"):
         environment, space = evaluation(env_id, limit, recording.observations.shape[1])
+    if environment and recording.masks is not None:
+        raise DataError(f"{env_id} does not know masks: leave out --mask, or give --eval_env none")
     low, high = fit_actions(recording, args, None if like else space)
+    check_choices(recording, low, high)
     encoding = recording.encoding or {"observations": [], "actions": []}
     offsets = [x["name"] for role in ("observations", "actions") for x in encoding[role] if x.get("offset")]
     if environment and offsets:
@@ -437,8 +459,6 @@ def import_dataset(source, dataset_id, args):
         scores = task and task.scores or environment and reference_scores(environment["id"])
     if environment is None:
         recording.note(NO_ENVIRONMENT)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     metadata = {
         "action_low": low,
         "action_high": high,
@@ -446,9 +466,22 @@ def import_dataset(source, dataset_id, args):
         "environment": environment,
         "encoding": recording.encoding,
         "notes": recording.notes,
-        "source": {"command": args.command, "files": [str(path)], "sha256": digest},
+        "source": {"command": args.command, "files": [str(path)], "sha256": checksum(path)},
     }
     store_flat(dataset_id, columns, metadata, root, args.force)
+
+
+def checksum(path):
+    """The SHA-256 of a file; of a folder, that of the lines that sha256sum prints for its Parquet files, in order."""
+
+    def digest(part):
+        with open(part, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    if path.is_file():
+        return digest(path)
+    lines = "".join(f"{digest(part)}  {part}\n" for part in find_parts(path)[0])
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def store_flat(dataset_id, columns, metadata, root, force):
@@ -464,9 +497,10 @@ def store_flat(dataset_id, columns, metadata, root, force):
     try:
         staging.mkdir(parents=True)
         for name, values in columns.items():
+            values = np.ascontiguousarray(values)
             with open(staging / f"{name}.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-                file.write(np.ascontiguousarray(values).data)  # np.save does not say that a disk is full
+                file.write(values.data)  # np.save does not say that a disk is full
                 sync(file)
         with open(staging / "metadata.json", "w", encoding="utf-8") as file:
             file.write(as_json(metadata))
@@ -485,9 +519,8 @@ def store_flat(dataset_id, columns, metadata, root, force):
     environment, scores = metadata.get("environment"), metadata.get("reference_scores")
     evaluated = f", evaluated in {environment_text(environment)}" if environment else ""
     scored = f", score 0 at {scores[0]:g} and 100 at {scores[1]:g}" if scores else ""
-    print(
-        f"{dataset_id}: {len(columns['rewards']):,} transitions, {episodes:,} episodes{evaluated}{scored}, in {target}"
-    )
+    counts = f"{plural(len(columns['rewards']), 'transition')}, {plural(episodes, 'episode')}"
+    print(f"{dataset_id}: {counts}{evaluated}{scored}, in {target}")
 
 
 def sync(file):
@@ -538,7 +571,10 @@ def read_flat(name):
             raise ValueError(f"it has format {metadata['format']} and kind {metadata['kind']}")
         if missing := {"transitions", "episodes", "actions", "action_low", "action_high", "notes"} - metadata.keys():
             raise KeyError(*missing)
-        columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in COLUMNS}
+        there = [key for key in CHOICES if (path / f"{key}.npy").exists()]
+        if ("masks" in there) != ("next_masks" in there):
+            raise ValueError("masks.npy and next_masks.npy go together")
+        columns = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in (*COLUMNS, *there)}
         if {len(column) for column in columns.values()} != {metadata["transitions"]}:
             raise ValueError(f"its columns do not have {metadata['transitions']} rows each")
         if (path / "episode_returns.npy").exists():
@@ -603,7 +639,7 @@ def summary(name, form):
     except DataError as error:
         return f"{form} form, damaged: {error}"
     where = environment or "no environment"
-    return f"{counts[0]:,} transitions, {counts[1]:,} episodes, {kind} actions, {where}, {form} form"
+    return f"{plural(counts[0], 'transition')}, {plural(counts[1], 'episode')}, {kind} actions, {where}, {form} form"
 
 
 # ----------------------------------------------------------------------------------------------- datasets into one
@@ -661,10 +697,11 @@ def first_rows(name, part, rows):
     rows = rows or total
     n = int(np.searchsorted(ends, rows - 1)) + 1
     surplus, length = int(ends[n - 1]) + 1 - rows, int(np.diff(ends, prepend=-1)[n - 1])
-    text = f"{name}: {rows:,} of {total:,} rows, {n:,} of {len(ends):,} episodes"
+    text = f"{name}: {rows:,} of {plural(total, 'row')}, {n:,} of {plural(len(ends), 'episode')}"
     if surplus:
-        text += f"; the last one is cut after {length - surplus:,} of its {length:,} rows, which counts as a time-out"
-    columns = {key: part[key][:rows] for key in COLUMNS}
+        kept = f"{length - surplus:,} of its {plural(length, 'row')}"
+        text += f"; the last one is cut after {kept}, which counts as a time-out"
+    columns = {key: part[key][:rows] for key in (*COLUMNS, *CHOICES) if key in part}
     columns["timeouts"] = columns["timeouts"] | ((np.arange(rows) == rows - 1) & ~columns["terminals"])
     returns = part.get("episode_returns")
     if returns is None:
@@ -679,6 +716,10 @@ def combine(dataset_id, args):
         raise DataError(f"{', '.join(names)}: name each dataset once")
     parts = [read_part(name) for name in names]
     for name, part in zip(names, parts):
+        for key in ("masks", "propensities"):
+            if (key in part) != (key in parts[0]):
+                with_, without = (name, names[0]) if key in part else (names[0], name)
+                raise DataError(f"{with_} has {key}, {without} has none: import both with them, or both without")
         pair = meaning(parts[0], part), meaning(part, parts[0])
         if pair[0] != pair[1]:
             raise DataError(f"{names[0]} and {name} differ in {difference(*pair)}")
@@ -694,7 +735,7 @@ def combine(dataset_id, args):
         notes.append(NO_ENVIRONMENT)
     print("\n".join(notes))
     notes += [f"{name}: {note}" for name, part in zip(names, parts) for note in part["notes"]]
-    columns = {key: np.concatenate([columns[key] for columns, _ in taken]) for key in (*COLUMNS, "episode_returns")}
+    columns = {key: np.concatenate([columns[key] for columns, _ in taken]) for key in taken[0][0]}
     if not any("episode_returns" in part for part in parts):
         del columns["episode_returns"]
     metadata = meaning(parts[0], {}) | shared | {"notes": notes, "source": {"command": args.command, "files": names}}
@@ -706,7 +747,7 @@ def combine(dataset_id, args):
 
 
 def is_table(source):
-    return is_parquet(source) or bool({".csv", ".tsv", ".xlsx", ".xls", ".ods"} & set(Path(source).suffixes))
+    return is_parquet(source) or extension(source) in (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 
 
 def is_file(source):
@@ -717,7 +758,7 @@ def parse_arguments(argv):
     parser = Parser("", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     domains = list(dict.fromkeys(dataset.domain for dataset in d4rl().values()))
     add = parser.add_argument
-    add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv or .parquet file")
+    add("sources", nargs="*", metavar="source", help="D4RL names, or one .hdf5, .csv, .tsv or .parquet file or folder")
     add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those imported before")
     add("--combine", nargs="+", metavar="DATASET_ID", help="two or more local datasets, to be joined in this order")
     add("--rows", type=int, nargs="+", metavar="N", help="rows to take from the start of each one (default: all)")
@@ -733,16 +774,27 @@ def parse_arguments(argv):
     add("--action_high", type=float, nargs="+", help="highest action: one number, or one per column")
     group = parser.add_argument_group("tables", "one row per step; the rows of an episode need not follow each other")
     table = group.add_argument
-    table("--episode", metavar="COLUMN", help="value that the rows of an episode share")
+    words = "values that the rows of an episode share (default: all rows, in order, until --terminal)"
+    table("--episode", nargs="+", metavar="COLUMN", help=words)
     table("--step", metavar="COLUMN", help="numbers or times to sort the rows by (default: the order of the file)")
     table("--observations", nargs="+", metavar="COLUMN", help="names or patterns such as 'x_*'; text becomes one-hot")
     table("--actions", nargs="+", metavar="COLUMN", help="names or patterns; text and whole numbers are discrete")
     table("--reward", metavar="COLUMN", help="numbers")
-    table("--terminal", metavar="COLUMN", help="1 if the task ends after the row")
-    table("--timeout", metavar="COLUMN", help="1 if the recording ends after the row, but not the task")
+    table("--cost", metavar="COLUMN", help="instead of --reward: the reward is minus this column")
+    words = (
+        "1 if the task ends after the row; or all (every row, as in a bandit's log), or none (no row, as in a plant)"
+    )
+    table("--terminal", metavar="COLUMN|all|none", help=words)
+    words = "1 if the recording ends after the row, but not the task; none: say that a `done` flag marks no such row"
+    table("--timeout", metavar="COLUMN|none", help=words)
+    words = "an episode ends where its next step is further away: a number or, for times, a duration such as 30min"
+    table("--max_gap", metavar="GAP", help=words)
+    words = "one column per action, 1 where it is allowed, with the action in its name, such as 'allowed_*'"
+    table("--mask", nargs="+", metavar="COLUMN", help=words)
+    table("--propensity", metavar="COLUMN", help="probability with which the logged action was chosen")
     table("--day_first", choices=("True", "False"), help="whether 02/01/2024 in --step is 2 January")
     table("--decimal", choices=(",", "."), help="the decimal mark of a CSV file (default: a point)")
-    table("--like", metavar="DATASET_ID", help="encode as this dataset is: its observations, actions and bounds")
+    table("--like", metavar="DATASET_ID", help="encode as this dataset is: its observations, actions, bounds and masks")
     table(
         "--unseen",
         choices=("other",),
@@ -756,10 +808,19 @@ def parse_arguments(argv):
 
 def check_arguments(args, parser):
     files = [source for source in args.sources if source not in d4rl() and is_file(source)]
-    needed = ("episode", "reward", "terminal") + (() if args.like else ("observations", "actions"))
-    options = (*needed, "step", "timeout", "day_first", "decimal", "like", "unseen")
-    given = [name for name in options if getattr(args, name) is not None]
+    needed = ("terminal",) + (() if args.like else ("observations", "actions"))
+    options = ("episode", "step", "reward", "cost", "timeout", "max_gap", "mask", "propensity")
+    options += ("day_first", "decimal", "like", "unseen")
+    given = [name for name in (*needed, *options) if getattr(args, name) is not None]
     missing = [f"--{name}" for name in needed if name not in given]
+    missing += ["--reward or --cost"] * ({"reward", "cost"}.isdisjoint(given))
+    if "--terminal" in missing:
+        missing[missing.index("--terminal")] += (
+            " (a column that is 1 where nothing can come after the row; all, if each row is an episode; none, if the "
+            "process never ends)"
+        )
+    done = args.terminal if args.terminal and DONE.search(args.terminal) and args.timeout is None else None
+    table = bool(files) and is_table(files[0])
     inputs = [value for value in (args.sources, args.all, args.combine, args.list) if value]
     joining = ("sources", "all", "combine", "rows", "id", "force", "list", "command")
     others = [f"--{name}" for name, value in vars(args).items() if value is not None and name not in joining]
@@ -776,8 +837,16 @@ def check_arguments(args, parser):
         "--rows takes a number of at least 1 for each dataset of --combine": counted,
         "name a file alone": not files or len(args.sources) == 1,
         "a file and --combine need --id; D4RL names take none": bool(files or args.combine) == (args.id is not None),
-        f"{', '.join(f'--{name}' for name in given)}: for tables alone": not given or files and is_table(files[0]),
-        f"a table needs {', '.join(missing)}": not missing or not files or not is_table(files[0]),
+        f"{', '.join(f'--{name}' for name in given)}: for tables alone": not given or table,
+        f"a table needs {', '.join(missing)}": not missing or not table,
+        "--reward and --cost exclude each other": args.reward is None or args.cost is None,
+        f"--terminal {done}: such flags are often 1 at time-outs too. Add --timeout none if this one is 1 only where "
+        f"the task ends; else give --timeout {done} --terminal none, or a --terminal such as next.success":
+            done is None,
+        "--terminal all leaves nothing to --timeout and --max_gap: each row is an episode that ends":
+            args.terminal != "all" or args.timeout in (None, "none") and args.max_gap is None,
+        "--terminal and --timeout are the same column": args.terminal != args.timeout or args.timeout in (None, "none"),
+        "--max_gap goes with --step": args.max_gap is None or args.step is not None,
         "--day_first goes with --step": args.day_first is None or args.step is not None,
         "--decimal is for CSV files": args.decimal is None or not files or not is_parquet(files[0]),
         "--unseen goes with --like": args.unseen is None or args.like is not None,

@@ -3,13 +3,15 @@ recording that both become, and the checks of its numbers."""
 
 import fnmatch
 import math
+import os
+import re
 import textwrap
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from common import DataError
+from import_files import is_parquet, open_table, refuse_empty
 
 LARGEST = 1e15  # beyond it squares overflow float32
 MAX_CATEGORIES = 1000  # of a text column
@@ -32,6 +34,8 @@ class Recording:
     action_high: np.ndarray = None  # [A]
     rows: np.ndarray = None  # [n], the row of the table that each step comes from
     encoding: dict = None  # of a table; its actions are completed with their bounds
+    masks: np.ndarray = None  # [n, actions], whether each action is allowed, in the order of encoding["masks"]
+    propensities: np.ndarray = None  # [n], how probable the logged action was
     notes: list = field(default_factory=list)  # sentences for the user and the metadata
 
     def note(self, text):
@@ -39,8 +43,8 @@ class Recording:
         self.notes.append(text)
 
 
-def is_parquet(source):
-    return bool({".parquet", ".pq"} & set(Path(source).suffixes))
+def plural(n, word):
+    return f"{n:,} {word}{'s' * bool(n != 1)}"
 
 
 def shorten(items):
@@ -111,73 +115,66 @@ def check_precision(values, column):
 # ------------------------------------------------------------------------------------------------------ files
 
 
+MANY = ("observations", "actions", "mask")  # roles that patterns may fill
+TOLD = ("actions", "reward", "terminal", "timeout", "propensity")  # what nobody knows when the action is chosen
+DONE = re.compile("dones?$", re.IGNORECASE)  # names of flags that are often true at time-outs too
+WORDS = {"terminal": ("all", "none"), "timeout": ("none",)}  # that stand in place of a column
+
+
 def pick(patterns, columns, role, taken=()):
-    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken."""
+    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken. `x`
+    stands for `x[0]`, `x[1]`, ... too."""
     picked = []
     for pattern in patterns:
-        found = [pattern] if pattern in columns else [x for x in fnmatch.filter(columns, pattern) if x not in taken]
-        if not found or role not in ("observations", "actions") and found != [pattern]:
+        found = [pattern] if pattern in columns else [x for x in columns if x.startswith(f"{pattern}[")]
+        if not found and role in MANY:
+            found = [x for x in fnmatch.filter(columns, pattern) if x not in taken]
+        if not found:
             has = shorten(map(repr, columns))
             raise DataError(f"--{role} {pattern}: there is no such column; the table has {has}")
+        if len({*found}) > 1 and role not in MANY:
+            raise DataError(f"--{role} {pattern}: it takes one column, such as {found[0]}, not {len(found)}")
         picked += found
     if double := [name for name in picked if columns.count(name) > 1]:
         raise DataError(f"--{role}: several columns are named {double[0]}")
     return list(dict.fromkeys(picked))
 
 
-def open_table(path, args, note):
-    """The names of a table's columns, and a function that reads some of them."""
-    import pandas
+def pick_all(args, names, like):
+    """The columns of each role that the options name, a list each; those of --like where it knows them."""
+    single = {"step": args.step, "reward": args.reward or args.cost, "propensity": args.propensity}
+    single |= {"terminal": args.terminal, "timeout": args.timeout}
+    options = {"reward": "cost"} if args.cost else {}
+    columns = {"episode": [x for name in dict.fromkeys(args.episode or ()) for x in pick([name], names, "episode")]}
+    for role, name in single.items():
+        if name in WORDS.get(role, ()):
+            if name in names:
+                raise DataError(f"--{role} {name} is a word of this program, but a column too: rename the column")
+        elif name is not None:
+            columns[role] = pick([name], names, options.get(role, role))
+    taken = [name for role in columns for name in columns[role]]
+    if args.mask or like and "masks" in like["encoding"]:
+        columns["mask"] = pick_columns("mask", args.mask, args, names, taken, like)
+        taken += columns["mask"]
+    columns["actions"] = pick_columns("actions", args.actions, args, names, taken, like)
+    taken += columns["actions"]
+    columns["observations"] = pick_columns("observations", args.observations, args, names, taken, like)
+    return columns
 
-    if not is_parquet(path):
-        first = {"header": None, "nrows": 1, "dtype": str, "keep_default_na": False}
-        rows = {separator: pandas.read_csv(path, sep=separator, **first) for separator in ",;\t"}
-        separator = max(rows, key=lambda x: rows[x].shape[1])
-        if separator != ",":
-            note(f"The columns are separated by {'semicolons' if separator == ';' else 'tabs'}.")
-        names = [name or f"Unnamed: {i}" for i, name in enumerate(rows[separator].iloc[0])]  # as pandas names them
-        return names, lambda *columns: read_csv(path, separator, args.decimal or ".", *columns)
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError("Parquet needs pyarrow: pip install -r requirements-extra.txt, or store it as CSV") from error
-    names = pyarrow.parquet.read_schema(path).names
-    return names, lambda columns, *_: pyarrow.parquet.read_table(path, columns=columns).to_pandas(ignore_metadata=True)
 
-
-def read_csv(path, separator, decimal, columns, texts, codes):
-    """Some columns of a CSV file, in which only an empty field is empty; `texts` of them as they stand there. The other
-    columns are read too, since pandas passes over a row that is too long if it is to read some alone. Raises DataError
-    for leading zeros in `codes`."""
-    import pandas
-
-    options = {"sep": separator, "decimal": decimal, "index_col": False, "dtype": dict.fromkeys(texts, str)}
-    options |= {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"}
-    with warnings.catch_warnings():
-        for kind in (pandas.errors.DtypeWarning, pandas.errors.ParserWarning):
-            warnings.simplefilter("error", kind)
-        try:
-            table = pandas.read_csv(path, **options)
-        except pandas.errors.DtypeWarning:  # parts of a column have numbers, others texts
-            table = pandas.read_csv(path, low_memory=False, **options)
-        except pandas.errors.ParserWarning as error:
-            cure = "put numbers with commas in quotes"
-            raise DataError(f"its rows have more fields than its first line: {cure}") from error
-        except pandas.errors.ParserError as error:
-            if "Calling read(nbytes)" in str(error):  # pandas makes this of Ctrl-C
-                raise KeyboardInterrupt from error
-            raise
-    whole = [name for name in codes if pandas.api.types.is_integer_dtype(table[name])]
-    if whole:
-        written = pandas.read_csv(path, **options | {"dtype": str, "usecols": whole})
-        for name in whole:
-            if (zeros := written[name].str.match(r"[+-]?0\d").to_numpy(bool)).any():
-                row = zeros.argmax()
-                cure = "for a code, put a letter before it; for a number, remove the zeros"
-                raise DataError(
-                    f"column {name} has leading zeros, {written[name][row]!r} in row {row} (from 0): {cure}"
-                )
-    return table[columns]
+def pick_columns(role, patterns, args, names, taken, like):
+    """The columns of a role that takes patterns: the options' ones, or those of the dataset of --like."""
+    picked = pick(patterns, names, role, taken) if patterns else None
+    if like is None:
+        return picked
+    encoding = like["encoding"]
+    wanted = encoding.get("masks", []) if role == "mask" else [entry["name"] for entry in encoding[role]]
+    if picked is not None and {*picked} != {*wanted}:
+        raise DataError(f"--{role} names {shorten(picked)}; those of {args.like} are {shorten(wanted) or 'none'}")
+    if missing := [name for name in wanted if name not in names]:
+        what = "masks" if role == "mask" else role
+        raise DataError(f"it lacks {shorten(missing)}, {what} of {args.like}; it has {shorten(names)}")
+    return pick(wanted, names, role)
 
 
 def read_table(path, args, like=None):
@@ -185,85 +182,246 @@ def read_table(path, args, like=None):
     import pandas
 
     notes = []
-    roles = {role: getattr(args, role) for role in ("episode", "step", "reward", "terminal", "timeout")}
-    roles = {role: name for role, name in roles.items() if name is not None}
     try:
         names, read = open_table(path, args, notes.append)
-        for role, name in roles.items():
-            pick([name], names, role)
-        actions = pick_columns("actions", args, names, roles.values(), like)
-        observations = pick_columns("observations", args, names, [*roles.values(), *actions], like)
-        others = [name for role, name in roles.items() if role != "episode"] + actions + observations
-        codes = [*dict.fromkeys(observations + actions)]
-        table = read(list({args.episode: None} | dict.fromkeys(others)), {args.episode} - {*others}, codes)
+        columns = pick_all(args, names, like)
+        others = {name for role in columns for name in columns[role] if role != "episode"}
+        codes = [*dict.fromkeys(columns["observations"] + columns["actions"])]
+        texts = {*columns["episode"]} - others
+        table = read(list(dict.fromkeys(name for role in columns for name in columns[role])), texts, codes)
     except (DataError, MemoryError):
         raise
     except UnicodeError as error:
         raise DataError(f"it is not UTF-8 text ({error}): save it as CSV UTF-8") from error
     except Exception as error:  # pandas and pyarrow raise many kinds
         raise DataError(f"it is damaged or not a table: {error}") from error
-    told = {name for role, name in roles.items() if role not in ("episode", "step")} | {*actions}
-    if known := [name for name in observations if name in told]:
-        raise DataError(f"column {known[0]} cannot be an observation: it is an action, the reward or a flag")
+    told = {name for role in TOLD for name in columns.get(role, ())}
+    if known := [name for name in columns["observations"] if name in told]:
+        raise DataError(
+            f"column {known[0]} cannot be an observation: it is an action, the reward, a flag or a propensity"
+        )
     for name in table:
-        if name == args.episode and pandas.api.types.infer_dtype(table[name]) == "mixed":
+        if name in columns["episode"] and pandas.api.types.infer_dtype(table[name]) == "mixed":
             raise DataError(f"column {name} holds lists or records: store text or numbers")
         if (empty := table[name].isna().to_numpy()).any():
-            raise DataError(f"column {name} is empty in row {empty.argmax()} (from 0): fill or remove such rows")
+            refuse_empty(name, empty)
     if not len(table):
         raise DataError("it has no rows")
-    return order_table(table, roles, actions, observations, Reader(path, args, like), notes)
+    return order_table(table, columns, Reader(path, args, like), args, notes)
 
 
-def pick_columns(role, args, names, taken, like):
-    """The columns of the observations or actions: the options' ones, or those of the dataset of --like."""
-    patterns = getattr(args, role)
-    picked = pick(patterns, names, role, taken) if patterns else None
-    if like is None:
-        return picked
-    wanted = [entry["name"] for entry in like["encoding"][role]]
-    if picked is not None and {*picked} != {*wanted}:
-        raise DataError(f"--{role} names {shorten(picked)}; those of {args.like} are {shorten(wanted)}")
-    if missing := [name for name in wanted if name not in names]:
-        raise DataError(f"it lacks {shorten(missing)}, {role} of {args.like}; it has {shorten(names)}")
-    return pick(wanted, names, role)
-
-
-def order_table(table, roles, action_names, observation_names, reader, notes):
+def order_table(table, columns, reader, args, notes):
     """A Recording of the rows, sorted by episode, in the order of their first rows, and by step."""
-    import pandas
-
-    observations, observation_entries = reader.observations(table[observation_names])
-    actions, action_entries = reader.actions(table[action_names])
-    rewards, texts = reader.column(table[roles["reward"]])
-    if texts:
-        raise DataError(f"column {roles['reward']} holds text or truth values: rewards are numbers")
-    check_precision(rewards, f"column {roles['reward']}")
-    flags = {role: reader.flags(table[roles[role]]) for role in ("terminal", "timeout") if role in roles}
-    episodes = pandas.factorize(table[roles["episode"]])[0]
-    if "step" in roles:
-        steps, span = reader.steps(table[roles["step"]])
+    observations, observation_entries = reader.observations(table[columns["observations"]])
+    actions, action_entries = reader.actions(table[columns["actions"]])
+    rewards = reader.numbers_alone(table[columns["reward"][0]], "rewards")
+    flags = {role: reader.flags(table[columns[role][0]]) for role in ("terminal", "timeout") if role in columns}
+    if "step" in columns:
+        steps, span = reader.steps(table[columns["step"][0]])
     else:
         steps, span = np.arange(len(table)), "the file's order"
+    episodes = number_episodes(table[columns["episode"]])
     order = np.lexsort((steps, episodes))
-    episodes, steps, terminals = episodes[order], steps[order], flags["terminal"][order]
-    recording = Recording(observations[order], actions[order], np.float32(rewards)[order], terminals, rows=order)
-    goes_on = np.append(episodes[1:] == episodes[:-1], False)
-    recording.timeouts = ~goes_on & ~terminals
-    if "timeout" in flags:
-        recording.timeouts |= flags["timeout"][order]
+    episodes, steps = episodes[order], steps[order]
+    flags = {role: values[order] for role, values in flags.items()}
+    terminals = flags.get("terminal", np.full(len(table), args.terminal == "all"))
+    timeouts = flags.get("timeout", np.zeros(len(table), bool))
+    if (both := terminals & timeouts).any():
+        terminals, text = tell_both(both, terminals, args)
+        notes.append(text)
+    signed = np.float32(0 - rewards if args.cost else rewards)[order]
+    recording = Recording(observations[order], actions[order], signed, terminals, rows=order)
     recording.encoding = {"observations": observation_entries, "actions": action_entries}
     if reader.like:
         recording.action_low, recording.action_high = reader.bounds()
+    if "mask" in columns:
+        masks = np.stack([reader.flags(table[name]) for name in columns["mask"]], axis=1)[order]
+        match_masks(recording, columns["mask"], masks, args, reader)
+    if "propensity" in columns:
+        recording.propensities = reader.propensities(table[columns["propensity"][0]])[order]
     for text in notes + reader.notes:
         recording.note(text)
-    recording.note(f"{len(table):,} rows, {(~goes_on).sum():,} episodes by {roles['episode']}; steps: {span}.")
-    if "step" in roles:
-        tell_distances(steps, goes_on[:-1], recording.note)
-    if early := (terminals & goes_on).sum():
-        recording.note(f"{early:,} terminal rows are not the last of their episode: the episode is split there.")
+    if args.cost:
+        recording.note(f"Rewards are minus {args.cost}.")
+    goes_on = find_ends(recording, columns, (episodes, steps, timeouts), span, args)
+    recording.timeouts = (~goes_on | timeouts) & ~terminals
     tell_encoding(recording, observations.shape[1])
     return recording
+
+
+def number_episodes(table):
+    """The number of each row's episode [n], in the order of their first rows. Rows of an episode are equal in all
+    columns."""
+    import pandas
+
+    numbers = np.zeros(len(table), np.int64)
+    for name in table:
+        codes, uniques = pandas.factorize(table[name])
+        numbers = pandas.factorize(numbers * len(uniques) + codes)[0]
+    return numbers
+
+
+def tell_both(both, terminals, args):
+    """The terminals, where rows are flagged by both --terminal and --timeout [n], and a sentence about it."""
+    told = f"{plural(both.sum(), 'row')} flagged by both {args.terminal} and {args.timeout}"
+    if DONE.search(args.terminal):
+        return terminals & ~both, f"{told}: taken as time-outs, which such a flag includes."
+    return terminals, f"{told}: taken as terminal."
+
+
+def find_ends(recording, columns, ordered, span, args):
+    """Flags of the rows whose episode goes on in the next row [n]; notes where episodes end."""
+    (episodes, steps, timeouts), by = ordered, ", ".join(columns["episode"])
+    goes_on, rows = np.append(episodes[1:] == episodes[:-1], False), plural(len(steps), "row")
+    if args.terminal == "all":
+        order = ", ".join(columns["episode"] + columns.get("step", []))
+        recording.note(f"{rows}, each an episode of its own (--terminal all), in the order of {order or 'the file'}.")
+        return np.zeros(len(steps), bool)
+    if args.max_gap:
+        distances = np.append(steps[1:] - steps[:-1], steps[:1] - steps[:1])
+        gaps = goes_on & (distances > read_gap(args.max_gap, distances))
+        goes_on &= ~gaps
+        recording.note(f"Episodes end at {plural(gaps.sum(), 'gap')} above {args.max_gap}.")
+    flagged = recording.terminals | timeouts
+    if early := (recording.terminals & goes_on).sum() if by else 0:
+        recording.note(f"{plural(early, 'terminal row')} before the last row of an episode, which is split there.")
+    marks = " or ".join(columns[role][0] for role in ("terminal", "timeout") if role in columns)
+    how = f"by {by}" if by else f"ended by {marks}" if marks else "without an end"
+    ends = ~goes_on if by else ~goes_on | flagged
+    recording.note(f"{rows}, {plural(ends.sum(), 'episode')} {how}; steps: {span}.")
+    goes_on &= ~flagged
+    if "step" in columns:
+        tell_distances(steps, goes_on[:-1], recording.note, args.max_gap)
+    return goes_on
+
+
+def read_gap(text, distances):
+    """The longest distance between two steps of an episode, as a number or a duration."""
+    import pandas
+
+    try:
+        gap = float(text)
+    except ValueError:
+        gap = None
+    if distances.dtype.kind != "m":
+        if gap is None or not gap > 0:
+            raise DataError(f"--max_gap {text}: the steps are numbers, so give one above 0")
+        return gap
+    try:
+        duration = pandas.Timedelta(text) if gap is None else pandas.NaT
+    except ValueError:
+        duration = pandas.NaT
+    if not duration > pandas.Timedelta(0):
+        raise DataError(f"--max_gap {text}: the steps are times, so give a duration such as 30min, 2h or 1d")
+    return duration.to_timedelta64()
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+
+
+def mask_parts(names, patterns):
+    """The part of each mask's name that tells its action: what `*` stands for, the place in a list, or what follows the
+    beginning that all names share."""
+    start = os.path.commonprefix(names)
+    start = re.sub(r"[^\W_]+$", "", start) if len(names) > 1 else ""
+    parts = [name[len(start) :] for name in names]
+    for pattern in patterns:
+        if pattern.count("*") == 1 and pattern not in names:
+            before, after = pattern.split("*")
+            for i, name in enumerate(names):
+                if name.startswith(before) and name.endswith(after):
+                    parts[i] = name[len(before) : len(name) - len(after)]
+    places = [re.fullmatch(r"(.*)\[(\d+)\]", name) for name in names]
+    if all(places) and len({place[1] for place in places}) == 1:
+        parts = [place[2] for place in places]
+    return parts
+
+
+def match_masks(recording, names, masks, args, reader):
+    """Puts the mask columns [n, k] into the order of the actions, by their names if these name the actions, which are
+    then known from them; else as they stand."""
+    (entry, *others), recording.masks = recording.encoding["actions"], masks
+    recording.encoding["masks"] = names
+    if others:
+        raise DataError("--mask is for one column of discrete actions: the dataset has several")
+    if reader.like:
+        return
+    values, texts = recording.actions[:, 0], entry.get("values")
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        raise DataError(f"--mask is for discrete actions: column {entry['name']} holds real numbers")
+    known, parts = texts or np.unique(values).astype(np.int64).tolist(), mask_parts(names, args.mask)
+    recording.actions = recording.actions.astype(np.int64)
+    if (numbers := all(part.isdecimal() for part in parts)) and not texts:
+        parts = [str(int(part)) for part in parts]
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        alike = [name for name, part in zip(names, parts) if part == twice[0]]
+        raise DataError(f"--mask has several columns for action {twice[0]}: {shorten(alike)}")
+    missing = [str(x) for x in known if str(x) not in parts]
+    if not missing:
+        order = name_actions(recording, entry, parts, known, args)
+    elif numbers and (len(missing) == len(known) or names[0].endswith("]")):
+        order = sorted(range(len(parts)), key=lambda i: int(parts[i]))
+    elif texts or len(missing) < len(known):
+        raise DataError(
+            f"--mask {' '.join(args.mask)}: action {missing[0]} of {entry['name']} has no column; the columns stand "
+            f"for {shorten(parts)}"
+        )
+    else:
+        order = range(len(parts))
+    recording.masks, recording.encoding["masks"] = masks[:, [*order]], [names[i] for i in order]
+
+
+def name_actions(recording, entry, parts, known, args):
+    """Takes the actions from the names of their masks, so that one that nobody took is known. Returns the order of the
+    columns."""
+    whole = isinstance(known[0], int) and not isinstance(known[0], bool)
+    if whole and (odd := [part for part in parts if not re.fullmatch(r"0|-?[1-9]\d{0,14}", part)]):
+        raise DataError(f"--mask has a column for {shorten(odd)}, but {entry['name']} holds whole numbers")
+    if isinstance(known[0], bool) and len(parts) > 2:
+        raise DataError(f"--mask has {len(parts)} columns for the truth values of {entry['name']}")
+    order = sorted(range(len(parts)), key=lambda i: int(parts[i]) if whole else parts[i])
+    values = [int(parts[i]) if whole else parts[i] for i in order]
+    if isinstance(known[0], bool):
+        values = [value == "True" for value in values]
+    low, high = (values[0], values[-1]) if whole else (0, len(values) - 1)
+    if whole and high - low >= len(values):  # with holes: numbered
+        recording.actions = np.searchsorted(values, recording.actions)
+        low, high, entry["values"] = 0, len(values) - 1, values
+    elif not whole:
+        recording.actions = np.array([values.index(x) for x in known])[recording.actions]
+        entry["values"] = values
+    if args.action_low is not None and (args.action_low, args.action_high) != ([low], [high]):
+        cure = "leave out --action_low and --action_high"
+        raise DataError(f"the names of the masks tell the actions, {shorten(values)}: {cure}")
+    recording.action_low, recording.action_high = np.array([low]), np.array([high])
+    if idle := [value for value in values if value not in known]:
+        recording.note(f"Actions of {entry['name']} that no row took, known from the masks: {shorten(idle)}.")
+    return order
+
+
+def check_choices(recording, low, high):
+    """Raises DataError for masks or propensities that do not fit the actions, whose bounds as stored are [A] each."""
+    discrete = len(low) == 1 and recording.actions.dtype.kind == "i"
+    for option, values in (("mask", recording.masks), ("propensity", recording.propensities)):
+        if values is not None and not discrete:
+            raise DataError(f"--{option} is for one column of discrete actions")
+    if recording.masks is None:
+        return
+    masks, names, (entry,) = recording.masks, recording.encoding["masks"], recording.encoding["actions"]
+    if len(names) != (n := len(entry["values"])):
+        raise DataError(
+            f"--mask has {plural(len(names), 'column')}, but {entry['name']} has {plural(n, 'action')}, "
+            f"{shorten(entry['values'])}: it needs one column per action, with the action in its name"
+        )
+    recording.note(f"Masks: {shorten(f'{x} is for {y}' for x, y in zip(names, entry['values']))}.")
+    allowed = masks[np.arange(len(masks)), recording.actions[:, 0] - low[0]]
+    for bad, words in ((~masks.any(axis=1), "the masks allow no action"), (~allowed, "")):
+        if bad.any():
+            i = bad.argmax()
+            number = recording.actions[i, 0] - low[0]
+            words = words or f"the action is {entry['values'][number]}, which {names[number]} forbids"
+            raise DataError(f"{words} in row {recording.rows[i]} (from 0): correct or remove such rows")
+    recording.note(f"On average {masks.sum(axis=1).mean():.4g} of {len(names)} actions are allowed.")
 
 
 def tell_encoding(recording, size):
@@ -304,6 +462,8 @@ class Reader:
         if pandas.api.types.is_numeric_dtype(column) and kind != "boolean":
             check_numbers(column.to_numpy(np.float64), name)
             return column.to_numpy(np.int64 if kind == "integer" else np.float64), None
+        if kind in ("mixed", "bytes"):
+            raise DataError(f"{name} holds records, images, or lists that are empty or long: leave it out")
         if kind not in ("string", "boolean", "categorical"):
             raise DataError(
                 f"{name} holds {kind}: store text or numbers (for times, such as the hours since the episode began)"
@@ -340,6 +500,25 @@ class Reader:
         elif self.csv and self.decimal == "," and "." in text:
             cure = f"with --decimal , numbers have no points; {cure}"
         raise DataError(f"{name} holds {place}: {cure}")
+
+    def numbers_alone(self, column, what):
+        """Numbers [n] that text and truth values cannot stand for."""
+        values, texts = self.column(column)
+        if texts:
+            raise DataError(f"column {column.name} holds text or truth values: {what} are numbers")
+        if what == "rewards":
+            check_precision(values, f"column {column.name}")
+        return values
+
+    def propensities(self, column):
+        values = np.float64(self.numbers_alone(column, "propensities"))
+        if (bad := ~((values > 0) & (values <= 1))).any():
+            row = bad.argmax()
+            raise DataError(
+                f"column {column.name} is {values[row]:.10g} in row {row} (from 0): a propensity is the probability of "
+                "the logged action, above 0 and at most 1"
+            )
+        return values
 
     def flags(self, column):
         values, texts = self.column(column)
@@ -471,7 +650,7 @@ class Reader:
 
 
 def tell_counts(counts):
-    return shorten(f"{text!r} ({n:,} row{'s' * bool(n > 1)})" for text, n in counts.items())
+    return shorten(f"{text!r} ({plural(n, 'row')})" for text, n in counts.items())
 
 
 # ------------------------------------------------------------------------------------------------ steps and dates
@@ -530,13 +709,13 @@ def read_dates(name, texts, codes, day_first, notes):
     return good[format]
 
 
-def tell_distances(steps, goes_on, note):
+def tell_distances(steps, goes_on, note, max_gap):
     """Notes equal steps and gaps within episodes. steps [n], in order; goes_on [n - 1]: the next row is of the same."""
     import pandas
 
     distances = (steps[1:] - steps[:-1])[goes_on]
     if ties := int((distances == distances * 0).sum()):
-        note(f"{ties:,} rows have the same step as the row before; they keep the file's order.")
+        note(f"Same step as the row before: {plural(ties, 'row')}, which keep the file's order.")
     if len(distances) == ties:
         return
     typical = np.sort(distances)[(ties + len(distances) - 1) // 2]  # a median that is one of them, without ties
@@ -544,5 +723,5 @@ def tell_distances(steps, goes_on, note):
     words = [pandas.Timedelta(x) if distances.dtype.kind == "m" else f"{x:.10g}" for x in words]
     note(
         f"Steps are typically {words[0]} apart; {far:,} of {len(distances):,} distances are more than twice that, the "
-        f"largest is {words[1]}."
+        f"largest is {words[1]}.{' --max_gap ends episodes at gaps.' * bool(far and not max_gap)}"
     )

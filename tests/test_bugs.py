@@ -10,10 +10,10 @@ from conftest import WORLDS, suited
 
 # Where, the text, and what a slip makes of it: misspelt attributes and keys, wrong axes and shapes.
 SAME = [  # in all scripts
-    ("load_dataset", "episode.terminations), len", "episode.terminal), len"),
+    ("load_dataset", "~episode.terminations\n", "~episode.terminal\n"),
     ("load_dataset", "map(np.concatenate", 'map(data["join"]'),
-    ("load_dataset", "np.reshape(episode.actions, (n, -1))", "np.reshape(episode.actions, (n, 7))"),
-    ("load_dataset", "np.arange(n) == n - 1", "np.cumsum(episode.rewards, axis=1) == n - 1"),
+    ("load_dataset", "len(episode.actions), -1)", "len(episode.actions), 7)"),
+    ("load_dataset", "np.append(episode.truncations[:-1], True)", "np.cumsum(episode.rewards, axis=1)"),
     ("load_dataset", "spec.kwargs | named", 'spec.kwargs | named["name"]'),
     ("flatten", "np.reshape(observations, (len(", "np.reshaped(observations, (len("),
     ("evaluate", 'self.score(np.array(result["return"]))', 'self.score(np.array(result["returns"]))'),

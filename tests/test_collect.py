@@ -220,7 +220,7 @@ def test_policy_of_a_run(env, capsys, monkeypatch):
         network.action_high.copy_(torch.tensor(Corridor.action_space.high))
     script.save(Path("policy.pt"), {"sizes": list(network.sizes), "weights": network.state_dict()})
     batches, act = [], type(network).act
-    monkeypatch.setattr(type(network), "act", lambda self, x: batches.append(len(x)) or act(self, x))
+    monkeypatch.setattr(type(network), "act", lambda self, x, *more: batches.append(len(x)) or act(self, x, *more))
     dataset = run(policy="policy.pt", env=env, steps=200)
     assert dataset.storage.metadata["algorithm_name"] == "policy.pt"
     assert collect.N_ENVS in batches and len(batches) < 310  # one call a step for all

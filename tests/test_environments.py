@@ -68,7 +68,7 @@ def test_other_wrappers_are_refused_by_name_unless_nothing_is_played(script, tin
     gym.register("Toy-Pendulum-v0", entry_point=gym.spec("Pendulum-v1").entry_point, max_episode_steps=20)
     capsys.readouterr()
     assert script.train(tiny(env=name, eval_env="Toy-Pendulum-v0", run_id="named"))["eval_return"] < 0
-    assert "recorded with {'wrappers': [('NormalizeReward'" in capsys.readouterr().out
+    assert "'wrappers': [('NormalizeReward'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,24 @@ def test_policies_of_all_scripts_act_in_eval_mode(tmp_path):
         assert type(loaded) is type(network) and not loaded.training
 
 
+def test_masks_and_scores_of_discrete_actions(packages, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = cql_dqn.QNetwork(3, [4], 8, 1, "dqn", 1)
+    state = {"sizes": list(network.sizes), "weights": network.state_dict()}
+    state["encoding"] = {"observations": [], "actions": [], "masks": ["a", "b", "c", "d"]}
+    cql_dqn.save(tmp_path / "policy.pt", state)
+    export.main([str(tmp_path / "policy.pt")])
+    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx")
+    observations, masks = np.float32(np.random.default_rng(0).normal(size=(16, 3))), np.eye(4)[np.arange(16) % 4] == 0
+    actions, scores = session.run(["action", "scores"], {"observation": observations, "mask": masks})
+    policy = cql_dqn.load_policy(tmp_path / "policy.pt")
+    assert actions.tolist() == policy(observations, masks).tolist() == scores.argmax(axis=1).tolist()
+    assert np.isneginf(scores[~masks]).all() and scores[masks] == pytest.approx(
+        policy.scores(observations)[masks], abs=1e-6
+    )
+
+
 @pytest.mark.parametrize("damage", [0.8e-4, np.nan])
 def test_a_file_that_acts_otherwise_is_not_written(damage, exported, policy, capsys, monkeypatch):
     monkeypatch.setattr(export, "to_onnx", lambda actor: (exported[0] / "policy.onnx").read_bytes())

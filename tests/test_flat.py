@@ -20,7 +20,10 @@ DISCRETE = "algorithms.discrete.cql_dqn"
 COUNTRY = {"name": "country", "values": ["AT", "DE", "FR"]}
 TIME = {"name": "time", "offset": 1_700_000_000.0}
 POWER = {"name": "power", "offset": 433_000_000.0, "low": 433_050_000.0, "high": 434_790_000.0}
-FILES = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "episode_returns")
+FILES = (
+    *("observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "episode_returns"),
+    *("masks", "next_masks", "propensities"),
+)
 OFFER = {"name": "offer", "values": ["call", "mail", 17], "low": 0}
 
 
@@ -223,13 +226,12 @@ def test_recorded_columns_that_float32_cannot_hold_apart_are_refused(script, tin
 @once
 def test_actions_that_float32_cannot_hold_are_refused(script, tiny, tmp_path):
     """433.92 MHz in Hz; in MHz they are fine."""
-    data = arrays(script) | {"actions": np.linspace(433_050_000, 434_790_000, 60).astype(np.int64)[:, None]}
+    data = arrays(script) | {"actions": np.linspace(433_050_000, 434_790_000, 60)[:, None]}
     data |= {"action_low": np.array([433.05e6]), "action_high": np.array([434.79e6])}
     data.pop("encoding")
     config = tiny(env="mine", eval_env="none")
-    for kind in (np.int64, np.float64):
-        line = refusal(script.train, config, data=data | {"actions": data["actions"].astype(kind)})[1]
-        assert "float32 has too few digits" in line and "actions" in line
+    line = refusal(script.train, config, data=data)[1]
+    assert "float32 has too few digits" in line and "actions" in line
     script.train(config, data=data | {key: data[key] / 1e6 for key in ("actions", "action_low", "action_high")})
     actions = script.load_policy(tmp_path / "runs/run/policy.pt")(data["observations"])
     assert 433.05 - 4e-5 <= actions.min() <= actions.max() <= 434.79 + 4e-5
@@ -389,6 +391,62 @@ def test_whole_numbers_that_do_not_begin_at_0_answer_as_they_are(script, tiny, t
     script.train(tiny(env="mine", eval_env="none"), data=data)
     policy, row = script.load_policy(tmp_path / "runs/run/policy.pt"), {"time": 1.7e9, "country": "AT"}
     assert policy(row)["offer"] == policy(np.array([0.0, 1, 0, 0])) >= 5
+
+
+MASKS = ["may_call", "may_mail", "may_17"]
+
+
+@discrete
+def test_masks_and_scores_by_name(script, tiny, tmp_path, write):
+    """Policies of an imported dataset read the masks of a row."""
+    data, rng = as_stored(arrays(script)), np.random.default_rng(1)
+    masks = (rng.random((60, 3)) < 0.5) | (data["actions"] == np.arange(3))
+    data |= {"masks": masks, "next_masks": np.roll(masks, -1, axis=0), "propensities": rng.random(60)}
+    data["encoding"] = data["encoding"] | {"masks": MASKS}
+    write(data)
+    script.train(tiny(env=ID, holdout_fraction=0.2, n_step=2))
+    policy = script.load_policy(tmp_path / "runs/run/policy.pt")
+    row, array = {"time": 1_700_000_123.5, "country": "DE"}, np.array([123.5, 0, 1, 0])
+    names, values = OFFER["values"], policy.scores(array)
+    assert values.shape == (3,) and policy.scores(np.stack([array] * 2)).tolist() == [values.tolist()] * 2
+    for flags in ((1, 1, 1), (1, 0, 1), (0, 0, 1), (False, True, False)):
+        masked = np.where(flags, values, -np.inf)
+        for given in (row | dict(zip(MASKS, flags)), pd.Series(row | dict(zip(MASKS, flags)))):
+            assert policy(given) == {"offer": names[masked.argmax()]} == {"offer": names[int(policy(array, flags))]}
+            assert policy.scores(given) == dict(zip(names, masked.tolist()))
+    assert policy(row, mask=[0, 1, 0]) == {"offer": "mail"}
+    wrong = {"may_mail": [None, 2, "yes", math.nan, ...], "may_17": [[1, 1]], "may_call": [...]}
+    for name, value in ((name, value) for name, values in wrong.items() for value in values):
+        given = {x: y for x, y in (row | dict.fromkeys(MASKS, 1) | {name: value}).items() if y is not ...}
+        with pytest.raises(ValueError, match=name if value != 2 else "mask"):
+            policy(given)
+    with pytest.raises(ValueError, match="mask"):
+        policy(row | dict.fromkeys(MASKS, 0))
+
+
+@discrete
+def test_scores_of_actions_of_several_parts(script, tiny, tmp_path):
+    columns = [OFFER, {"name": "price", "offset": 0.0, "low": 5, "high": 6}]
+    data = arrays(script) | {"encoding": {"observations": [TIME, COUNTRY], "actions": columns}}
+    data["actions"] = np.concatenate([data["actions"], np.arange(60)[:, None] % 2 + 5], axis=1)
+    data |= {"action_low": np.array([0, 5]), "action_high": np.array([2, 6])}
+    script.train(tiny(env="mine", eval_env="none"), data=data)
+    policy, row = script.load_policy(tmp_path / "runs/run/policy.pt"), {"time": 1.7e9, "country": "AT"}
+    scores = policy.scores(row)
+    assert list(scores) == [(offer, price) for offer in OFFER["values"] for price in (5, 6)]
+    assert tuple(policy(row).values()) == max(scores, key=scores.get)
+
+
+@kinds
+def test_masks_where_they_cannot_act_are_refused(script, tiny):
+    data = arrays(script)
+    masks = {"masks": np.ones((60, 3)), "next_masks": np.ones((60, 3))}
+    if script.__name__ == DISCRETE:
+        status, line = refusal(script.train, tiny(env="mine", eval_env="Counter-v0"), data=data | masks)
+        assert status == 2 and "masks of mine" in line
+    else:
+        status, line = refusal(script.train, tiny(env="mine", eval_env="none"), data=data | masks)
+        assert status == 1 and "unknown columns ['masks', 'next_masks']" in line
 
 
 @discrete

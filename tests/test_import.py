@@ -156,7 +156,7 @@ def test_transitions_are_those_of_a_slow_reading(run, data, n, following, flagge
     write(**{"n": n, "timeouts": None} | table)
     status, out, err = run("data.hdf5", "--id", ID, "--force", f"--max_episode_steps={limit}")
     assert status == (0 if expected else 1), err
-    assert (f"{dropped} rows were dropped" in out) == (dropped > 0)
+    assert (f"Dropped: {import_data.plural(dropped, 'row')}" in out) == (dropped > 0)
     if expected:
         (observations, actions, rewards, next_observations, terminations, timeouts), found = read()
         rows = [int(row[0]) for row in expected]
@@ -191,10 +191,10 @@ def test_splits_and_what_is_missing_are_said(run):
     following = np.roll(columns()["observations"], -1, axis=0)
     following[4] = -1
     out = run(write(next_observations=following), "--id", ID)[1]
-    assert "1 episodes were split" in out and read()[1] == [5, 7]
+    assert "Split: 1 episode, where" in out and read()[1] == [5, 7]
     out = run(write(timeouts=None, terminals=flags(12, 2)), "--id", ID, "--force", "--max_episode_steps", 4)[1]
-    assert "end after 4 steps" in out and "3 rows were dropped" in out and "1 terminal rows" in out
-    assert read()[1] == [3, 3, 3] and "1 terminal rows" in " ".join(metadata()["notes"])
+    assert "end after 4 steps" in out and "Dropped: 3 rows" in out and "of 1 terminal row:" in out
+    assert read()[1] == [3, 3, 3] and "of 1 terminal row:" in " ".join(metadata()["notes"])
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_a_table_of_logged_data(name, run):
         pytest.importorskip("pyarrow")
     table = TABLE if name.endswith("csv") else TABLE.assign(time=pd.to_datetime(TABLE.time, format="ISO8601"))
     status, out, err = table_run(run, table, name)
-    assert status == 0 and "1 rows were dropped" in out and "0 is call, 1 is mail, 2 is none" in out, err
+    assert status == 0 and "Dropped: 1 row without" in out and "0 is call, 1 is mail, 2 is none" in out, err
     (observations, actions, rewards, following, terminals, timeouts), lengths = read()
     assert "typically" in out
     rows = {i: [*TABLE[["x_spend", "x_visits"]].loc[i], *(TABLE.country[i] == x for x in ("AT", "DE", "FR")),
@@ -586,7 +586,7 @@ def test_steps_of_other_types(run, root):
     shutil.rmtree(root)
     for kind, words in (
         (days.time, "time"),
-        ([[1]] * 4, "mixed"),
+        ([{"a": 1}] * 4, "mixed"),
         ([True] * 4, "boolean"),
         (days.to_period("D"), "period"),
     ):
@@ -597,10 +597,11 @@ def test_steps_of_other_types(run, root):
 def test_distances_between_steps_are_told(run):
     table = TABLE.assign(customer="a", left=0, time=[0, 1, 2, 2, 4, 104])
     out = table_run(run, table)[1]
-    assert "1 rows have the same step" in out
+    assert "Same step as the row before: 1 row," in out
     assert "Steps are typically 1 apart; 1 of 5 distances are more than twice that, the largest is 100." in out
     table = table.assign(time=pd.date_range("2024-01-01", periods=6, freq="36h").astype(str))
     assert "typically 1 days 12:00:00 apart; 0 of 5" in table_run(run, table, force=[])[1]
+    assert "1 of 4 distances" in log_run(run, "--terminal end --step t")[1]  # none between two episodes
 
 
 def csv_run(run, text, **changes):
@@ -808,6 +809,531 @@ def refused(result, expected, words, root):
     assert not [*root.rglob("*.json")]
 
 
+# ------------------------------------------------------------------------------------- where episodes end
+
+LOG = pd.DataFrame({
+    "user": ["a", "a", "b", "b", "b", "a"], "visit": [1, 1, 1, 1, 2, 2], "t": [0, 1, 2, 3, 10, 11], "x": np.arange(6.0),
+    "offer": ["u", "v", "u", "v", "u", "v"], "gain": [1.0, 2, 4, 8, 16, 32], "end": [0, 0, 1, 0, 0, 1],
+    "cut": [0, 1, 0, 0, 0, 0], "next.done": [0, 1, 1, 0, 0, 1],
+})  # fmt: skip
+ENDS = {  # options; x of each stored episode, which of them end in a terminal row, words
+    "a bandit": (
+        "--terminal all",
+        [[0], [1], [2], [3], [4], [5]],
+        "tttttt",
+        "6 rows, each an episode of its own (--terminal all), in the order of the file.",
+    ),
+    "a bandit's users": (
+        "--terminal all --episode user --step t",
+        [[0], [1], [5], [2], [3], [4]],
+        "tttttt",
+        "in the order of user, t.",
+    ),
+    "a plant": ("--terminal none", [[0, 1, 2, 3, 4]], "-", "6 rows, 1 episode without an end; steps: the file's order"),
+    "a plant, sorted": ("--terminal none --step gain", [[0, 1, 2, 3, 4]], "-", "steps: 1.0 to 32.0"),
+    "a plant that stopped": ("--terminal none --timeout cut", [[0], [2, 3, 4]], "--", "2 episodes ended by cut"),
+    "flags alone": ("--terminal end", [[0, 1, 2], [3, 4, 5]], "tt", "2 episodes ended by end"),
+    "flags of both kinds": (
+        "--terminal end --timeout cut",
+        [[0], [2], [3, 4, 5]],
+        "-tt",
+        "3 episodes ended by end or cut",
+    ),
+    "episodes without an end": ("--terminal none --episode user", [[0, 1], [2, 3]], "--", "2 episodes by user"),
+    "two columns": ("--terminal none --episode user visit", [[0], [2]], "--", "4 episodes by user, visit"),
+    "two columns, flags": (
+        "--terminal end --episode visit user",
+        [[0], [2], [5]],
+        "-tt",
+        "1 terminal row before the last",
+    ),
+    "gaps": ("--terminal none --step t --max_gap 5", [[0, 1, 2], [4]], "--", "Episodes end at 1 gap above 5."),
+    "gaps of episodes": (
+        "--terminal end --step t --episode user --max_gap 6",
+        [[0], [5], [2]],
+        "-tt",
+        "at 2 gaps above 6",
+    ),
+    "done, without time-outs": (
+        "--terminal next.done --timeout none",
+        [[0, 1], [2], [3, 4, 5]],
+        "ttt",
+        "ended by next.done",
+    ),
+    "done, with time-outs": (
+        "--terminal next.done --timeout cut",
+        [[0], [2], [3, 4, 5]],
+        "-tt",
+        "1 row flagged by both next.done and cut: taken as time-outs",
+    ),
+    "done, cut": ("--terminal none --timeout next.done", [[0], [3, 4]], "--", "3 episodes ended by next.done"),
+    "both flags": (
+        "--terminal end --timeout next.done",
+        [[0], [2], [3, 4, 5]],
+        "-tt",
+        "2 rows flagged by both end and next.done",
+    ),
+}
+
+
+def log_run(run, options, table=LOG, name="log.csv", role="--reward gain"):
+    table.to_csv(name, index=False)
+    options = f"{role} {options}".split()
+    return run(name, "--id", ID, "--force", "--observations", "x", "--actions", "offer", *options)
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_where_episodes_end(case, run):
+    options, episodes, kinds, words = ENDS[case]
+    status, out, err = log_run(run, options)
+    assert status == 0 and words in out, (out, err)
+    (observations, _, _, _, terminals, _), lengths = read()
+    ends = np.cumsum(lengths)
+    assert [part.ravel().tolist() for part in np.split(observations, ends[:-1])] == episodes
+    assert "".join("-t"[int(i)] for i in terminals[ends - 1]) == kinds and terminals.sum() == kinds.count("t")
+
+
+def test_costs_are_minus_rewards(run):
+    assert log_run(run, "--terminal end", role="--cost gain")[0] == 0
+    assert read()[0][2].tolist() == [-1, -2, -4, -8, -16, -32] and "Rewards are minus gain." in metadata()["notes"]
+    assert log_run(run, "--terminal end", LOG.assign(gain=0.0), role="--cost gain")[0] == 0
+    assert not np.signbit(read()[0][2]).any()
+
+
+BAD_ENDS = {
+    "no way to end": ("--reward gain", 2, ["--terminal (", "all, if each row", "none, if the process"]),
+    "no reward": ("--terminal all", 2, ["a table needs --reward or --cost"]),
+    "rewards and costs": ("--terminal all --reward gain --cost gain", 2, ["exclude each other"]),
+    "done": ("--terminal next.done", 2, ["--timeout none", "--timeout next.done --terminal none", "next.success"]),
+    "Dones": ("--terminal Dones", 2, ["--timeout none", "--timeout Dones --terminal none"]),
+    "one column twice": ("--terminal end --timeout end", 2, ["the same column"]),
+    "time-outs of a bandit": ("--terminal all --timeout cut", 2, ["--terminal all leaves nothing to --timeout"]),
+    "gaps of a bandit": ("--terminal all --step t --max_gap 3", 2, ["--max_gap"]),
+    "gaps without steps": ("--terminal none --max_gap 3", 2, ["--max_gap goes with --step"]),
+    "a gap of 0": ("--terminal none --step t --max_gap 0", 1, ["--max_gap 0: the steps are numbers"]),
+    "a duration for numbers": ("--terminal none --step t --max_gap 2h", 1, ["--max_gap 2h: the steps are numbers"]),
+    "a number for times": ("--terminal none --step user --max_gap 3", 1, ["user is neither numbers nor times"]),
+    "a pattern for episodes": ("--terminal none --episode user vis*", 1, ["--episode vis*: there is no such column"]),
+    "no column": ("--terminal left", 1, ["--terminal left: there is no such column"]),
+    "not a flag": ("--terminal t", 1, ["column t is 2 in row 2"]),
+    "all rows end at once": ("--terminal none --episode t", 1, ["no transition has a known next observation"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ENDS)
+def test_ends_that_make_no_sense_are_one_line(case, run, root):
+    options, status, words = BAD_ENDS[case]
+    result = log_run(run, options, role="" if "reward" in case or "--reward" in options else "--reward gain")
+    refused(result, status, words, root)
+
+
+def test_the_words_for_ends_and_columns_of_that_name_exclude_each_other(run, root):
+    for word in ("all", "none"):
+        refused(log_run(run, f"--terminal {word}", LOG.assign(**{word: 0})), 1, [f"--terminal {word} is a word"], root)
+    refused(log_run(run, "--terminal end --timeout none", LOG.assign(none=0)), 1, ["--timeout none is a word"], root)
+
+
+def test_gaps_between_times_are_durations(run, root):
+    table = LOG.assign(t=pd.to_datetime("2024-01-01") + pd.to_timedelta(LOG.t, "h"))
+    for text in ("3", "x", "0h", "-2h", "nan"):
+        refused(log_run(run, f"--terminal none --step t --max_gap={text}", table), 1, [f"--max_gap {text}", "2h"], root)
+    out = log_run(run, "--terminal none --step t", table)[1]
+    assert "the largest is 0 days 07:00:00. --max_gap ends episodes" in out and read()[1] == [5]
+    assert "1 gap above 90min" in log_run(run, "--terminal none --step t --max_gap 90min", table)[1]
+    assert read()[1] == [3, 1]
+
+
+# ----------------------------------------------------------------------------------- masks and propensities
+
+NAMES = ["call", "fax", "mail", "none"]
+ALLOWED = np.array([[1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0], [1, 0, 1, 1]], bool)
+TAKEN = ["mail", "none", "call", "none", "mail", "call"]  # nobody took fax
+
+
+def masked(names=NAMES, taken=TAKEN, allowed=ALLOWED, order=(2, 0, 3, 1), **changes):
+    """LOG with mask columns, which do not stand in the order of the actions."""
+    columns = {f"may_{names[i]}": allowed[:, i].astype(int) for i in order}
+    return LOG.assign(**{"offer": taken, "p": [0.5, 0.25, 1, 1e-9, 0.125, 1 / 3]} | columns | changes)
+
+
+def stored(key, name=ID):
+    return np.load(place(name) / f"{key}.npy")
+
+
+def test_masks_and_propensities_go_with_their_rows(run):
+    status, out, err = log_run(run, "--terminal end --episode user --mask may_* --propensity p", masked())
+    assert status == 0 and "offer that no row took, known from the masks: fax" in out, err
+    assert "may_call is for call, may_fax is for fax" in out and "On average 2.333 of 4 actions are allowed" in out
+    rows, following = [0, 1, 5, 2, 3], [1, 5, 5, 2, 4]  # at a terminal row its own
+    assert read()[0][0].ravel().tolist() == rows and read()[0][1].ravel().tolist() == [2, 3, 0, 0, 3]
+    assert stored("masks").tolist() == ALLOWED[rows].tolist() and stored("masks").dtype == bool
+    assert stored("next_masks").tolist() == ALLOWED[following].tolist()
+    assert stored("propensities").tolist() == masked().p[rows].tolist()
+    assert metadata()["encoding"]["masks"] == [f"may_{name}" for name in NAMES]
+    assert metadata()["encoding"]["actions"] == [{"name": "offer", "values": NAMES, "low": 0}]
+    assert (metadata()["action_low"], metadata()["action_high"]) == ([0], [3])
+
+
+def numbered(*names, **changes):
+    """Masks for actions 0 to 3 of which 2 is never taken."""
+    return masked([str(x) for x in names], **{"taken": [0, 3, 1, 3, 0, 1], "allowed": np.ones((6, 4), bool)} | changes)
+
+
+KINDS_OF_MASKS = {  # table; the pattern; names of the columns and values of the actions in their order
+    "numbers": (numbered(0, 1, 2, 3), "may_*", ["may_0", "may_1", "may_2", "may_3"], [0, 1, 2, 3]),
+    "real numbers": (
+        numbered(0, 1, 2, 3, taken=[0.0, 3, 1, 3, 0, 1]),
+        "may_*",
+        ["may_0", "may_1", "may_2", "may_3"],
+        [0, 1, 2, 3],
+    ),
+    "padded": (numbered("00", "01", "02", "03"), "may_*", ["may_00", "may_01", "may_02", "may_03"], [0, 1, 2, 3]),
+    "codes": (
+        numbered(9, 11, 4711, 5, taken=[9, 5, 9, 5, 9, 11]),
+        "may_*",
+        ["may_5", "may_9", "may_11", "may_4711"],
+        [5, 9, 11, 4711],
+    ),
+    "from 1": (
+        numbered(1, 2, 3, 4, taken=[2, 1, 2, 1, 2, 3]),
+        "may_*",
+        ["may_1", "may_2", "may_3", "may_4"],
+        [1, 2, 3, 4],
+    ),
+    "named one by one": (masked(), "may_none may_mail may_fax may_call", [f"may_{x}" for x in NAMES], NAMES),
+    "one after the other": (
+        numbered(10, 11, 12, 9, taken=list("uvwzuv")),
+        "may_*",
+        ["may_9", "may_10", "may_11", "may_12"],
+        ["u", "v", "w", "z"],
+    ),
+    "words for numbers": (
+        numbered("a", "b", "c", "d", taken=[0, 1, 2, 3, 0, 1]),
+        "may_*",
+        ["may_c", "may_a", "may_d", "may_b"],
+        [0, 1, 2, 3],
+    ),
+    "truth values": (
+        masked(["False", "True"], TAKEN, ALLOWED | True, (1, 0)).assign(offer=[True, False] * 3),
+        "may_*",
+        ["may_False", "may_True"],
+        [False, True],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KINDS_OF_MASKS)
+def test_names_of_masks_tell_the_actions(case, run):
+    table, pattern, names, values = KINDS_OF_MASKS[case]
+    status, out, err = log_run(run, f"--terminal all --mask {pattern}", table)
+    assert status == 0 and f"{names[1]} is for {values[1]}" in out, err
+    (entry,) = metadata()["encoding"]["actions"]
+    assert metadata()["encoding"]["masks"] == names and entry["values"] == values
+    taken = [values[i - entry["low"]] for i in read()[0][1].ravel()]
+    assert taken == table.offer.tolist() and stored("masks").tolist() == table[names].astype(bool).values.tolist()
+    assert metadata()["action_high"][0] - metadata()["action_low"][0] == len(names) - 1
+
+
+BAD_MASKS = {
+    "no action": (masked(allowed=ALLOWED & (np.arange(6) != 4)[:, None]), "may_*", ["no action in row 4"]),
+    "another action": (
+        masked(taken=["mail", "none", "mail", "none", "mail", "call"]),
+        "may_*",
+        ["the action is mail, which may_mail forbids in row 2"],
+    ),
+    "one is missing": (masked(order=(0, 1, 3)), "may_*", ["action mail of offer has no column", "call, fax, none"]),
+    "from 0 for from 1": (numbered(0, 1, 2, 3, taken=[1, 2, 3, 4, 1, 2]), "may_*", ["action 4 of offer has no column"]),
+    "other texts": (numbered("a", "b", "c", "d", taken=list("uvwzuv")), "may_*", ["action u of offer has no column"]),
+    "too many": (numbered("a", "b", "c", "d"), "may_a may_b", ["2 columns, but offer has 3 actions, 0, 1, 3"]),
+    "a word among numbers": (numbered(0, 1, 3, "other"), "may_*", ["a column for other", "whole numbers"]),
+    "two for one": (numbered(0, 1, 2, 3, can_1=1), "may_* can_*", ["several columns for action 1: may_1, can_1"]),
+    "not flags": (masked(may_fax=2), "may_*", ["column may_fax is 2 in row 0", "0 or 1"]),
+    "empty": (masked(may_fax=[1, None, 1, 1, 1, 1]), "may_*", ["may_fax is empty in row 1"]),
+    "no such column": (masked(), "can_*", ["--mask can_*: there is no such column"]),
+    "real actions": (masked(taken=[0.5, 1, 2, 3, 4, 5]), "may_*", ["offer holds real numbers"]),
+    "set-points": (numbered(0, 1, 2, 3), "may_* --action_kind continuous", ["one column of discrete actions"]),
+    "two columns of actions": (masked(), "may_* --actions offer user", ["one column of discrete actions"]),
+    "other bounds": (
+        numbered(0, 1, 2, 3),
+        "may_* --action_low 1 --action_high 4",
+        ["names of the masks tell the actions"],
+    ),
+    "an environment": (
+        numbered(0, 1, 2, 3, y=1),
+        "may_* --eval_env MountainCar-v0 --observations x y",
+        ["does not know masks"],
+    ),
+    "propensity 0": (masked(p=[1, 1, 0, 1, 1, 1]), "may_* --propensity p", ["p is 0 in row 2", "above 0"]),
+    "propensity below 0": (masked(p=-0.5), "may_* --propensity p", ["p is -0.5 in row 0"]),
+    "propensity above 1": (masked(p=[1, 1, 1, 1, 1, 3]), "may_* --propensity p", ["p is 3 in row 5", "at most 1"]),
+    "propensity NaN": (masked(p=["nan", 1, 1, 1, 1, 1]), "may_* --propensity p", ["'nan' in row 0"]),
+    "propensity missing": (masked(p=[1, None, 1, 1, 1, 1]), "may_* --propensity p", ["p is empty in row 1"]),
+    "propensity infinite": (masked(p=np.inf), "may_* --propensity p", ["p is inf in row 0"]),
+    "propensity of text": (masked(), "may_* --propensity user", ["user holds text"]),
+    "propensity seen": (masked(), "may_* --propensity p --observations x p", ["p cannot be an observation"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MASKS)
+def test_masks_and_propensities_that_do_not_fit_are_one_line(case, run, root):
+    table, options, words = BAD_MASKS[case]
+    refused(log_run(run, f"--terminal all --mask {options}", table), 1, ["log.csv", *words], root)
+
+
+def test_propensities_are_for_one_discrete_action(run, root):
+    for actions in ("offer user", "x"):
+        options = f"--terminal all --propensity p --observations t --actions {actions}"
+        refused(
+            log_run(run, options, masked(x=LOG.x + 0.5)),
+            1,
+            ["--propensity is for one column of discrete actions"],
+            root,
+        )
+
+
+def test_a_pattern_leaves_masks_and_propensities_to_their_roles(run):
+    assert log_run(run, "--terminal all --mask may_* --propensity p --observations * --actions off*", masked())[0] == 0
+    names = [entry["name"] for entry in metadata()["encoding"]["observations"]]
+    assert names == ["user", "visit", "t", "x", "end", "cut", "next.done"]
+
+
+def test_a_later_log_has_the_masks_of_the_first(run):
+    assert log_run(run, "--terminal all --mask may_*", masked())[0] == 0
+    like = ["--id", "test/like-v0", "--like", ID, "--reward", "gain", "--terminal", "all", "--force"]
+    later = masked(order=(0, 1, 2, 3), taken="mail", allowed=ALLOWED | [0, 0, 1, 0])
+    later.to_csv("later.csv", index=False)
+    for words in ([], ["--mask", "may_*"]):
+        assert run("later.csv", *like, *words)[0] == 0
+        assert metadata("test/like-v0")["encoding"] == metadata()["encoding"]
+        assert read("test/like-v0")[0][1].ravel().tolist() == [2] * 6
+        assert stored("masks", "test/like-v0").tolist() == (ALLOWED | [False, False, True, False]).tolist()
+    one_line(
+        run("later.csv", *like, "--mask", "may_fax"), 1, ["--mask names may_fax; those of test/new-v0 are may_call"]
+    )
+    later.drop(columns="may_fax").to_csv("later.csv", index=False)
+    one_line(run("later.csv", *like), 1, ["lacks may_fax, masks of test/new-v0"])
+    assert log_run(run, "--terminal all", masked())[0] == 0
+    one_line(run("log.csv", *like, "--mask", "may_*"), 1, ["--mask names", "test/new-v0 are none"])
+
+
+def test_combined_logs_keep_masks_and_propensities(run):
+    both = "--terminal none --episode user --mask may_* --propensity p --id"
+    assert (
+        log_run(run, f"{both} test/first-v0", masked())[0] == log_run(run, f"{both} test/second-v0", masked())[0] == 0
+    )
+    assert run(*PARTS, "--rows", 3, 4)[0] == 0
+    parts = [
+        stored(key, f"test/{name}-v0")
+        for key in ("masks", "next_masks", "propensities")
+        for name in ("first", "second")
+    ]
+    for key, first, second in zip(("masks", "next_masks", "propensities"), parts[::2], parts[1::2]):
+        assert stored(key).tolist() == [*first[:3].tolist(), *second.tolist()] and stored(key).dtype == first.dtype
+    assert metadata()["encoding"]["masks"] == [f"may_{name}" for name in NAMES]
+    one = "--terminal none --mask may_* --id test/second-v0"
+    assert log_run(run, one, masked())[0] == 0
+    one_line(run(*PARTS, "--force"), 1, ["test/first-v0 has propensities, test/second-v0 has none"])
+    one_line(
+        run(*PARTS[:1], *PARTS[2:0:-1], *PARTS[3:], "--force"),
+        1,
+        ["first-v0 has propensities, test/second-v0 has none"],
+    )
+    assert log_run(run, "--terminal none --propensity p --id test/second-v0", masked())[0] == 0
+    one_line(run(*PARTS, "--force"), 1, ["test/first-v0 has masks, test/second-v0 has none"])
+    (place("test/first-v0") / "next_masks.npy").unlink()
+    one_line(run(*PARTS, "--force"), 1, ["test/first-v0 cannot be read", "go together"])
+
+
+# ------------------------------------------------------------------------------ formats, folders and lists
+
+
+@pytest.mark.parametrize("name", ["t.tsv", "t.CSV", "t.csv.gz", "t.CSV.GZ", "t.tsv.bz2", "t.Tsv.xz", "t.v1.csv.zip"])
+def test_files_of_other_names_are_tables(name, run):
+    separator = "\t" if "tsv" in name.lower() else ","
+    LOG.to_csv(name, index=False, sep=separator)
+    options = ["--observations", "x", "--actions", "offer", "--reward", "gain", "--terminal", "all"]
+    assert run(name, "--id", ID, *options)[0] == 0 and read()[0][2].tolist() == LOG.gain.tolist()
+    content = Path(name).read_bytes()
+    assert metadata()["source"]["sha256"] == hashlib.sha256(content).hexdigest()
+    if "tsv" not in name.lower() and name != "t.CSV":
+        Path(name).write_bytes(content[: len(content) // 2])
+        one_line(run(name, "--id", ID, "--force", *options), 1, [name, "damaged"])
+
+
+def test_a_comma_in_a_name_of_a_tsv_file_is_no_separator(run):
+    Path("t.tsv").write_text("x, of a, and, b, or c\ta\tr\n1\tu\t2\n")
+    options = ["--observations", "x, of*", "--actions", "a", "--reward", "r", "--terminal", "all"]
+    assert run("t.tsv", "--id", ID, *options)[0] == 0
+
+
+def parts(folder, tables, **others):
+    """Writes Parquet files; others: contents of files that are none."""
+    pytest.importorskip("pyarrow")
+    for name, table in tables.items():
+        (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(Path(folder) / name)
+    for name, text in others.items():
+        (Path(folder) / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+FROM_PARTS = ["--id", ID, "--force", "--observations", "x", "--actions", "offer", "--reward", "gain"]
+
+
+def test_the_parts_of_a_folder_are_read_in_natural_order(run):
+    """As Spark writes them; one has no rows, one has other types and another order of the columns."""
+    names = [f"part-{i}-ab.c000.snappy.parquet" for i in (10, 2, 9)]
+    tables = dict(zip(names, (LOG[4:], LOG[:2].assign(visit="one"), LOG[2:4].astype({"x": int})[[*LOG][::-1]])))
+    folder = parts("log.parquet", tables | {"part-1.parquet": LOG[:0]}, _SUCCESS="", _metadata="junk", notes__txt="")
+    status, out, err = run(folder, *FROM_PARTS, "--terminal", "none")
+    assert status == 0 and "4, part-1.parquet to part-10-ab.c000.snappy.parquet; 1 of other kinds" in out, err
+    assert read()[0][0].ravel().tolist() == [0, 1, 2, 3, 4] and metadata()["source"]["files"] == [folder]
+    first = metadata()["source"]["sha256"]
+    parts(folder, {names[0]: LOG[4:].assign(gain=0)})
+    assert run(folder, *FROM_PARTS, "--terminal", "none")[0] == 0 and metadata()["source"]["sha256"] != first
+
+
+def test_names_of_folders_are_columns(run):
+    """Hive's layout. Numbers stay numbers, other values are texts."""
+    tables = {f"user={user}/hour={hour}/a.parquet": LOG.drop(columns="user").assign(x=hour, t=range(6))
+              for user in ("a%2Fb", "c") for hour in (7, 10)}  # fmt: skip
+    options = ["--episode", "user", "hour", "--step", "t", "--terminal", "none", "--observations", "x", "hour", "user"]
+    assert run(parts("logs", tables), *FROM_PARTS, *options)[0] == 0 and read()[1] == [5] * 4
+    observations = read()[0][0]
+    assert (observations[:, 0] == observations[:, 1]).all() and set(observations[:, 1]) == {7, 10}
+    assert metadata()["encoding"]["observations"][1:] == [
+        {"name": "hour", "offset": 0.0}, {"name": "user", "values": ["a/b", "c"]}
+    ]  # fmt: skip
+    parts("logs", {"user=c/hour=__HIVE_DEFAULT_PARTITION__/a.parquet": LOG.drop(columns="user")})
+    one_line(run("logs", *FROM_PARTS, *options), 1, ["column hour is empty in row 24"])
+    parts("logs", {"b.parquet": LOG})
+    one_line(run("logs", *FROM_PARTS, *options), 1, ["a.parquet differs from b.parquet: it adds hour"])
+
+
+BAD_PARTS = {
+    "another column": ({"b.parquet": LOG.assign(y=1)}, ["b.parquet differs from a.parquet: it adds y"]),
+    "a missing column": ({"b.parquet": LOG.drop(columns="x")}, ["b.parquet differs from a.parquet: it lacks x"]),
+    "another type": ({"b.parquet": LOG.assign(x="u")}, ["Field x has incompatible types: double vs string"]),
+    "damage": ({}, ["c.parquet is damaged or not a Parquet file"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_PARTS)
+def test_parts_that_differ_are_one_line(case, run, root):
+    tables, words = BAD_PARTS[case]
+    folder = parts("logs", {"a.parquet": LOG} | tables, **({"c__parquet": "text"} if case == "damage" else {}))
+    refused(run(folder, *FROM_PARTS, "--terminal", "none"), 1, ["logs", *words], root)
+
+
+def test_other_folders_are_one_line(run, root):
+    Path("logs").mkdir()
+    LOG.to_csv("logs/a.csv")
+    refused(run("logs", *FROM_PARTS, "--terminal", "none"), 1, ["logs: the folder holds no Parquet files"], root)
+    refused(run("logs", "--id", ID), 2, ["a table needs --terminal"], root)
+
+
+def robot(path, version):
+    """Three episodes in LeRobot's layout: in three files or, since version 3, in one, with lists of a fixed length."""
+    pa = pytest.importorskip("pyarrow")
+    rng, tables, rows = np.random.default_rng(0), [], []
+    for episode, n in enumerate((3, 4, 2)):
+        state, action = rng.normal(size=(n, 3)).astype(np.float32), rng.uniform(-1, 1, (n, 2)).astype(np.float32)
+        lists = [pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]) for x in (state, action)]
+        if version == 2:
+            lists = [pa.array(x.tolist(), pa.list_(pa.float32())) for x in (state, action)]
+        last = np.arange(n) == n - 1
+        images = [{"bytes": b"png", "path": "a.png"}] * n
+        values = [*lists, [episode] * n, range(n), np.arange(n) / 10, rng.normal(size=n).astype(np.float32), last]
+        names = ["observation.state", "action", "episode_index", "frame_index", "timestamp", "next.reward", "next.done"]
+        values += [last & (episode == 1), images]
+        tables.append(pa.table(values, [*names, "next.success", "observation.images.top"]))
+        rows.append((state, action, tables[-1]["next.reward"].to_numpy()))
+    for name in ("data/chunk-000", "meta/episodes"):
+        (path / name).mkdir(parents=True)
+    (path / "meta/info.json").write_text("{}")
+    pa.parquet.write_table(pa.table({"task_index": [0]}), path / "meta/tasks.parquet")
+    for i, table in enumerate(tables if version == 2 else [pa.concat_tables(tables)]):
+        pa.parquet.write_table(table, path / f"data/chunk-000/file-{i}.parquet")
+    return rows
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_folder_of_lerobot(version, run, tmp_path, root):
+    pytest.importorskip("pyarrow.parquet")
+    rows = robot(tmp_path / "robot", version)
+    options = ["robot", "--id", ID, "--episode", "episode_index", "--step", "frame_index"]
+    options += ["--observations", "observation.state", "--actions", "action", "--reward", "next.reward", "--terminal"]
+    refused(run(*options, "next.done"), 2, ["--terminal next.done", "--timeout none"], root)
+    refused(run(*options, "none", "--observations", "observation.*"), 1, ["observation.images.top", "images"], root)
+    assert run(*options, "next.success")[0] == 0
+    (observations, actions, rewards, following, terminals, _), lengths = read()
+    assert lengths == [2, 4, 1] and terminals.tolist() == [0, 0, 0, 0, 0, 1, 0]
+    kept = [np.concatenate([part[i][: len(part[i]) - (e != 1)] for e, part in enumerate(rows)]) for i in range(3)]
+    assert all(map(np.array_equal, kept, (observations, actions, rewards))) and np.array_equal(
+        following[0], rows[0][0][1]
+    )
+    assert [x["name"] for x in metadata()["encoding"]["actions"]] == ["action[0]", "action[1]"]
+    assert run(*options, "next.done", "--timeout", "none", "--force")[0] == 0 and read()[1] == [3, 4, 2]
+    like = ["robot", "--id", "test/like-v0", "--like", ID, "--reward", "next.reward", "--terminal", "none"]
+    assert run(*like, "--timeout", "next.done")[0] == 0 and read("test/like-v0")[1] == [2, 3, 1]
+    assert metadata("test/like-v0")["encoding"] == metadata()["encoding"]
+
+
+LISTS = {  # a column of six rows; names and numbers of the first row, or words of the error
+    "nested": ([[[1.0, 2.0], [3.0, 4.0]]] * 6, ["[0][0]", "[0][1]", "[1][0]", "[1][1]"], [1, 2, 3, 4]),
+    "uneven inside": ([[[1.0], [2.0, 3.0]]] * 6, ["[0][0]", "[1][0]", "[1][1]"], [1, 2, 3]),
+    "one place": ([[i] for i in range(6)], ["[0]"], [0]),
+    "texts": ([["a", "b"]] * 3 + [["c", "b"]] * 3, ["[0]", "[1]"], [1, 0, 1]),
+    "ragged": ([[1.0]] * 4 + [[1.0, 2.0]] * 2, ["z has lists of different lengths, 1 in row 0 and 2 in row 4"], None),
+    "ragged inside": ([[[1.0], [2.0]]] * 5 + [[[1.0], [2.0, 3.0]]], ["z[1] has lists of diff", "2 in row 5"], None),
+    "empty": ([[]] * 6, ["z holds records, images, or lists that are empty"], None),
+    "long": ([[1.0] * 1025] * 6, ["lists that are empty or long"], None),
+    "missing": ([[1.0]] * 3 + [None] + [[1.0]] * 2, ["z is empty in row 3"], None),
+    "missing first": ([None] + [[1.0]] * 5, ["z is empty in row 0"], None),
+    "missing inside": ([[1.0, 2.0]] * 3 + [[1.0, None]] * 3, ["z[1] is empty in row 3"], None),
+    "records": ([{"a": 1.0}] * 6, ["z holds records"], None),
+    "images": ([b"png"] * 6, ["z holds records, images"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_become_columns(case, run, root):
+    values, names, numbers = LISTS[case]
+    parts(".", {"log.parquet": LOG.assign(z=values)})
+    result = run("log.parquet", *FROM_PARTS, "--terminal", "none", "--observations", "z")
+    if numbers is None:
+        return refused(result, 1, ["log.parquet", *names], root)
+    assert result[0] == 0, result
+    assert [x["name"] for x in metadata()["encoding"]["observations"]] == [f"z{name}" for name in names]
+    assert read()[0][0][0].tolist() == numbers
+
+
+def test_a_list_holds_the_masks_in_the_order_of_the_actions(run):
+    table = LOG.assign(offer=[0, 2, 1, 0, 2, 1], ok=[[True, True, True, False]] * 6)
+    assert (
+        run(parts(".", {"log.parquet": table}) + "/log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[0]
+        == 0
+    )
+    assert stored("masks").tolist() == [[True, True, True, False]] * 6 and metadata()["action_high"] == [3]
+    assert metadata()["encoding"]["masks"] == [f"ok[{i}]" for i in range(4)]
+    parts(".", {"log.parquet": table.assign(offer=list("uvwzuv"), ok=[[True] * 4] * 6)})
+    assert run("log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[0] == 0
+    assert "ok[3] is for z" in " ".join(metadata()["notes"])
+    parts(".", {"log.parquet": table.assign(offer=[1, 2, 3, 4, 1, 2], ok=[[True] * 4] * 6)})
+    out = run("log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[1]
+    assert "ok[0] is for 1" in out and "ok[3] is for 4" in out
+
+
+def test_a_column_of_one_place_has_any_role(run):
+    table = LOG.assign(gain=[[x] for x in LOG.gain], end=[[x] for x in LOG.end])
+    parts(".", {"log.parquet": table})
+    assert run("log.parquet", *FROM_PARTS, "--terminal", "end")[0] == 0 and read()[0][2].tolist() == LOG.gain.tolist()
+    parts(".", {"log.parquet": LOG.assign(gain=[[1.0, 2.0]] * 6)})
+    one_line(
+        run("log.parquet", *FROM_PARTS, "--terminal", "end"), 1, ["--reward gain: it takes one column, such as gain[0]"]
+    )
+
+
 BAD_FILES = {
     "lacks actions": ({"actions": None}, ["lacks actions", "it has"]),
     "lacks terminals": ({"terminals": None}, ["lacks terminals"]),
@@ -911,7 +1437,7 @@ BAD_COMMANDS = [
     (["data.hdf5", "--id", "../escape-v0"], 2, ["namespace/name-v0"]),
     (["data.hdf5", "--id", "no-version"], 2, ["namespace/name-v0"]),
     (["data.hdf5", "--id", ID, "--reward", "x"], 2, ["--reward"]),
-    (["table.csv", "--id", ID, "--reward", "x"], 2, ["--episode", "--terminal"]),
+    (["table.csv", "--id", ID, "--reward", "x"], 2, ["--terminal", "all, if each row is an episode"]),
     (["data.hdf5", "--id", ID, "--action_low", "0"], 2, ["--action_high"]),
     (["data.hdf5", "--id", ID, "--ref_min_score", "0"], 2, ["--ref_max_score"]),
     (["data.hdf5", "--id", ID, "--max_episode_steps", "0"], 2, ["--max_episode_steps"]),
@@ -1020,7 +1546,7 @@ def test_list_shows_both_forms_and_names_what_is_damaged(run, root):
     lines = dict(line.split(": ", 1) for line in out.splitlines())
     assert status == 0 and not err
     assert lines == {
-        "deep/er/set-v0": "11 transitions, 1 episodes, continuous actions, no environment, flat form",
+        "deep/er/set-v0": "11 transitions, 1 episode, continuous actions, no environment, flat form",
         "test/first-v0": "7 transitions, 2 episodes, discrete actions, CartPole-v1, Minari form",
         "test/new-v0": "5 transitions, 3 episodes, discrete actions, no environment, flat form",
         **{key: line for key, line in lines.items() if "damaged" in line},
@@ -1095,7 +1621,7 @@ def test_combined_flat_datasets_keep_returns_before_dropping(run):
     assert np.load(place() / "episode_returns.npy").tolist() == [7, 56, 3, 60] and metadata()["episodes"] == 4
     assert run(*PARTS, "--rows", 3, 5, "--force")[0] == 0
     assert np.load(place() / "episode_returns.npy").tolist() == [7, 3] and read()[1] == [2, 1, 2, 3]
-    assert [x for x in metadata()["notes"] if x.startswith("test/first-v0: 2 rows were dropped")]
+    assert [x for x in metadata()["notes"] if x.startswith("test/first-v0: Dropped: 2 rows without")]
     assert run("--combine", "test/second-v0", "test/first-v0", "--id", ID, "--force")[0] == 0
     assert np.load(place() / "episode_returns.npy").tolist() == [3, 60, 7, 56]
 

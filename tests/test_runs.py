@@ -661,16 +661,6 @@ script.torch.compile = compile
 
 
 @once
-def test_run_that_another_process_began_and_left_meanwhile_is_not_overwritten(script, tiny, tmp_path):
-    late = script.Run(tiny(), 20)
-    script.train(tiny())
-    before = contents(tmp_path / "runs")
-    with pytest.raises(script.DataError, match="another process has just made"):
-        late.begin(None, 0)
-    assert contents(tmp_path / "runs") == before
-
-
-@once
 def test_lines_reach_a_log_at_once_and_a_closed_output_is_no_error(script, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["program", "--device=cpu"])

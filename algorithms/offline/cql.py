@@ -32,9 +32,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, get_args
+from typing import Any, NamedTuple, Optional, get_args, get_type_hints
 
 if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads would spin, and a busy neighbour would cost most updates
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -596,46 +596,42 @@ def check_config(config: Any) -> None:
 
 def convert(name: str, text: str, kind: Any) -> Any:
     """An option's value from its text on the command line or in YAML. Raises ConfigError for any other text."""
-    kind, optional = (get_args(kind) or (kind, None))[0], bool(get_args(kind))
+    kind, *optional = get_args(kind) or (kind,)
     if optional and text in ("None", "null", "~", ""):
         return None
-    text = text if isinstance(text, str) else "--"  # argparse made a list of it
     with contextlib.suppress(OverflowError, ValueError):
         if kind is bool:
             return ["false", "true"].index(text.lower()) == 1
-        value = text.encode().decode() if kind is str else float(text.replace(".inf", "inf"))
+        value = text if kind is str else float(text.replace(".inf", "inf"))
         if kind(value) == value:
             return kind(value)
     takes = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
-    raise ConfigError(f"--{name} takes {takes}{' or None' * optional}, not {text[:100]!r}")
+    raise ConfigError(f"--{name} takes {takes}{' or None' if optional else ''}, not {text[:100]!r}")
 
 
 def parse_arguments(config_class: type) -> Any:
     """The configuration from the command line and the YAML file that --config_path names: pyrallis without its silent
     conversions (`--flag=maybe` to True, `--seed=1.9` to 1, `--see` to --seed). Raises ConfigError."""
+    place = ""
 
     def fail(message: str) -> None:
-        raise ConfigError(f"{message} (write --option=value); --help lists the options")
+        raise ConfigError(f"{place}{message[:500]} (write --option=value); --help lists the options")
 
-    kinds = {field.name: field.type for field in fields(config_class)}
+    kinds = get_type_hints(config_class)
     getsource, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)  # else it runs once per option
     parser = pyrallis.argparsing.ArgumentParser(config_class=config_class, allow_abbrev=False)
     inspect.getsource = getsource
     parser.error, parser._postprocessing = fail, vars
     for action in parser._actions:
         if kind := kinds.get(action.dest):
-            action.type, action.metavar = str, str(getattr(kind, "__name__", kind)).replace("typing.", "")
+            action.type, action.metavar = str, inspect.formatannotation(kind)
     options = parser.parse_args()
     if path := options.pop("config_path", None):
-        problem = f"--config_path {path} cannot be read as a YAML file of lines `option: value`"
-        with explain(problem, ConfigError):
+        with explain(f"--config_path {path} cannot be read as a YAML file of lines `option: value`", ConfigError):
             content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings, as on the command line
-        if not isinstance(content, dict):
-            raise ConfigError(problem)
-        for name, value in content.items():
-            if name not in kinds or not isinstance(value, str):
-                raise ConfigError(f"--config_path {path}: {str(name)[:100]} is not an option with one value")
-        options = content | options
+            words = ["--" + name + "=" + value for name, value in content.items()]
+        place = f"--config_path {path}: "
+        options = parser.parse_args(words) | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
 
@@ -689,13 +685,10 @@ def load_dataset(name: str) -> dict[str, Any]:
     for i in range(len(dataset)):
         with explain(problem):
             episode = dataset[i]
-        observations, n = flatten(episode.observations, dataset.observation_space), len(episode.rewards)
-        lengths = {n, len(observations) - 1, len(episode.actions), len(episode.terminations), len(episode.truncations)}
-        if len(lengths) > 1 or not n or (parts and observations.shape[1] != parts[0][0].shape[1]):
-            raise DataError(f"{problem} (the parts of episode {i} differ in length or size)")
+        observations = flatten(episode.observations, dataset.observation_space)
+        actions = np.reshape(episode.actions, (len(episode.actions), -1))
         # The next observation is known at time-outs too, so that they bootstrap.
-        timeouts = (episode.truncations | (np.arange(n) == n - 1)) & ~episode.terminations
-        actions = np.reshape(episode.actions, (n, -1))
+        timeouts = np.append(episode.truncations[:-1], True) & ~episode.terminations
         parts.append((observations[:-1], actions, episode.rewards, observations[1:], episode.terminations, timeouts))
     data |= dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
     scores = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
@@ -758,18 +751,16 @@ def check_dataset(data: dict[str, Any], config: Any) -> None:
 
 def coarse_columns(wide: np.ndarray, narrow: np.ndarray) -> list[int]:
     """Returns the columns [T(, A)] that float32 changes, since they hold large numbers in a small range, or in which it
-    makes large whole numbers equal."""
-    if not len(wide):
-        return []
-    wide, narrow = wide.reshape(len(wide), -1), narrow.reshape(len(wide), -1)
-    low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
-    step, spread = np.spacing(np.float32(np.maximum(-low, high))), high - low
-    coarse = (step > 1e-3 * spread) & (spread > 1e-5) | (step >= 1) & (step > 1.5e-7 * spread)
-    coarse &= (narrow != wide).any(axis=0)
-    for i in np.flatnonzero((step > 1) & ~coarse):  # such as times, where 0 means never
-        whole = (wide[:, i] == np.rint(wide[:, i])).all()
-        coarse[i] = whole and len(np.unique(narrow[:, i])) < len(np.unique(wide[:, i]))
-    return np.flatnonzero(coarse).tolist()
+    makes whole numbers equal (such as times, where 0 means never)."""
+    coarse = []
+    for i, (x, y) in enumerate(zip(np.atleast_2d(wide.T), np.atleast_2d(narrow.T))):
+        if (x == y).all():
+            continue
+        step, spread = np.spacing(np.abs(y).max()), float(x.max()) - float(x.min())
+        merged = (x == np.rint(x)).all() and len(np.unique(y)) < len(np.unique(x))
+        if spread > 1e-5 and step > 1e-3 * spread or step >= 1 and step > 1.5e-7 * spread or merged:
+            coarse.append(i)
+    return coarse
 
 
 def episodes(data: dict[str, Any], discount: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -798,9 +789,7 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     """Scales actions [T, A] from the box of action_low and action_high (-1 and 1 if unknown) to [-1, 1]; returns
     the box too, [A]. Raises DataError for actions outside it by more than 1e-3 of the range; others are clipped."""
     actions, size = data["actions"], data["actions"].shape[1:]
-    if coarse_columns(actions, np.float32(actions)):
-        raise DataError(f"--env {name}: float32 has too few digits for these actions: subtract a constant")
-    low, high = (np.broadcast_to(data.get(key, x), size) for key, x in (("action_low", -1.0), ("action_high", 1.0)))
+    low, high = np.broadcast_to(data.get("action_low", -1.0), size), np.broadcast_to(data.get("action_high", 1.0), size)
     largest = np.maximum(1e6, 1000 * np.abs(actions).max(axis=0, initial=0))  # a larger bound means no bound
     if not ((-largest < low) & (low < high) & (high < largest)).all():
         raise DataError(f"--env {name}: actions need bounds of about their own size, not {low} to {high}")
@@ -843,17 +832,17 @@ class ReplayBuffer:
     """All transitions, on the device; on the CPU, memory is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields if key in data]
+        columns = {key: torch.as_tensor(data[key], device=device) for key in Batch._fields if key in data}
         kept = (torch.int64, torch.uint8)  # discrete actions and masks
-        self.columns = [x if x.dtype in kept else x.float() for x in columns]
-        self.size = len(columns[0])
+        self.columns = Batch(**{key: x if x.dtype in kept else x.float() for key, x in columns.items()})
+        self.size = len(columns["rewards"])
 
     def rows(self, indices: Any) -> Batch:
-        return Batch(*[column[indices] for column in self.columns])
+        return Batch(*[None if x is None else x[indices] for x in self.columns])
 
     def sample(self, batch_size: int) -> Batch:
         rows = torch.randint(self.size, (batch_size,), device=self.columns[0].device)
-        return Batch(*[column.index_select(0, rows) for column in self.columns])  # faster than column[rows]
+        return Batch(*[None if x is None else x.index_select(0, rows) for x in self.columns])  # faster than x[rows]
 
 
 def holdout_batch(config: Any, data: dict[str, np.ndarray]) -> Batch:
@@ -877,9 +866,8 @@ class Task:
         self.arguments = recorded = data.get("environment", {"id": "none"})
         if config.eval_env not in (None, recorded["id"]):
             self.arguments = {"id": config.eval_env}
-            left = {x: value for x, value in recorded.items() if value and x not in ("id", "max_episode_steps")}
-            if left and config.eval_env != "none":
-                print(f"{config.eval_env} is made with its defaults; {recorded['id']} was recorded with {left}")
+            if "none" not in (config.eval_env, recorded["id"]):
+                print(f"{config.eval_env} is made with its defaults; the data were recorded in {recorded}")
         n = math.ceil(config.n_episodes / math.ceil(config.n_episodes / MAX_ENVS))  # so that all waves are alike
         self.envs = make_environments(config.eval_env, n, **self.arguments)
         self.factor, self.offset = (config.reward_scale, config.reward_bias) if config.normalize_reward else (1.0, 0.0)
@@ -1294,19 +1282,21 @@ class Run:
         self.saved, self.save_seconds = time.perf_counter(), 0.0
         with contextlib.suppress(OSError):  # the folder does not exist yet or, of a finished run, is read-only
             self.lock()
-        self.resumed = (self.path / "checkpoint.pt").exists()
-        self.source = self.path / "checkpoint.pt" if self.resumed else config.load_model
-        self.rng = torch.cuda if "cuda" in config.device else torch
+        self.source, self.rng = self.path / "checkpoint.pt", torch
+        self.resumed = self.source.exists()
+        if not self.resumed:
+            self.source = config.load_model
         if "cuda" in config.device:
+            self.rng = torch.cuda
             torch.cuda.set_device(torch.device(config.device).index or 0)
         if self.source:
-            keys = ("agent", "policy", "config", "rows") + ("means", "random") * self.resumed
+            keys = ("agent", "policy", "config", "rows", "means", "random")
             self.checkpoint = load(self.source, config.device, *keys)
         if self.resumed:
             self.rows, old, new = self.checkpoint["rows"], self.checkpoint["config"], vars(config)
             longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
-            names = sorted((old.keys() | new.keys()) - self.may_change - longer)
-            changed = [f"{x} was {old.get(x)}, is {new.get(x)}" for x in names if old.get(x) != new.get(x)]
+            names = sorted(new.keys() - self.may_change - longer)
+            changed = [f"{x} was {old.get(x)}, is {new[x]}" for x in names if old.get(x) != new[x]]
             if changed:
                 raise ConfigError(f"{self.path} has other options, so give another --run_id: {'; '.join(changed)}")
 
@@ -1363,12 +1353,13 @@ class Run:
     def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
         """Adds a row with the speed and the means since the last one, weighted by the counts of its records."""
         speed = self.sums[1, -1].item() / self.seconds if self.seconds else 0.0
-        self.rows.append({"step": step} | row | {"updates_per_second": speed} | self.means(1))
-        self.progress.set_postfix_str(describe(self.rows[-1]))
-        self.progress.write(f"{self.unit} {step:,}: {describe(self.rows[-1])}, {speed:.0f} updates/s")
+        row = {"step": step} | row | {"updates_per_second": speed} | self.means(1)
+        self.rows.append(row)
+        self.progress.set_postfix_str(describe(row))
+        self.progress.write(f"{self.unit} {step:,}: {describe(row)}, {speed:.0f} updates/s")
         self.seconds = 0.0
         self.sums[1].zero_()
-        return self.rows[-1]
+        return row
 
     def restore(self, agent: Any, task: Task) -> None:
         """Sets the agent to where the run starts; a resumed run gets all the rest too. Raises DataError."""
@@ -1393,14 +1384,14 @@ class Run:
         started = time.perf_counter()
         if step not in (None, self.last_step) and started - self.saved < max(60, 20 * self.save_seconds):
             return
-        policy, text = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict()}, io.StringIO()
-        policy["encoding"] = self.encoding
+        policy = {"sizes": list(agent.actor.sizes), "weights": agent.actor.state_dict(), "encoding": self.encoding}
         state = {"config": vars(self.config), "rows": self.rows, "agent": agent.state_dict(), "policy": policy}
         state |= {"means": [self.names, self.sums, self.done, self.seconds], "random": self.rng.get_rng_state()} | more
         save(self.path / "policy.pt", policy)
         if self.config.keep_policies and self.rows and self.done == self.last_step:
             save(self.path / f"policy-{self.last_step}.pt", policy)
         if self.rows:
+            text = io.StringIO()
             writer = csv.DictWriter(text, dict.fromkeys(x for row in self.rows for x in row), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -1416,8 +1407,6 @@ class Run:
             with explain(f"{self.path} cannot be written"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
-        if not self.resumed and (self.path / "checkpoint.pt").exists():
-            raise DataError(f"another process has just made {self.path}; start again to continue its run")
         self.unit, self.encoding = unit, task.encoding
         config, where = self.config, f"evaluated in {task.envs.spec.id}" if task.envs else "no evaluation (--eval_env)"
         print(f"{self.path}: {unit}s {step:,} to {self.n_steps:,}, a row every {config.eval_freq:,}, {where}")
@@ -1432,20 +1421,26 @@ class Run:
         os.environ |= {"WANDB_X_DISABLE_VIEWER": "true", "WANDB_ERROR_REPORTING": "false"}
         asked = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_SWEEP_ID")
         try:
-            limits = wandb.Settings(init_timeout=20, finish_timeout=20)  # seconds
             mode = None if asked or wandb.login(prompt=False, verify=False) else "disabled"
-            options = {"project": config.project, "group": config.group, "name": self.path.name, "id": config.run_id}
-            self.wandb = wandb.init(**options, config=vars(config), resume="allow", settings=limits, mode=mode)
+            self.wandb = wandb.init(
+                project=config.project,
+                group=config.group,
+                name=self.path.name,
+                id=config.run_id,
+                config=vars(config),
+                resume="allow",
+                settings=wandb.Settings(init_timeout=20, finish_timeout=20),  # seconds
+                mode=mode,
+            )
         except Exception as error:  # no account, no network, no disk
             print(f"warning: W&B is off for this run ({name_error(error)})", file=sys.stderr)
             self.wandb = wandb.init(mode="disabled")
         self.progress = tqdm(total=self.n_steps, initial=step, unit=unit, disable=None)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        values = {name: value for name, value in metrics.items() if value is not None}
         try:
             if step >= self.wandb.starting_step:  # a resumed run repeats steps that W&B holds already
-                self.wandb.log(values, step=step)
+                self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step=step)
         except Exception as error:  # a failure of W&B does not end the run
             if not self.log_failed:
                 print(f"warning: W&B lacks step {step:,} ({name_error(error)})", file=sys.stderr)
