@@ -371,10 +371,11 @@ def test_exact_answers_are_exact(options, discount, value, log, capsys):
     )
 
 
-def test_logs_of_single_steps(log, capsys):
+@pytest.mark.parametrize(("terminal", "discount"), [(True, 0.99), (False, 0)])
+def test_logs_of_single_steps(terminal, discount, log, capsys):
     """`off data` is the share of the reported rows in which the policy acts otherwise; values are the mean rewards."""
-    data = log()
-    evaluate("always0.pt", "always1.pt", "always2.pt", "--output", "out.csv", env="any", updates=600)
+    data, policies = log(terminal=terminal), [f"always{action}.pt" for action in range(3)]
+    evaluate(*policies, "--discount", discount, "--output", "out.csv", env="any", updates=600)
     rows = rows_of("out.csv")
     _, reported, _ = fqe.split(dict(data), 0.5, 0)
     assert [row["policy"] for row in rows[:3]] == ["always2.pt", "always1.pt", "always0.pt"]
@@ -382,6 +383,7 @@ def test_logs_of_single_steps(log, capsys):
         assert float(row["off_data"]) == pytest.approx((data["actions"][reported] != action).mean())
         assert float(row["estimate"]) == pytest.approx(action, abs=0.05)
     assert float(rows[4]["estimate"]) == pytest.approx(data["rewards"][reported].mean())
+    assert float(rows[3]["estimate"]) == pytest.approx(float(rows[4]["estimate"]), abs=0.05)
     assert {(row["fitted_episodes"], row["reported_episodes"]) for row in rows} == {("200", "200")}
     assert "fitted on 200 of 400 episodes (200 transitions), reported on the others" in capsys.readouterr().out
 
@@ -431,6 +433,9 @@ def test_support_counts_the_steps_that_data_follow():
     states = log_of(n=500) | {"observations": np.tile([[1.0, 0.0], [-1.0, 0.0]], (250, 1)).astype(np.float32)}
     found = [np.exp(model(states, np.eye(3, dtype=bool)[np.full(500, action)])) for action in range(3)]
     np.testing.assert_allclose(np.transpose(found)[:2], [[1 / 3] * 3, [0.8, 0.2, 0.0]], atol=0.08)
+    few = log_of(n=60) | {"actions": np.eye(3, dtype=bool)[rng.integers(3, size=60)]}
+    fresh = fqe.behaviour_model(few, [3], 1000, 0, "cpu")(data, data["actions"])  # knows that it knows nothing
+    assert -1.5 < fresh.mean() < -1
     masked = model(states | {"masks": np.tile([True, True, False], (500, 1))}, np.eye(3, dtype=bool)[np.ones(500, int)])
     assert np.exp(masked[0]) == pytest.approx(0.5, abs=0.08)
 

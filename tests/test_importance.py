@@ -81,6 +81,7 @@ def test_episodes_of_several_steps_have_exact_values():
     )
     for name in ("ips", "snips", "dr"):
         assert getattr(cut, name).mean() == pytest.approx(3 + gamma * model[0, 5]), name
+    assert cut.effective == pytest.approx(2)  # the episodes that begin with 1
     with pytest.raises(importance.DataError, match="need a model"):
         importance.episode_samples(rewards, np.full(8, 0.5), agrees, terminals=0 * ends, timeouts=ends)
 

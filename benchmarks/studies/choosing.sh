@@ -115,6 +115,11 @@ support() {
     done
     python benchmarks/studies/choices.py runs/medium-alpha*-seed[45] --fqe runs/s[45].csv \
         --output benchmarks/results/fqe/lunarlander-support.csv
+    python benchmarks/collect.py --policy random --env LunarLander-v3 --id lunarlander/random-v0 --steps 100000 \
+        --seed 0 --force
+    python benchmarks/fqe.py runs/medium-alpha*-seed4 --env lunarlander/random-v0 --output runs/r4.csv
+    python benchmarks/studies/choices.py runs/medium-alpha*-seed4 --fqe runs/r4.csv \
+        --output benchmarks/results/fqe/lunarlander-support-random.csv
 }
 
 case ${1-} in
