@@ -470,7 +470,7 @@ def judge(
     ]
     if not agree:
         cure = "try more --updates, or fewer if the log is small"
-        lines.append(f"WARNING: trust no estimate, since FQE does not know what the data return; {cure}")
+        lines.append(f"WARNING: FQE does not know what the data return, so trust none of its estimates; {cure}")
     if n < FEW_STARTS:
         lines.append(f"WARNING: intervals and check rest on {n} start{'s' * (n > 1)} only")
     unbounded = [row for row in policies if row["bounded"] > 0.01]

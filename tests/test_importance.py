@@ -32,11 +32,23 @@ OBP = {
 }
 
 
+# By obp 0.5.5 (its repository; obp 0.4.1 has no clip) in the same way, with lambda_=8 and n_bootstrap_samples=2000.
+CLIPPED = {
+    "ips": (0.24413750740819032, 0.22340796377534156, 0.2641866686000767),
+    "snips": (0.422636362863136, 0.3524419752331217, 0.5106270013591457),
+    "dr": (0.43799837326423313, 0.42343632988766067, 0.4522829362558697),
+}
+
+
 def test_values_and_intervals_are_obps():
     found = importance.estimate(*bandit_log(), seed=3)
     for name, values in OBP.items():
         assert found[name] == pytest.approx(values, abs=1e-9), name
     assert found["agreeing"] == bandit_log()[2].sum() and found["clipped"] == 0
+    found = importance.estimate(*bandit_log(), seed=3, n_resamples=2000, clip=8.0)
+    for name, values in CLIPPED.items():
+        assert found[name] == pytest.approx(values, abs=1e-9), name
+    assert found["clipped"] == (bandit_log()[2] & (bandit_log()[1] < 1 / 8)).sum()
 
 
 def test_intervals_do_not_depend_on_how_many_samples_there_are():
