@@ -42,13 +42,14 @@ def test_regrets(rows):
 def test_correlations_and_table(rows, tmp_path, capsys):
     assert choices.spearman(rows["fqe"], rows["fqe"] ** 3) == pytest.approx(1)
     assert choices.spearman(rows["fqe"], rows["return"]) == pytest.approx(0.6)  # 1 - 6 (1 + 1 + 1 + 1) / (4 (16 - 1))
-    rows.to_csv(tmp_path / "rows.csv", index=False)
+    rows.assign(fqe_rank=[None, 2, 1, 3]).to_csv(tmp_path / "rows.csv", index=False)
     choices.main([str(tmp_path / "rows.csv")])
     printed = capsys.readouterr().out
     assert "4 policies of 2 runs; the best returns 40.0" in printed
     assert "| in all runs of a seed (1) | 10.0 (worst 10.0) | 30.0 (worst 30.0) | 30.0 (worst 30.0) | 10.0" in printed
     cells = ("0.0 (worst 0.0)", "20.0 (worst 30.0)", "15.0 (worst 30.0)", "15.0 (worst 30.0)", "5.0 (worst 10.0)")
     assert f"| in one run (2) | {' | '.join(cells)} |" in printed
+    assert printed.endswith("| 1 | 4 | 0.60 | 10.0 | 3 | 0.50 | 10.0 |\n"), printed
 
 
 @once

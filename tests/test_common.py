@@ -40,7 +40,7 @@ def test_every_program_opens_the_policy_of_a_copy(copy, script, capsys):
     returned = "return {:.1f} ± {:.1f}".format(*(float(row[x]) for x in ("eval_return", "eval_return_std")))
     assert f"{returned} over 5 episodes" in capsys.readouterr().out
     fqe.main([policy, f"--env={DATASET}", "--updates=2", "--seeds=1", "--device=cpu", *words])
-    assert f"best: {policy}" in capsys.readouterr().out
+    assert f"  {policy}\n" in capsys.readouterr().out
     collect.main(["--env=Counter-v0", f"--policy={policy}", "--steps=30", "--id=test/copy-v0", *words])
     assert "test/copy-v0: 30 steps" in capsys.readouterr().out
     if script.__name__ == "algorithms.offline.cql":

@@ -71,13 +71,14 @@ def test_python_of_the_page_on_extending_runs(program, tmp_path):
 
 def test_python_of_the_page_on_choosing_runs(tmp_path):
     """In the root of the repository, with a run of the stored results."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE | re.DOTALL)
+    code = "".join(blocks)  # the verdict of a run, and estimates by propensities
     folder = tmp_path / "runs/shop"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "benchmarks/results/diagnose/lunarlander-medium-tiny-seed2.csv", folder / "metrics.csv")
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert process.stdout == "under-fitting 10000\n", process.stderr
+    assert process.stdout == f"under-fitting 10000\n({2 / 3}, 0.0, 2.0) {49 / 29}\n", process.stderr
 
 
 # What reads as if translated (a space stands for a line break, too) -> examples of it, and of what must pass

@@ -4,11 +4,12 @@
     python benchmarks/studies/choices.py benchmarks/results/fqe/lunarlander.csv
 
 The first command takes run folders of --keep_policies True whose policies were evaluated in a simulator, and the tables
-that fqe.py made of these policies, and writes one row per policy. Both commands print two tables of such rows. The
+that fqe.py made of these policies, and writes one row per policy. Both commands print tables of such rows. The
 first holds rank correlations with the real returns: of FQE, of the critic's own prediction (eval_predicted_value; the
 column `promise`), and of nearness to the data (`off data` of fqe.py). The second holds regrets, the best mean return
 minus that of the chosen policy, in one run and in all runs of a seed, of choosing by each of these, by diagnose.py, the
-last policy, and any policy (a random choice).
+last policy, and any policy (a random choice). The third is of the policies that fqe.py ranks, which are those whose
+values it trusts.
 
 Exit status: 0 done, 1 cannot be done, 2 a bad command line. An error is one line on stderr and writes nothing.
 """
@@ -46,6 +47,7 @@ def collect(folders: list[Path], fqe: list[Path]) -> pd.DataFrame:
             names |= {"discounted_return": "eval_discounted_return", "promise": "eval_predicted_value"}
             rows[-1] |= {new: float(row[name]) for new, name in names.items()} | {"fqe": estimate["estimate"]}
             rows[-1] |= {f"fqe_{name}": estimate[name] for name in ("low", "high", "seed_std", "bounded", "off_data")}
+            rows[-1]["fqe_rank"] = estimate["rank"]  # empty where fqe.py does not trust the value
             rows[-1] |= {"diagnose": int(step == chosen), "last": int(row is metrics[-1])}
     alphas = {seed: choose_alpha(sweep).alpha for seed, sweep in sweeps.items() if len(sweep) > 1}
     for row in rows:
@@ -100,6 +102,18 @@ def report(rows: pd.DataFrame) -> str:
         found = pd.DataFrame([regrets(group) for _, group in rows.groupby(key)])
         cells = [f"{found[name].mean():.1f} (worst {found[name].max():.1f})" for name in found]
         lines.append(f"| {words} ({len(found)}) | {' | '.join(cells)} |")
+    if "fqe_rank" in rows:
+        lines += ["", "| seed | policies | rank correlation of FQE | its regret | ranked | correlation | regret |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for seed, group in rows.groupby("seed"):
+            cells = []
+            for some in (group, group[group["fqe_rank"].notna()]):
+                found = ["", ""]
+                if len(some) > 1:
+                    lost = group["return"].max() - some["return"]
+                    found = [f"{spearman(some['fqe'], some['return']):.2f}", f"{lost[some['fqe'].idxmax()]:.1f}"]
+                cells += [str(len(some)), *found]
+            lines.append(f"| {seed} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

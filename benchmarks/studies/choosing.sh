@@ -4,6 +4,7 @@
 #   bash benchmarks/studies/choosing.sh calibration    # 9 runs that the thresholds were set on
 #   bash benchmarks/studies/choosing.sh alphas         # 9 runs with several cql_alpha; benchmarks/results/diagnose/alphas
 #   bash benchmarks/studies/choosing.sh fqe            # fitted Q evaluation of these; benchmarks/results/fqe
+#   bash benchmarks/studies/choosing.sh support        # 10 discrete runs, and which of them fqe.py ranks
 # A run takes about a minute on one core, and one that is complete is skipped. Exit status: 0, 2 for another part, or
 # that of the first command that failed.
 set -euo pipefail
@@ -90,19 +91,41 @@ alphas() {
 
 fqe() {
     local out=benchmarks/results/fqe
-    python benchmarks/fqe.py runs/continuous-alpha{0,1,5,25}-seed1 --env $lander/medium-v0 --output runs/c1.csv
-    python benchmarks/fqe.py runs/discrete-alpha{0,0.1,1}-seed1 --env lunarlander/medium-v0 --output runs/d1.csv
-    python benchmarks/fqe.py runs/discrete-alpha10-seed1 --env lunarlander/medium-v0 --output runs/d2.csv
-    python benchmarks/fqe.py runs/discrete-alpha0.01-seed1 --env lunarlander/medium-v0 --output runs/d3.csv
+    python benchmarks/fqe.py runs/continuous-alpha{0,1,5,25}-seed1 --env $lander/medium-v0 --fit_share 1 \
+        --output runs/c1.csv
+    python benchmarks/fqe.py runs/discrete-alpha{0,0.1,1}-seed1 --env lunarlander/medium-v0 --fit_share 1 \
+        --output runs/d1.csv
+    python benchmarks/fqe.py runs/discrete-alpha10-seed1 --env lunarlander/medium-v0 --fit_share 1 --output runs/d2.csv
+    python benchmarks/fqe.py runs/discrete-alpha0.01-seed1 --env lunarlander/medium-v0 --fit_share 1 --output runs/d3.csv
     python benchmarks/studies/choices.py runs/continuous-alpha{0,1,5,25}-seed1 --fqe runs/c1.csv --output $out/$lander.csv
     python benchmarks/studies/choices.py runs/discrete-alpha{0,0.01,0.1,1,10}-seed1 --fqe runs/d{1,2,3}.csv \
         --output $out/lunarlander.csv
 }
 
+support() {
+    local seed alpha
+    record_discrete medium 100000 0
+    for seed in 4 5; do
+        for alpha in 0 0.01 0.1 1 10; do
+            python algorithms/discrete/cql_dqn.py --config_path configs/discrete/cql_dqn/lunarlander.yaml \
+                --cql_alpha $alpha --seed $seed --eval_seed 1000 --keep_policies True --eval_freq 2500 \
+                --run_id medium-alpha$alpha-seed$seed
+        done
+        python benchmarks/fqe.py runs/medium-alpha*-seed$seed --env lunarlander/medium-v0 --output runs/s$seed.csv
+    done
+    python benchmarks/studies/choices.py runs/medium-alpha*-seed[45] --fqe runs/s[45].csv \
+        --output benchmarks/results/fqe/lunarlander-support.csv
+    python benchmarks/collect.py --policy random --env LunarLander-v3 --id lunarlander/random-v0 --steps 100000 \
+        --seed 0 --force
+    python benchmarks/fqe.py runs/medium-alpha*-seed4 --env lunarlander/random-v0 --output runs/r4.csv
+    python benchmarks/studies/choices.py runs/medium-alpha*-seed4 --fqe runs/r4.csv \
+        --output benchmarks/results/fqe/lunarlander-support-random.csv
+}
+
 case ${1-} in
-verdicts | calibration | alphas | fqe) "$1" ;;
+verdicts | calibration | alphas | fqe | support) "$1" ;;
 *)
-    sed -n 's/^# \{0,1\}//; 2,8p' "$0" >&2
+    sed -n 's/^# \{0,1\}//; 2,9p' "$0" >&2
     exit 2
     ;;
 esac
