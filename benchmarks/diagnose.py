@@ -432,8 +432,8 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
                 known = np.isfinite(c[curve])
                 words = "held-out episodes" if "holdout" in curve else "training episodes"
                 axis.plot(c["step"][known], c[curve][known], style, label=words, color="C1" if style == "--" else "C0")
-            if name == "q" and np.isfinite(c["data_return"]).any():
-                axis.axhline(np.nanmean(c["data_return"]), color="grey", linestyle=":", label="the data's mean return")
+            if name == "q" and np.nanmax(c["data_return"], initial=0) > 0:  # see fitting
+                axis.axhline(np.nanmax(c["data_return"]), color="grey", linestyle=":", label="the data's mean return")
             if name == "td" and np.nanmax(c["td"], initial=0) > 10 * np.nanmin(c["td"], initial=np.inf):
                 axis.set_yscale("log")
             if not np.isfinite([c[name], c[f"holdout_{name}"]]).any():
