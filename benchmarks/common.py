@@ -157,7 +157,7 @@ def read_dataset(name: str) -> dict[str, Any]:
 
 def encoding_of(policy: Callable) -> Optional[dict[str, Any]]:
     """Names, categories, offsets and bounds of the columns that a policy was trained on, if its data were a table."""
-    return getattr(getattr(policy, "__self__", None), "encoding", None)
+    return getattr(policy, "encoding", None)
 
 
 def check_encoding(path: Path, policy: Callable, env: str, encoding: Optional[dict[str, Any]]) -> None:

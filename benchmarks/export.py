@@ -3,14 +3,15 @@
     python benchmarks/export.py runs/<run>/policy.pt
 
 This writes runs/<run>/policy.onnx, one file that needs neither torch nor this repository. Its input `observation`,
-float32 [batch, O], takes raw observations (Dict observations are flattened in the sorted order of their keys). Its
+float32 [batch, O], takes raw observations (Dict observations are flattened in the sorted order of their keys). If the
+data had masks, the input `mask`, bool [batch, number of actions], is True where an action is allowed. The
 output `action` is in the environment's units: float32 [batch, A] within its bounds, int64 [batch] for Discrete actions,
 [batch, A] for MultiDiscrete ones. Observations are normalised and actions scaled inside the file. The file is kept only
 if onnxruntime computes the same actions from it as torch. Its metadata hold JSON texts: `action_low` and `action_high`
 and, if the data were a table, `encoding`, the names, categories and offsets of its columns (see docs/data.md).
 
 A policy of your own copy of a script, with another network, needs --script path/to/copy.py. Its load_policy must return
-a method of a torch module that has the buffers and the method `actions` of the original network.
+a policy whose attribute `network` has the buffers and the method `actions` of the original network.
 
 Needs requirements-extra.txt. Exit status: 0 written, 1 cannot be done, 2 a bad command line. An error is one line on
 stderr and leaves an older file as it was.
@@ -35,36 +36,48 @@ TOLERANCE = 1e-5  # largest accepted difference from torch, as a share of the ac
 
 
 class Policy(nn.Module):
-    """The network's `actions` as a module: [B, O] -> [B, A], or [B] for actions of a Discrete space."""
+    """The network's `actions` as a module: [B, O], and a mask if it takes one, -> [B, A], or [B] if Discrete."""
 
     def __init__(self, actor: nn.Module):
         super().__init__()
         self.actor = actor
 
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.actor.actions(observations)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.actor.actions(*inputs)
 
 
 def find_network(policy: Callable) -> nn.Module:
-    """The torch module that a policy of load_policy is a method of. Raises DataError."""
-    network = getattr(policy, "__self__", None)
+    """The torch module of a policy of load_policy. Raises DataError."""
+    network = getattr(policy, "network", None)
     needed = ("actions", "observation_mean", "observation_std", "action_low", "action_high")
     if missing := [name for name in needed if not hasattr(network, name)]:
-        kind = f"of {type(network).__name__}, which lacks {', '.join(missing)}" if network else "of no object"
-        raise DataError(f"load_policy must return a method of the network, but it returned one {kind}")
+        kind = f"{type(network).__name__}, which lacks {', '.join(missing)}" if network else "missing"
+        raise DataError(f"load_policy must return a policy with an attribute network, which is {kind}")
     return network
+
+
+def example(actor: nn.Module, observations: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The inputs of the file by name: observations [B, O] and, if the data had masks, random ones [B, A]."""
+    inputs = {"observation": observations.astype(np.float32)}
+    if "masks" in (getattr(actor, "encoding", None) or {}):
+        masks = rng.random((len(observations), len(actor.encoding["masks"]))) < 0.5
+        masks[~masks.any(axis=1), 0] = True
+        inputs["mask"] = masks
+    return inputs
 
 
 def to_onnx(actor: nn.Module) -> bytes:
     """The content of an ONNX file that holds the weights and takes a batch of any size."""
+    # A batch of two, since one would be taken for a constant.
+    inputs = example(actor, np.zeros((2, len(actor.observation_mean))), np.random.default_rng(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else it says that torchvision is not installed
     with warnings.catch_warnings(action="ignore"):  # torch 2.13 warns about its own code
         program = torch.onnx.export(
             Policy(actor).eval(),
-            (torch.zeros(2, len(actor.observation_mean)),),  # two, since a batch of one would be taken for a constant
-            input_names=["observation"],
+            tuple(map(torch.as_tensor, inputs.values())),
+            input_names=[*inputs],
             output_names=["action"],
-            dynamic_shapes=({0: "batch"},),
+            dynamic_shapes=(({0: "batch"},) * len(inputs),),
             dynamo=True,
             verbose=False,
         )
@@ -92,10 +105,9 @@ def largest_difference(model: bytes, actor: nn.Module) -> float:
     # At 1e8 standard deviations actions lie at the bounds. At far fewer some lie between them and have few exact
     # digits: they come from large sums, which the two round differently.
     for batch_size, scale in ((1, 1), (1000, 1), (1000, 1e8)):
-        observations = mean + std * scale * rng.standard_normal((batch_size, mean.size))
-        observations = observations.astype(np.float32)
-        (actions,) = session.run(["action"], {"observation": observations})
-        differences.append(np.abs(actions - actor.act(observations)) / np.where(high > low, high - low, 1))
+        inputs = example(actor, mean + std * scale * rng.standard_normal((batch_size, mean.size)), rng)
+        (actions,) = session.run(["action"], inputs)
+        differences.append(np.abs(actions - actor.act(*inputs.values())) / np.where(high > low, high - low, 1))
     return float(np.concatenate(differences).max())
 
 

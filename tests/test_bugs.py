@@ -61,7 +61,7 @@ DISCRETE = [
         "self.critic.values(self.critic(observations)).max",
         "self.critic.value(self.critic(observations)).max",
     ),
-    ("actions", "self.normalise(observations))).argmax(dim=-1)", "self.normalise(observations))).argmax(dim=5)"),
+    ("actions", "scores.argmax(dim=-1)\n        if self.eps", "scores.argmax(dim=5)\n        if self.eps"),
     ("actions", "torch.unravel_index(best, self.action_sizes)", "torch.unravel_index(best, self.action_size)"),
     ("holdout", '"qf_loss": "holdout_td_error"', '"qf_loss": {}["holdout_td_error"]'),
 ]

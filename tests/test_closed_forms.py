@@ -186,3 +186,53 @@ def test_every_backup_expands_the_gap_by_alpha_chi2(seed, alpha):
             assert_equal(expansion, alpha * chi2(weights, problem.beta))
             assert (expansion > 0).all()
             agent.target_critic.values = agent.critic.values
+
+
+class Trajectories:
+    """Episodes of a behaviour in a random MDP, some of which time out, as the columns of a dataset and by numbers."""
+
+    discount = 0.6
+
+    def __init__(self, seed):
+        rng, rows = np.random.default_rng(seed), []
+        transition, beta = rng.dirichlet(np.ones(S), size=(S, A)), rng.dirichlet(5 * np.ones(A), size=S)
+        for _ in range(60):
+            state = rng.integers(S)
+            for t in range(8):
+                action, following = rng.choice(A, p=beta[state]), None
+                following = rng.choice(S, p=transition[state, action])
+                terminal = rng.random() < 0.1
+                rows.append((state, action, rng.normal(), following, terminal, t == 7 and not terminal))
+                state = following
+                if terminal:
+                    break
+        self.rows = rows
+        states, actions, rewards, following, terminals, timeouts = map(np.array, zip(*rows))
+        columns = np.eye(S)[states], actions[:, None], rewards, np.eye(S)[following], terminals, timeouts
+        self.data = dict(zip(cql.COLUMNS, columns))
+
+    def q(self):
+        """Solves Q(s, a) = mean of r + gamma Q(s', a') over the rows whose next action is known."""
+        matrix, sums = np.eye(S * A), np.zeros(S * A)
+        known = [(row, later) for row, later in zip(self.rows, [*self.rows[1:], None]) if not row[5]]
+        counts = np.bincount([A * row[0] + row[1] for row, _ in known], minlength=S * A)
+        for (state, action, reward, _, terminal, _), later in known:
+            place = A * state + action
+            sums[place] += reward / counts[place]
+            if not terminal:
+                matrix[place, A * later[0] + later[1]] -= self.discount / counts[place]
+        return np.linalg.solve(matrix, sums).reshape(S, A)
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_sarsa_learns_the_value_of_the_behaviour(seed, capsys):
+    """Whatever the policy does: its next actions are all the same here."""
+    problem = Trajectories(seed)
+    config = cql.TrainConfig(device="cpu", target="sarsa")
+    data = cql.with_next_actions(problem.data, config)
+    n_dropped = sum(row[5] for row in problem.rows)
+    assert n_dropped > 5 and f"{n_dropped} of {len(problem.rows)} transitions are dropped" in capsys.readouterr().out
+    problem.batch = cql.Batch(*(torch.tensor(data[key], dtype=torch.float64) for key in cql.Batch._fields))
+    problem.next_actions = torch.zeros(len(problem.batch.rewards), 1, 1)
+    problem.agent = lambda **options: Problem.agent(problem, **options)
+    assert_equal(fixed_point(problem, target="sarsa", cql_alpha=0.0), problem.q())

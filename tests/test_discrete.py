@@ -34,12 +34,17 @@ def make_agent(observation_dim=S, sizes=(A,), **options):
     return agent
 
 
-def make_batch(batch_size=B):
+def make_batch(batch_size=B, masked=False):
+    """With masks every action is forbidden somewhere, but none that was taken."""
     observations, next_observations = torch.randn(2, batch_size, S)
     actions, next_actions = torch.randint(A, (2, batch_size))
     terminals = (torch.arange(batch_size) % 3 == 1).to(observations.dtype)
     rewards, discounts = torch.randn(batch_size), 0.9 * (1 - terminals)
-    return cql.Batch(observations, actions, rewards, next_observations, terminals, discounts, next_actions)
+    batch = cql.Batch(observations, actions, rewards, next_observations, terminals, discounts, next_actions)
+    if not masked:
+        return batch
+    masks = [(torch.rand(batch_size, A) < 0.4) | F.one_hot(x, A).bool() for x in (actions, next_actions)]
+    return batch._replace(masks=masks[0].to(torch.uint8), next_masks=masks[1].to(torch.uint8))
 
 
 def set_table(network, outputs):
@@ -205,14 +210,15 @@ def expected(critic, output):
 def slow_loss(agent, batch):
     """One transition, action and output at a time."""
     config, critic, total = agent.config, agent.critic, 0
-    for s, a, reward, s_next, terminal, discount, a_next in zip(*batch):
+    masks = [torch.ones(len(batch.rewards), A) if mask is None else mask for mask in (batch.masks, batch.next_masks)]
+    for s, a, reward, s_next, terminal, discount, a_next, mask, next_mask in zip(*batch[:7], *masks):
         features, following = critic.features(s), critic.features(s_next)
         output, next_output = critic.outputs(features), agent.target_critic(s_next).detach()
         q = [expected(critic, x) for x in output]
-        total = total + config.cql_alpha * (sum(x.exp() for x in q).log() - q[a])
+        total = total + config.cql_alpha * (sum(x.exp() for x, may in zip(q, mask) if may).log() - q[a])
         chooser = {"double": critic(s_next), "max": next_output}.get(config.target)
         if chooser is not None:
-            a_next = max(range(A), key=lambda i: expected(critic, chooser[i]).item())
+            a_next = max(next_mask.nonzero().flatten(), key=lambda i: expected(critic, chooser[i]).item())
         if config.head == "c51":
             mass = slow_project(next_output[a_next].softmax(0), critic.atoms, reward, discount)
             total = total - sum(m * (x - output[a].logsumexp(0)) for m, x in zip(mass, output[a]))
@@ -234,10 +240,11 @@ def slow_loss(agent, batch):
     ],
     ids=str,
 )
+@pytest.mark.parametrize("masked", (False, True))
 @HEADS
-def test_loss_and_gradient_are_those_of_slow_loops(head, options):
+def test_loss_and_gradient_are_those_of_slow_loops(head, masked, options):
     """An update scales gradients larger than the limit down to it, and no others; the metric is their norm before."""
-    agent, batch = make_agent(head=head, **options), make_batch()
+    agent, batch = make_agent(head=head, **options), make_batch(masked=masked)
     batch = batch._replace(rewards=3 * batch.rewards)
     before, slow = copy.deepcopy(agent), slow_loss(agent, batch)
     assert close(agent.loss(batch)[0], slow)
@@ -301,7 +308,6 @@ def test_clone_is_cross_entropy_alone(head):
     assert close(loss, -q.softmax(dim=1)[torch.arange(B), batch.actions].log().mean())
     assert metrics.keys() == {"cql_qf_diff", *agent.action_metrics(q, batch.actions)}
     assert agent.holdout_metrics(batch).keys() == {"holdout_gap", "holdout_q"}
-    assert np.isnan(agent.start_values(np.ones((2, S)))).all()
 
 
 # Features.
@@ -341,7 +347,7 @@ EPISODES = st.tuples(
 
 
 def make_data(episodes):
-    """Observation t of episode e is 100 e + t, and no two actions are the same."""
+    """Observation t of episode e is 100 e + t, and no two actions or masks are the same."""
     lengths, n = [length for length, _ in episodes], sum(length for length, _ in episodes)
     observations = np.concatenate([100.0 * e + np.arange(length) for e, length in enumerate(lengths)])
     terminals, timeouts = np.zeros((2, n), dtype=bool)
@@ -350,6 +356,7 @@ def make_data(episodes):
     return {
         "observations": observations[:, None], "actions": np.arange(n), "rewards": np.arange(n, dtype=np.float32) ** 2,
         "next_observations": observations[:, None] + 1, "terminals": terminals, "timeouts": timeouts,
+        "masks": np.arange(n)[:, None], "next_masks": np.arange(n)[:, None],
     }  # fmt: skip
 
 
@@ -364,7 +371,8 @@ def slow_rows(episodes, data, config):
             reward = sum(gamma**i * float(data["rewards"][first + t + i]) for i in range(end - t))
             after = None if config.target != "sarsa" or ends else first + end
             observation = data["observations"][first, 0]
-            yield observation + t, first + t, reward, observation + end, ends, gamma ** (end - t) * (not ends), after
+            factor, masks = gamma ** (end - t) * (not ends), (first + t, first + end - 1)
+            yield observation + t, first + t, reward, observation + end, ends, factor, *masks, after
         first += length
 
 
@@ -381,7 +389,8 @@ def test_columns_are_those_of_a_slow_loop(target, n_step, episodes):
         assert refusal(cql.td_columns, data, config)[0] == 1
         return
     columns = cql.td_columns(data, config)
-    *columns, next_actions = [columns[key].reshape(-1) for key in cql.Batch._fields]
+    next_actions = columns.pop("next_actions", columns["actions"])
+    columns = [columns[key].reshape(-1) for key in cql.Batch._fields if key in columns]
     *expected, after = zip(*rows)
     assert all(x.tolist() == list(y) for x, y in zip(columns, expected)), (columns, expected)
     assert next_actions.dtype == columns[1].dtype == int and len(next_actions) == len(rows)
@@ -425,6 +434,28 @@ def test_update_is_a_step_of_adam_then_of_the_target(rate, period):
     check_updates(lambda: make_agent(**options), make_batch, lambda _: (), {"critic": 0.03}, rate, period)
 
 
+@HEADS
+def test_regularisation(head):
+    """Weight decay shrinks all weights, layers are normalised without gain, and dropout acts in training alone."""
+    agents = [make_agent(head=head, weight_decay=decay) for decay in (0.0, 0.3)]
+    before, batch = copy.deepcopy(agents[0]), make_batch()
+    for agent in agents:
+        agent.update(batch)
+    for old, new, other in zip(*(agent.critic.parameters() for agent in (before, *agents))):
+        assert close(other, new - 0.01 * 0.3 * old)
+    network, x = make_agent(head=head, critic_layer_norm=True).critic, batch.observations
+    for layer in (network.hidden[0], network.hidden[2]):
+        x = layer(x)
+        x = (x - x.mean(dim=1, keepdim=True)) / (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+        x = x.clamp(min=0)
+    assert close(network.features(batch.observations), x)
+    agent, plain = make_agent(head=head, dropout=0.5, dr3_coefficient=0.1), make_agent(head=head)
+    assert (agent.critic(batch.observations) != agent.critic(batch.observations)).any()
+    assert agent.feature_metrics(batch) == plain.feature_metrics(batch) and agent.training
+    agent.eval()
+    assert torch.equal(agent.critic(batch.observations), plain.critic(batch.observations))
+
+
 # Precision and compilation.
 
 
@@ -443,7 +474,8 @@ TRACED = [{"head": "c51", "dr3_coefficient": 0.1}, {"head": "qr", "precision": "
 def test_traced_gradients_are_the_same(options, monkeypatch):
     torch.set_default_dtype(torch.float32)
     agent = make_agent(compile=True, batch_size=B, q_n_hidden_layers=1, **options)
-    check_traced(cql, agent, make_batch, 1e-2 if "precision" in options else 1e-4, monkeypatch)
+    tolerance = 1e-2 if "precision" in options else 1e-4
+    check_traced(cql, agent, lambda: make_batch(masked="dr3_coefficient" in options), tolerance, monkeypatch)
 
 
 # Acting.
@@ -459,3 +491,38 @@ def test_actions_are_the_parts_of_the_best_combination():
     raw = (np.eye(6) + np.eye(6, k=1) / 2) * std + mean
     assert network.act(raw).tolist() == [[i, j] for i in (0, 1) for j in (1, 2, 3)]
     assert network.act(raw[4]).tolist() == [1, 2]
+
+
+def test_masks_forbid_actions():
+    """Values are 0, 1, 2 and 3. Random actions are allowed ones too; a mask has the shape of the values."""
+    network = cql.QNetwork(1, [4], 8, 1, "dqn", 1)
+    set_table(network, torch.arange(4.0)[None, :, None])
+    network.load_state_dict({"action_low": torch.tensor([5])}, strict=False)
+    masks = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    assert network.act(np.ones((3, 1)), masks).tolist() == [8, 6, 5] and network.act([1.0], masks[1] > 0) == 6
+    assert network.act(np.ones((2, 1)), masks[1:], "scores").tolist() == [[0, 1, *[-np.inf] * 2], [0, *[-np.inf] * 3]]
+    network.epsilon = 1.0
+    actions = network.act(np.ones((1000, 1)), np.tile([0, 1, 0, 1], (1000, 1))).tolist()
+    assert set(actions) == {6, 8} and 400 < actions.count(6) < 600
+    assert {*network.act(np.ones((200, 1))).tolist()} == {5, 6, 7, 8}
+    for wrong in (masks[:2], masks[:, :3], masks[0], 0 * masks, 2 * masks, masks * np.nan, "1111"):
+        with pytest.raises(ValueError, match=r"a mask takes flags of shape \(3, 4\)"):
+            network.act(np.ones((3, 1)), wrong)
+
+
+def test_masks_that_cannot_be_are_refused():
+    actions, name = np.array([0, 2]), "mine/shop-v0"
+    good = {"masks": np.array([[1, 0, 0], [0, 1, 1]]), "next_masks": np.array([[0, 0, 1], [0, 1, 0]])}
+    data = dict(good)
+    cql.check_masks(data, actions, 3, name)
+    assert all((data[key] == good[key]).all() and data[key].dtype == np.uint8 for key in good)
+    wrong = {
+        "masks have shape [0]": {"masks": None}, "masks have shape [2, 2]": {"masks": good["masks"][:, :2]},
+        "next_masks have shape [1, 3]": {"next_masks": good["masks"][:1]}, "3 flags": {"masks": 0.5 * good["masks"]},
+        "masks forbid all actions, or the one taken, in transition 1": {"masks": np.array([[1, 0, 0], [0, 1, 0]])},
+        "next_masks forbid all actions, or the one taken, in transition 0": {"next_masks": np.eye(3)[:2] * [[0], [1]]},
+    }  # fmt: skip
+    for words, change in wrong.items():
+        data = {key: value for key, value in (good | change).items() if value is not None}
+        status, line = refusal(cql.check_masks, data, actions, 3, name)
+        assert status == 1 and words in line and name in line, line

@@ -137,7 +137,7 @@ def test_policies_of_all_scripts_act_in_eval_mode(tmp_path):
         (cql_dqn, cql_dqn.QNetwork(3, [2], 8, 1, "dqn", 1)),
     ):
         script.save(tmp_path / "policy.pt", {"sizes": list(network.sizes), "weights": network.train().state_dict()})
-        loaded = common.open_policy(tmp_path / "policy.pt")[1].__self__
+        loaded = common.open_policy(tmp_path / "policy.pt")[1].network
         assert type(loaded) is type(network) and not loaded.training
 
 

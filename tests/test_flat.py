@@ -340,7 +340,7 @@ def test_a_policy_acts_by_name_in_the_tables_own_values(script, policy):
         name, expected = "power", float(action[0]) + POWER["offset"]
     for given in (row, pd.Series(row), pd.DataFrame([row]).iloc[0]):
         assert policy(given) == {name: expected}
-    assert policy.__self__.encoding == encoding(script)
+    assert policy.encoding == encoding(script)
     if script.__name__ != DISCRETE:  # float32 would be 32 away
         assert POWER["low"] <= expected <= POWER["high"] and expected != float(np.float32(expected))
 
@@ -405,7 +405,7 @@ def test_numbers_of_numpy_in_an_encoding_are_stored_as_plain_ones(script, tiny, 
     data = arrays(script)
     data["encoding"]["observations"][0] = {"name": "time", "offset": np.float64(1.7e9)}
     script.train(tiny(env="mine", eval_env="none"), data=data)
-    assert script.load_policy(tmp_path / "runs/run/policy.pt").__self__.encoding == encoding(script)
+    assert script.load_policy(tmp_path / "runs/run/policy.pt").encoding == encoding(script)
 
 
 @once

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -148,7 +149,7 @@ def check_traced(script, agent, make_batch, tolerance, monkeypatch):
     test_gpu.py has). The random numbers are the same, and compiling itself uses none."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *x, options, **more: compile(*x, backend="aot_eager", **more))
-    data = {key: getattr(make_batch(), key).numpy() for key in script.Batch._fields}
+    data = {key: column.numpy() for key, column in make_batch()._asdict().items() if column is not None}
     state = torch.get_rng_state()
     script.updater(agent.config, agent, script.ReplayBuffer(data, "cpu").sample)
     assert torch.equal(state, torch.get_rng_state()) and agent.compute_gradients != agent.gradients
@@ -314,10 +315,66 @@ def test_cloning_learns_the_data_s_actions(options):
     if "bc_only" in options:
         assert metrics.keys() == {"policy_loss", "policy_grad_norm"}
         assert agent.holdout_metrics(batch).keys() == {"holdout_log_prob"}
-        assert np.isnan(agent.start_values(np.ones((4, S)))).all()
         for name in ("critic", "target_critic"):
             assert same(getattr(agent, name), getattr(before, name))
         assert agent.log_alpha == before.log_alpha and agent.log_alpha_prime == before.log_alpha_prime
+
+
+# Regularisation.
+
+
+def test_weight_decay_shrinks_the_critics_alone():
+    agents = [make_agent(weight_decay=decay) for decay in (0.0, 0.3)]
+    before, batch = copy.deepcopy(agents[0]), make_batch()
+    for agent in agents:
+        torch.manual_seed(1)
+        agent.update(batch)
+    plain, decayed = agents
+    assert same(plain.actor, decayed.actor) and plain.log_alpha == decayed.log_alpha
+    for old, new, other in zip(*(agent.critic.parameters() for agent in (before, plain, decayed))):
+        assert close(other, new - 0.01 * 0.3 * old)
+
+
+def test_layer_norm_is_that_of_each_critic_and_layer():
+    critic, (observations, actions) = (
+        cql.EnsembleCritic(2, 1, 5, 2, layer_norm=True),
+        (torch.randn(7, 2), torch.randn(7, 3, 1)),
+    )
+    values = critic(observations, actions)
+    for e in range(2):
+        x = torch.cat([observations.unsqueeze(1).expand(-1, 3, -1), actions], dim=-1)
+        for weight, bias in zip(critic.weights[:-1], critic.biases[:-1]):
+            x = x @ weight[e] + bias[e]
+            x = (x - x.mean(dim=-1, keepdim=True)) / (x.var(dim=-1, correction=0, keepdim=True) + 1e-5).sqrt()
+            x = x.clamp(min=0)
+        assert close(values[e], (x @ critic.weights[-1][e] + critic.biases[-1][e]).squeeze(-1))
+
+
+def test_dropout_acts_in_training_alone():
+    agent, batch = make_agent(dropout=0.5, hidden_dim=64), make_batch()
+    plain = make_agent(hidden_dim=64)
+    assert same(agent.critic, plain.critic)
+    inputs = batch.observations, batch.actions.unsqueeze(1)
+    first, second = agent.critic(*inputs), agent.critic(*inputs)
+    assert (first != second).any() and (agent.target_critic(*inputs) != agent.target_critic(*inputs)).any()
+    agent.eval()
+    assert torch.equal(agent.critic(*inputs), plain.critic(*inputs))
+    assert (agent.start_values(np.ones((2, S))) == plain.start_values(np.ones((2, S)))).all()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"target": "sarsa", "backup_entropy": True}, "--target sarsa"),
+        ({"target": "sarsa", "cql_max_target_backup": True}, "--target sarsa"),
+        ({"dropout": 0.1, "cql_backprop_actions": 2}, "--dropout"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"target": "max"}, "--target takes policy, sarsa"),
+    ],
+)
+def test_options_that_exclude_each_other(options, words):
+    status, line = refusal(cql.TrainConfig, **options)
+    assert status == 2 and words in line
 
 
 # Networks.
@@ -441,7 +498,7 @@ def slow_losses(agent, batch, cloning):
         return network(s[None], a[None, None]).flatten()  # of both critics
 
     critic_loss = policy_loss = mean_log_prob = mean_gap = 0
-    for b, (s, a, r, next_s, terminal) in enumerate(zip(*batch)):
+    for b, (s, a, r, next_s, terminal) in enumerate(zip(*batch[:5])):
         with torch.no_grad():
             current, following = [act(s, x) for x in noise[b]], [act(next_s, x) for x in noise[B + b]]
         backups = following if config.cql_max_target_backup else following[:1]
@@ -571,7 +628,7 @@ def test_expected_gradient_is_that_through_all_actions(options, k):
     proposed = agent.td_target_and_proposals(batch, mean, log_std)
     loss, gap, metrics = agent.critic_loss(batch, *proposed)
     exact, found = flat(torch.autograd.grad(loss, agent.parameter_groups["critic"])), []
-    many, proposed = cql.Batch(*(x.repeat_interleave(300, dim=0) for x in batch)), [
+    many, proposed = cql.Batch(*(x.repeat_interleave(300, dim=0) for x in batch[:5])), [
         x.repeat_interleave(300, dim=0) for x in proposed
     ]  # fmt: skip
     for _ in range(30):

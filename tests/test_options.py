@@ -432,6 +432,7 @@ ACTS = {
     "reward_clip": ({}, 110.0), "holdout_fraction": ({}, 0.1), "hidden_dim": ({}, 17), "q_n_hidden_layers": ({}, 2),
     "orthogonal_init": ({}, False), "discount": ({}, 0.9), "qf_lr": ({}, 1e-4), "bc_only": ({}, True),
     "soft_target_update_rate": ({}, 0.1), "target_update_period": ({}, 2), "cql_alpha": ({}, 5.0),
+    "weight_decay": ({}, 1.0), "dropout": ({}, 0.5), "critic_layer_norm": ({}, True),
     "project": ({}, "other"), "group": ({}, "other"), "name": ({"run_id": None}, "other"),
     # of algorithms/offline/cql.py
     "policy_n_hidden_layers": ({}, 2), "policy_log_std_multiplier": ({}, 0.5), "policy_lr": ({}, 2e-4),

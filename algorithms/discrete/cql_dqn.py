@@ -34,7 +34,6 @@ import signal
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -92,12 +91,15 @@ class TrainConfig:
     q_n_hidden_layers: int = 2  # hidden layers of the network
     orthogonal_init: bool = True  # orthogonal initialisation of the network
     normalize_features: bool = False  # scale the last hidden layer's output to norm 1
+    critic_layer_norm: bool = False  # layer normalisation, without gain and shift, in the hidden layers
+    dropout: float = 0.0  # share of the hidden layers' outputs that training sets to 0
 
     discount: float = 0.99  # discount factor
     n_step: int = 1  # rewards in a TD target, all from one episode
     target: str = "double"  # next action: double (online network's choice), max (target network's), sarsa (the data's)
     td_error: str = "huber"  # squared, or huber: linear beyond 1
     qf_lr: float = 1e-3  # learning rate
+    weight_decay: float = 0.0  # decoupled weight decay (AdamW)
     max_grad_norm: float = math.inf  # gradients with a larger norm are scaled down to it
     soft_target_update_rate: float = 5e-3  # Polyak rate of the target network; 1 with a longer period: hard updates
     target_update_period: int = 1  # updates between two target updates
@@ -122,17 +124,20 @@ class QNetwork(nn.Module):
 
     def __init__(
         self, observation_dim: int, action_sizes: list[int], hidden_dim: int, n_hidden_layers: int, head: str,
-        n_outputs: int, normalize_features: bool = False, orthogonal_init: bool = True,
-        dtype: Optional[torch.dtype] = None,
+        n_outputs: int, normalize_features: bool = False, layer_norm: bool = False, orthogonal_init: bool = True,
+        dtype: Optional[torch.dtype] = None, dropout: float = 0.0,
     ):  # fmt: skip
         """action_sizes: those of a MultiDiscrete space, or one number. dtype: that of the hidden layers' products."""
         super().__init__()
         self.sizes = (observation_dim, action_sizes, hidden_dim, n_hidden_layers, head, n_outputs, normalize_features)
+        self.sizes += (layer_norm,)
         self.head, self.normalize_features, self.dtype = head, normalize_features, dtype
         self.action_sizes, self.n_outputs, self.epsilon = action_sizes, n_outputs, 0.0  # share of random actions
         sizes = [observation_dim] + [hidden_dim] * n_hidden_layers + [math.prod(action_sizes) * n_outputs]
         *hidden, self.last = linear_layers(sizes, orthogonal_init)
-        self.hidden = nn.Sequential(*[module for layer in hidden for module in (layer, nn.ReLU())])
+        norm = nn.LayerNorm(hidden_dim, elementwise_affine=False) if layer_norm else nn.Identity()
+        activation = nn.Sequential(norm, nn.ReLU(), nn.Dropout(dropout))
+        self.hidden = nn.Sequential(*[module for layer in hidden for module in (layer, activation)])
         self.register_buffer("atoms", torch.zeros(n_outputs))  # the values of c51's atoms
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
@@ -162,20 +167,31 @@ class QNetwork(nn.Module):
         """Raw observations as the networks take them: [..., O] -> [..., O]."""
         return (observations - self.observation_mean) / self.observation_std
 
-    def actions(self, observations: Tensor) -> Tensor:
-        """Greedy actions in the environment's numbers for raw observations: [..., O] -> [...], or [..., k] for actions
-        of k > 1 parts."""
-        best = self.values(self(self.normalise(observations))).argmax(dim=-1)
+    def scores(self, observations: Tensor, masks: Optional[Tensor] = None) -> Tensor:
+        """Each action's value for raw observations, -inf where a mask is 0: [..., O], [..., A] -> [..., A]."""
+        return allowed(self.values(self(self.normalise(observations))), masks)
+
+    def actions(self, observations: Tensor, masks: Optional[Tensor] = None) -> Tensor:
+        """Greedy actions in the environment's numbers for raw observations: [..., O], [..., A] -> [...], or [..., k]
+        for actions of k > 1 parts."""
+        scores = self.scores(observations, masks)
+        best = scores.argmax(dim=-1)
         if self.epsilon:
-            random = torch.randint_like(best, math.prod(self.action_sizes))
+            random = allowed(torch.rand_like(scores), masks).argmax(dim=-1)
             best = torch.where(torch.rand(best.shape, device=best.device) < self.epsilon, random, best)
         parts = torch.stack(torch.unravel_index(best, self.action_sizes), dim=-1) + self.action_low
         return parts if len(self.action_sizes) > 1 else parts.squeeze(-1)
 
     @torch.no_grad()
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Same as `actions`, for arrays. Raises ValueError."""
-        return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()[()]
+    def act(self, observations: np.ndarray, masks: Any = None, result: str = "actions") -> np.ndarray:
+        """Same as `actions`, or `scores`, for arrays. Raises ValueError."""
+        observations = as_observations(observations, self.observation_mean)
+        if masks is not None:
+            masks, shape = np.asarray(masks), (*observations.shape[:-1], math.prod(self.action_sizes))
+            if masks.shape != shape or not (np.isin(masks, (0, 1)).all() and (masks == 1).any(axis=-1).all()):
+                raise DataError(f"a mask takes flags of shape {shape}, one of them 1 (not shape {masks.shape})")
+            masks = torch.as_tensor(masks, dtype=torch.uint8, device=observations.device)
+        return getattr(self, result)(observations, masks).cpu().numpy()[()]
 
 
 # local: the columns that the losses take
@@ -186,7 +202,14 @@ class Batch(NamedTuple):
     next_observations: Tensor  # [B, O], after them
     terminals: Tensor  # [B], 1 if they end in a terminal state, 0 elsewhere and at time-outs
     discounts: Tensor  # [B], factor on the value after them: discount ** (their number), 0 after a terminal state
-    next_actions: Tensor  # [B], index of the data's action after them; any if there is none
+    next_actions: Optional[Tensor] = None  # [B], index of the data's action after them, with target sarsa
+    masks: Optional[Tensor] = None  # [B, A], 1 where an action is allowed; None: all are
+    next_masks: Optional[Tensor] = None  # [B, A], after them
+
+
+def allowed(values: Tensor, masks: Optional[Tensor]) -> Tensor:
+    """The values, -inf where the mask is 0: [..., A], [..., A] -> [..., A]."""
+    return values if masks is None else values.masked_fill(masks == 0, -math.inf)
 
 
 def of_actions(outputs: Tensor, actions: Tensor) -> Tensor:
@@ -221,13 +244,15 @@ class DiscreteCQL(nn.Module):
         n_outputs = {"dqn": 1, "c51": config.n_atoms, "qr": config.n_quantiles}[config.head]
         sizes = (observation_dim, action_sizes, config.hidden_dim, config.q_n_hidden_layers, config.head, n_outputs)
         dtype = torch.bfloat16 if config.precision == "bfloat16" else None
-        self.critic = QNetwork(*sizes, config.normalize_features, config.orthogonal_init, dtype)
+        switches = (config.normalize_features, config.critic_layer_norm, config.orthogonal_init, dtype, config.dropout)
+        self.critic = QNetwork(*sizes, *switches)
         self.critic.epsilon = config.eval_epsilon
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(config.device)
         self.parameter_groups = {"critic": list(self.critic.parameters())}
         on_gpu = "cuda" in config.device  # steps are recorded in CUDA graphs there
-        self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.qf_lr, fused=True, capturable=on_gpu)
+        options = {"weight_decay": config.weight_decay, "fused": True, "capturable": on_gpu}
+        self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=config.qf_lr, **options)
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 
@@ -244,9 +269,10 @@ class DiscreteCQL(nn.Module):
         if self.config.target == "sarsa":
             next_actions = batch.next_actions
         elif self.config.target == "max":
-            next_actions = critic.values(next_outputs).argmax(dim=1)
+            next_actions = allowed(critic.values(next_outputs), batch.next_masks).argmax(dim=1)
         else:
-            next_actions = critic.values(critic(batch.next_observations)).argmax(dim=1)
+            next_q = critic.values(critic(batch.next_observations))
+            next_actions = allowed(next_q, batch.next_masks).argmax(dim=1)
         next_outputs = of_actions(next_outputs, next_actions)  # [B, Z]
         if self.config.head == "c51":
             return project(next_outputs.softmax(dim=1), critic.atoms, batch.rewards, batch.discounts)
@@ -273,7 +299,7 @@ class DiscreteCQL(nn.Module):
         config = self.config
         features = self.critic.features(batch.observations)  # [B, H]
         outputs = self.critic.outputs(features)  # [B, A, Z]
-        q = self.critic.values(outputs)  # [B, A]
+        q = allowed(self.critic.values(outputs), batch.masks)  # [B, A]
         gap = self.gap(q, batch.actions)
         metrics = {"cql_qf_diff": gap, **self.action_metrics(q, batch.actions)}
         if config.bc_only:
@@ -296,12 +322,15 @@ class DiscreteCQL(nn.Module):
 
     @torch.no_grad()
     def action_metrics(self, q: Tensor, actions: Tensor) -> dict[str, Tensor]:
-        """Metrics of the values: q [B, A], actions [B] -> scalars."""
+        """Metrics of the values, -inf where not allowed: q [B, A], actions [B] -> scalars."""
         best, q_data = q.max(dim=1), q.gather(1, actions.unsqueeze(1))
+        known = q > -math.inf
+        mean = torch.where(known, q, 0).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True)
+        variance = torch.where(known, q - mean, 0).square().sum(dim=1) / known.sum(dim=1)
         return {
             "average_qf": q_data.mean(),
             "cql_q_greedy": best.values.mean(),
-            "cql_std_q": q.std(dim=1, correction=0).mean(),
+            "cql_std_q": variance.sqrt().mean(),
             "cql_data_probability": (q_data - q.logsumexp(dim=1, keepdim=True)).exp().mean(),
             "greedy_is_data": (best.indices == actions).to(q.dtype).mean(),
         }
@@ -339,9 +368,7 @@ class DiscreteCQL(nn.Module):
     # local: the value of the greedy action
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """Returns what the network predicts: max_a Q(s, a) for raw observations [B, O] -> [B]; NaN for a clone."""
-        if self.config.bc_only:
-            return np.full(len(observations), np.nan)
+        """Returns what the network predicts: max_a Q(s, a) for raw observations [B, O] -> [B]."""
         observations = self.critic.normalise(as_observations(observations, self.critic.observation_mean))
         values = self.critic.values(self.critic(observations)).max(dim=1).values
         return values.view(len(observations)).cpu().numpy()
@@ -357,7 +384,9 @@ class DiscreteCQL(nn.Module):
     @torch.no_grad()
     def feature_metrics(self, batch: Batch) -> dict[str, float]:
         """Metrics of what DR3 acts on. The rank is the number of singular values that make up 99 % of their sum."""
+        self.eval()  # without dropout
         features, following = (self.critic.features(x) for x in (batch.observations, batch.next_observations))
+        self.train()
         share = torch.linalg.svdvals(features).cumsum(dim=0)
         return {
             "feature_rank": float((share < 0.99 * share[-1]).sum() + 1),
@@ -372,48 +401,6 @@ class DiscreteCQL(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.n_updates = state["n_updates"]
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
-
-
-def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
-    """The columns of a Batch, with n-step rewards that end with the episode. With target sarsa, the last step before a
-    time-out only lends its action: what follows it in the data belongs to another episode."""
-    ends = data["terminals"] | data["timeouts"]
-    ends[-1:] = True
-    next_actions = np.append(data["actions"][1:], data["actions"][:1])
-    if config.target == "sarsa":
-        known = ~ends | data["terminals"]
-        if len(known) and not known.any():
-            raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
-        data = {key: data[key][known] for key in COLUMNS}
-        ends = (ends | np.append(~known[1:], False))[known]
-        next_actions = next_actions[known]
-    rows = np.arange(len(ends))
-    last, rewards = rows, data["rewards"].astype(np.float64)
-    for i in range(1, config.n_step):
-        if not (going := ~ends[last]).any():
-            break
-        last = last + going
-        rewards += going * config.discount**i * data["rewards"][last]
-    discounts = config.discount ** (last - rows + 1) * ~data["terminals"][last]
-    if config.n_step > 1:
-        data = data | {"next_observations": data["next_observations"][last], "terminals": data["terminals"][last]}
-    return data | {"rewards": rewards, "discounts": discounts, "next_actions": next_actions[last]}
-
-
-def support(data: dict[str, np.ndarray], config: TrainConfig) -> Tensor:
-    """Atoms of c51, from v_min to v_max: by default the range of the data's discounted returns, which end at time-outs,
-    with a quarter of it added on either side."""
-    returns = episodes(data, config.discount)[1]
-    low, high = returns.min(), returns.max()
-    margin = (high - low) / 4 or max(1.0, abs(high) / 100)
-    low = low - margin if config.v_min is None else config.v_min
-    high = high + margin if config.v_max is None else config.v_max
-    if not low < high:
-        raise ConfigError(f"--v_min {low:g} is not below --v_max {high:g} (one follows from the data); give both")
-    atoms = torch.linspace(float(low), float(high), config.n_atoms)
-    if not (atoms.float().diff() > 0).all():
-        raise ConfigError(f"--v_min {low:g} and --v_max {high:g} are too close for {config.n_atoms} atoms in float32")
-    return atoms
 
 
 def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[str, Any]:
@@ -492,7 +479,8 @@ def explain(problem: str, kind: type = DataError) -> Iterator[None]:
 
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-OPTIONAL = "action_low action_high reference_scores environment episode_returns encoding"
+# local: masks, and the propensities of the logged actions, which benchmarks/fqe.py takes
+OPTIONAL = "action_low action_high reference_scores environment episode_returns encoding masks next_masks propensities"
 MAX_ENVS, MAX_STEPS = 32, 30_000  # evaluation episodes side by side; most steps of one, as a policy may stand still
 GRAPH_UPDATES = 10  # updates in one CUDA graph
 EVALUATION = (
@@ -506,13 +494,13 @@ IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvCh
 Policy = QNetwork
 # local: limits of the options, both ends included, or the words that an option takes
 LIMITS = {
-    "seed eval_seed qf_lr cql_alpha dr3_coefficient": (0, 1e12),
+    "seed eval_seed qf_lr weight_decay cql_alpha dr3_coefficient": (0, 1e12),
     "max_timesteps eval_freq n_episodes batch_size buffer_size log_interval": (1, 1e12),
     "target_update_period hidden_dim q_n_hidden_layers n_step n_quantiles": (1, 1e6),
     "n_atoms": (2, 1e6),
     "reward_scale reward_bias v_min v_max": (-1e12, 1e12),
     "discount soft_target_update_rate eval_epsilon": (0, 1),
-    "holdout_fraction": (0, 0.9),
+    "holdout_fraction dropout": (0, 0.9),
     "reward_clip max_grad_norm": (1e-6, math.inf),
     "precision": ("float32", "tf32", "bfloat16"),
     "head": ("dqn", "c51", "qr"),
@@ -661,8 +649,7 @@ def load_flat(name: str, path: Path, metadata: dict[str, Any], problem: str) -> 
         if form != (1, "transitions"):
             raise DataError(f"--env {name} has format {form[0]} of {form[1]}; this script reads 1 of transitions")
         data = {key: np.load(path / f"{key}.npy") for key in COLUMNS}
-        if (path / "episode_returns.npy").exists():
-            data["episode_returns"] = np.load(path / "episode_returns.npy")
+        data |= {key: np.load(path / f"{key}.npy") for key in OPTIONAL.split() if (path / f"{key}.npy").exists()}
         kind, shape = np.int64 if data["actions"].dtype.kind == "i" else np.float64, data["actions"].shape[1:]
         low, high = (np.array(metadata[f"action_{end}"], kind).reshape(shape) for end in ("low", "high"))
     data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
@@ -755,7 +742,77 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     sizes = high - low + 1
     if len(sizes) > 32 or np.prod(sizes.astype(np.float64)) > 100_000:
         raise DataError(f"--env {name} has {' x '.join(map(str, sizes))} actions; this script takes up to 100,000")
-    return np.ravel_multi_index(tuple((actions - low).astype(np.int64).T), sizes), low, high
+    indices = np.ravel_multi_index(tuple((actions - low).astype(np.int64).T), sizes)
+    if "masks" in data or "next_masks" in data:
+        check_masks(data, indices, sizes.prod(), name)
+    return indices, low, high
+
+
+def check_masks(data: dict[str, Any], actions: np.ndarray, n_actions: int, name: str) -> None:
+    """Converts masks to uint8. Raises DataError where they allow no action, or not the one that was taken."""
+    for key in ("masks", "next_masks"):
+        flags = np.asarray(data.get(key, ()))
+        if flags.shape != (len(actions), n_actions) or not np.isin(flags, (0, 1)).all():
+            raise DataError(
+                f"--env {name}: {key} have shape {[*flags.shape]}: they take {n_actions} flags per transition"
+            )
+        bad = ~flags.astype(bool).any(axis=1)
+        if key == "masks":
+            bad |= flags[np.arange(len(actions)), actions] == 0
+        if bad.any():
+            raise DataError(f"--env {name}: {key} forbid all actions, or the one taken, in transition {bad.argmax()}")
+        data[key] = flags.astype(np.uint8)
+
+
+def with_next_actions(data: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+    """With target sarsa, adds the action of the following row, and drops, and counts, the last rows before a time-out:
+    what follows them in the data belongs to another episode, so they only lend their action. Raises DataError."""
+    if config.target != "sarsa":
+        return data
+    ends, n = data["terminals"] | data["timeouts"], len(data["actions"])
+    ends[-1:] = True
+    known = ~ends | data["terminals"]
+    if n and not known.any():
+        raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
+    if not known.all():
+        print(f"--target sarsa: {n - known.sum():,} of {n:,} transitions are dropped: their next action is not known")
+    more = {"next_actions": np.roll(data["actions"], -1, axis=0)}
+    more["timeouts"] = data["timeouts"] | np.append(~known[1:], False)[:n]
+    return {key: column[known] for key, column in (data | more).items()}
+
+
+def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
+    """The columns of a Batch, with n-step rewards that end with the episode."""
+    data = with_next_actions(data, config)
+    ends = data["terminals"] | data["timeouts"]
+    ends[-1:] = True
+    rows = np.arange(len(ends))
+    last, rewards = rows, data["rewards"].astype(np.float64)
+    for i in range(1, config.n_step):
+        if not (going := ~ends[last]).any():
+            break
+        last = last + going
+        rewards += going * config.discount**i * data["rewards"][last]
+    discounts = config.discount ** (last - rows + 1) * ~data["terminals"][last]
+    after = ("next_observations", "terminals", "next_actions", "next_masks")
+    data |= {key: data[key][last] for key in after if key in data and config.n_step > 1}
+    return data | {"rewards": rewards, "discounts": discounts}
+
+
+def support(data: dict[str, np.ndarray], config: TrainConfig) -> Tensor:
+    """Atoms of c51, from v_min to v_max: by default the range of the data's discounted returns, which end at time-outs,
+    with a quarter of it added on either side."""
+    returns = episodes(data, config.discount)[1]
+    low, high = returns.min(), returns.max()
+    margin = (high - low) / 4 or max(1.0, abs(high) / 100)
+    low = low - margin if config.v_min is None else config.v_min
+    high = high + margin if config.v_max is None else config.v_max
+    if not low < high:
+        raise ConfigError(f"--v_min {low:g} is not below --v_max {high:g} (one follows from the data); give both")
+    atoms = torch.linspace(float(low), float(high), config.n_atoms)
+    if not (atoms.float().diff() > 0).all():
+        raise ConfigError(f"--v_min {low:g} and --v_max {high:g} are too close for {config.n_atoms} atoms in float32")
+    return atoms
 
 
 def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
@@ -774,8 +831,9 @@ class ReplayBuffer:
     """All transitions, on the device; on the CPU, memory is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields]
-        self.columns = [x if x.dtype == torch.int64 else x.float() for x in columns]  # indices of discrete actions stay
+        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields if key in data]
+        kept = (torch.int64, torch.uint8)  # discrete actions and masks
+        self.columns = [x if x.dtype in kept else x.float() for x in columns]
         self.size = len(columns[0])
 
     def rows(self, indices: Any) -> Batch:
@@ -824,8 +882,10 @@ class Task:
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
         self.encoding = json.loads(json.dumps(data.get("encoding")))
         if self.envs:
-            if self.encoding and any(x.get("offset") for part in self.encoding.values() for x in part):
-                raise ConfigError(f"an environment does not know the offsets of {config.env}: give --eval_env none")
+            columns = sum(((self.encoding or {}).get(part, []) for part in ("observations", "actions")), [])
+            if "masks" in data or any(x.get("offset") for x in columns):
+                unknown = "masks" if "masks" in data else "offsets"
+                raise ConfigError(f"an environment does not know the {unknown} of {config.env}: give --eval_env none")
             narrow_actions(data, self.envs, config.env)
 
     def training_rewards(self, rewards: np.ndarray) -> np.ndarray:
@@ -864,7 +924,9 @@ class Task:
                     traceback.print_exception(error.__cause__)
                 self.failed = True
             if result:
-                result["predicted_value"] = agent.start_values(result.pop("first_observations"))
+                starts = result.pop("first_observations")
+                if not getattr(config, "bc_only", False):  # a clone has no values
+                    result["predicted_value"] = agent.start_values(starts)
                 rewards = map(self.training_rewards, result.pop("rewards"))
                 result["discounted_return"] = [(x * config.discount ** np.arange(len(x))).cumsum()[-1] for x in rewards]
                 if not np.isnan(result["success"]).all():  # else the environment reports none
@@ -995,8 +1057,9 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
     if config.holdout_fraction and not n_held_out:
         print(f"{config.env}: the data are one episode, so nothing is held out and there are no holdout metrics")
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
-    holdout = {key: data[key][held_out] for key in COLUMNS}
-    data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
+    columns = [key for key in (*COLUMNS, "masks", "next_masks") if key in data]
+    holdout = {key: data[key][held_out] for key in columns}
+    data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in columns}
     size = data["observations"].shape[1]
     mean, std = np.zeros(size, np.float32), np.ones(size, np.float32)
     if checkpoint:
@@ -1049,17 +1112,23 @@ def load(path: Path | str, device: str, *keys: str) -> dict[str, Any]:
         raise DataError(f"{path} {fault}") from error
 
 
-def load_policy(path: Path | str, device: str = "cpu") -> Callable[[Any], Any]:
-    """The deterministic policy of a policy.pt or checkpoint.pt, policy(observation) -> action: from raw observations,
-    [O] or [B, O], to actions in the environment's units, [A] or [B, A]. If the data are a table, it also takes a row by
-    name, a dict or a pandas row in the table's own values, and returns a dict. Raises DataError."""
+# local: a policy takes masks, and has scores
+def load_policy(path: Path | str, device: str = "cpu") -> Callable[..., Any]:
+    """The greedy policy of a policy.pt or checkpoint.pt, policy(observation, mask=None) -> action: from raw
+    observations, [O] or [B, O], to actions in the environment's numbers, [] or [B], or [k] or [B, k] for actions of
+    k > 1 parts. A mask, [A] or [B, A], is 1 where an action is allowed. policy.scores(observation, mask=None) returns
+    each action's value, [A] or [B, A], -inf where not allowed. If the data are a table, both also take a row by name, a
+    dict or a pandas row in the table's own values and with its masks, and return a dict. Raises DataError."""
     state = load(path, device)
     with explain(f"{path} is not a policy.pt or checkpoint.pt of this script"):
         state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
-    actor.encoding = state.get("encoding")
-    return types.MethodType(act, actor.eval())
+    policy = functools.partial(act, actor.eval())
+    policy.network, policy.encoding = actor, state.get("encoding")
+    actor.encoding = policy.encoding
+    policy.scores = functools.partial(act, actor, result="scores")
+    return policy
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
@@ -1083,8 +1152,8 @@ def check_encoding(first: Any, second: Any, problem: str) -> None:
     """Raises DataError if the columns of two tables differ in name, order, categories, offset or bounds."""
     if bool(first) != bool(second):
         print(f"{problem}: only the {'first' if first else 'second'} has names of columns, so they cannot be compared")
-    for part in ("observations", "actions") if first and second else ():
-        for own, other in itertools.zip_longest(first[part], second[part]):
+    for part in ("observations", "actions", "masks") if first and second else ():
+        for own, other in itertools.zip_longest(first.get(part, ()), second.get(part, ())):
             if own != other:
                 columns = f"{str(own)[:500]} and {str(other)[:500]}"
                 raise DataError(f"{problem} differ in {part}: {columns}; import the data with --like <the other>")
@@ -1107,13 +1176,29 @@ def encode_row(row: Any, columns: list[dict[str, Any]]) -> np.ndarray:
     return np.array(numbers, dtype=np.float64)
 
 
-def act(actor: Any, observations: Any) -> Any:
-    """Actions for observations; for a row by name, the action by name, in the table's own values. Raises DataError."""
-    columns = (actor.encoding or {}).get("observations")
-    if not columns or not hasattr(observations, "keys"):
-        return actor.act(observations)
-    action, named = actor.act(encode_row(observations, columns)), {}
-    for column, x in zip(actor.encoding["actions"], np.ravel(action).tolist()):
+# local: masks, and the values of all actions
+def act(actor: Any, observations: Any, mask: Any = None, result: str = "actions") -> Any:
+    """Actions for observations, or scores; for a row by name, the action by name, or the score of each action, in the
+    table's own values. Raises DataError."""
+    encoding = actor.encoding or {}
+    if not encoding.get("observations") or not hasattr(observations, "keys"):
+        return actor.act(observations, mask, result)
+    if mask is None and "masks" in encoding:
+        mask = encode_row(observations, [{"name": name, "offset": 0.0} for name in encoding["masks"]])
+    found = actor.act(encode_row(observations, encoding["observations"]), mask, result)
+    if result == "actions":
+        return name_action(found, encoding["actions"])
+    parts = (
+        np.stack(np.unravel_index(np.arange(len(found)), actor.action_sizes), axis=1) + actor.action_low.cpu().numpy()
+    )
+    named = [tuple(name_action(x, encoding["actions"]).values()) for x in parts]
+    return {key if len(key) > 1 else key[0]: score for key, score in zip(named, found.tolist())}
+
+
+def name_action(action: np.ndarray, columns: list[dict[str, Any]]) -> dict[str, Any]:
+    """An action, [A], by name and in the table's own values."""
+    named = {}
+    for column, x in zip(columns, np.ravel(action).tolist()):
         if "values" in column:
             named[column["name"]] = column["values"][x - column["low"]]
         else:

@@ -35,7 +35,6 @@ import signal
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -189,10 +188,11 @@ class EnsembleCritic(nn.Module):
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
+        layer_norm: bool = False, dropout: float = 0.0,
     ):  # fmt: skip
         """dtype: that of the hidden layers' products. The last layer keeps the parameters': values need digits."""
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.layer_norm, self.dropout = dtype, layer_norm, dropout
         sizes = [observation_dim + action_dim, *[hidden_dim] * n_hidden_layers, 1]
         members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
         self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
@@ -208,7 +208,10 @@ class EnsembleCritic(nn.Module):
         x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
         x = x.to(self.dtype or x.dtype).expand(len(self.weights[0]), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype)).relu_()  # [E, B N, hidden]
+            x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype))  # [E, B N, hidden]
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:])
+            x = F.dropout(x.relu_(), self.dropout, self.training)
         q = (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]  # as a product it is slow on a CPU
         return q.view(-1, leading[-1], n_actions)
 
@@ -1076,8 +1079,7 @@ def load_flat(name: str, path: Path, metadata: dict[str, Any], problem: str) -> 
         if form != (1, "transitions"):
             raise DataError(f"--env {name} has format {form[0]} of {form[1]}; this script reads 1 of transitions")
         data = {key: np.load(path / f"{key}.npy") for key in COLUMNS}
-        if (path / "episode_returns.npy").exists():
-            data["episode_returns"] = np.load(path / "episode_returns.npy")
+        data |= {key: np.load(path / f"{key}.npy") for key in OPTIONAL.split() if (path / f"{key}.npy").exists()}
         kind, shape = np.int64 if data["actions"].dtype.kind == "i" else np.float64, data["actions"].shape[1:]
         low, high = (np.array(metadata[f"action_{end}"], kind).reshape(shape) for end in ("low", "high"))
     data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
@@ -1187,8 +1189,9 @@ class ReplayBuffer:
     """All transitions, on the device; on the CPU, memory is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields]
-        self.columns = [x if x.dtype == torch.int64 else x.float() for x in columns]  # indices of discrete actions stay
+        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields if key in data]
+        kept = (torch.int64, torch.uint8)  # discrete actions and masks
+        self.columns = [x if x.dtype in kept else x.float() for x in columns]
         self.size = len(columns[0])
 
     def rows(self, indices: Any) -> Batch:
@@ -1237,8 +1240,10 @@ class Task:
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
         self.encoding = json.loads(json.dumps(data.get("encoding")))
         if self.envs:
-            if self.encoding and any(x.get("offset") for part in self.encoding.values() for x in part):
-                raise ConfigError(f"an environment does not know the offsets of {config.env}: give --eval_env none")
+            columns = sum(((self.encoding or {}).get(part, []) for part in ("observations", "actions")), [])
+            if "masks" in data or any(x.get("offset") for x in columns):
+                unknown = "masks" if "masks" in data else "offsets"
+                raise ConfigError(f"an environment does not know the {unknown} of {config.env}: give --eval_env none")
             narrow_actions(data, self.envs, config.env)
 
     def training_rewards(self, rewards: np.ndarray) -> np.ndarray:
@@ -1277,7 +1282,9 @@ class Task:
                     traceback.print_exception(error.__cause__)
                 self.failed = True
             if result:
-                result["predicted_value"] = agent.start_values(result.pop("first_observations"))
+                starts = result.pop("first_observations")
+                if not getattr(config, "bc_only", False):  # a clone has no values
+                    result["predicted_value"] = agent.start_values(starts)
                 rewards = map(self.training_rewards, result.pop("rewards"))
                 result["discounted_return"] = [(x * config.discount ** np.arange(len(x))).cumsum()[-1] for x in rewards]
                 if not np.isnan(result["success"]).all():  # else the environment reports none
@@ -1408,8 +1415,9 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
     if config.holdout_fraction and not n_held_out:
         print(f"{config.env}: the data are one episode, so nothing is held out and there are no holdout metrics")
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
-    holdout = {key: data[key][held_out] for key in COLUMNS}
-    data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
+    columns = [key for key in (*COLUMNS, "masks", "next_masks") if key in data]
+    holdout = {key: data[key][held_out] for key in columns}
+    data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in columns}
     size = data["observations"].shape[1]
     mean, std = np.zeros(size, np.float32), np.ones(size, np.float32)
     if checkpoint:
@@ -1471,8 +1479,10 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[Any], Any]:
         state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
-    actor.encoding = state.get("encoding")
-    return types.MethodType(act, actor.eval())
+    policy = functools.partial(act, actor.eval())
+    policy.network, policy.encoding = actor, state.get("encoding")
+    actor.encoding = policy.encoding
+    return policy
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
@@ -1496,8 +1506,8 @@ def check_encoding(first: Any, second: Any, problem: str) -> None:
     """Raises DataError if the columns of two tables differ in name, order, categories, offset or bounds."""
     if bool(first) != bool(second):
         print(f"{problem}: only the {'first' if first else 'second'} has names of columns, so they cannot be compared")
-    for part in ("observations", "actions") if first and second else ():
-        for own, other in itertools.zip_longest(first[part], second[part]):
+    for part in ("observations", "actions", "masks") if first and second else ():
+        for own, other in itertools.zip_longest(first.get(part, ()), second.get(part, ())):
             if own != other:
                 columns = f"{str(own)[:500]} and {str(other)[:500]}"
                 raise DataError(f"{problem} differ in {part}: {columns}; import the data with --like <the other>")
@@ -1525,8 +1535,13 @@ def act(actor: Any, observations: Any) -> Any:
     columns = (actor.encoding or {}).get("observations")
     if not columns or not hasattr(observations, "keys"):
         return actor.act(observations)
-    action, named = actor.act(encode_row(observations, columns)), {}
-    for column, x in zip(actor.encoding["actions"], np.ravel(action).tolist()):
+    return name_action(actor.act(encode_row(observations, columns)), actor.encoding["actions"])
+
+
+def name_action(action: np.ndarray, columns: list[dict[str, Any]]) -> dict[str, Any]:
+    """An action, [A], by name and in the table's own values."""
+    named = {}
+    for column, x in zip(columns, np.ravel(action).tolist()):
         if "values" in column:
             named[column["name"]] = column["values"][x - column["low"]]
         else:

@@ -33,7 +33,6 @@ import signal
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -84,16 +83,20 @@ class TrainConfig:
     hidden_dim: int = 256  # width of hidden layers
     policy_n_hidden_layers: int = 3  # hidden layers of the actor
     q_n_hidden_layers: int = 3  # hidden layers of each critic
+    critic_layer_norm: bool = False  # layer normalisation, without gain and shift, in the critics' hidden layers
+    dropout: float = 0.0  # share of the outputs of the critics' hidden layers that training sets to 0
     orthogonal_init: bool = True  # orthogonal initialisation of all networks
     policy_log_std_multiplier: float = 1.0  # initial factor on the actor's log standard deviation (learned)
 
     discount: float = 0.99  # discount factor
     policy_lr: float = 3e-5  # learning rate of the actor and the entropy coefficient
     qf_lr: float = 3e-4  # learning rate of the critics and alpha_prime
+    weight_decay: float = 0.0  # decoupled weight decay of the critics (AdamW)
     soft_target_update_rate: float = 5e-3  # Polyak rate of the target critics
     target_update_period: int = 1  # updates between two target updates
     alpha_multiplier: float = 1.0  # factor on the entropy coefficient, or the coefficient itself if it is not tuned
     use_automatic_entropy_tuning: bool = True  # tune the entropy coefficient towards an entropy of -A
+    target: str = "policy"  # next action: policy (drawn from it), sarsa (the data's: the value of the behaviour)
     backup_entropy: bool = False  # subtract alpha log pi from the TD target's next value
     bc_steps: int = 0  # number of first updates in which the policy clones the data's actions
     bc_only: bool = False  # behaviour cloning: the policy's likelihood of the data's actions alone, no critics
@@ -115,6 +118,10 @@ class TrainConfig:
 
     def __post_init__(self):
         check_config(self)
+        if self.target == "sarsa" and (self.backup_entropy or self.cql_max_target_backup):
+            raise ConfigError("--target sarsa takes neither --backup_entropy nor --cql_max_target_backup")
+        if self.dropout > 0 and self.cql_backprop_actions > 0:
+            raise ConfigError("--dropout takes --cql_backprop_actions 0: two passes would drop different outputs")
 
 
 # Shapes: B batch, E critics, N sampled actions, O observation, A action. Actions of the networks lie in [-1, 1].
@@ -171,10 +178,11 @@ class EnsembleCritic(nn.Module):
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
+        layer_norm: bool = False, dropout: float = 0.0,
     ):  # fmt: skip
         """dtype: that of the hidden layers' products. The last layer keeps the parameters': values need digits."""
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.layer_norm, self.dropout = dtype, layer_norm, dropout
         sizes = [observation_dim + action_dim, *[hidden_dim] * n_hidden_layers, 1]
         members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
         self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
@@ -190,7 +198,10 @@ class EnsembleCritic(nn.Module):
         x = torch.cat([observations, actions], dim=-1).flatten(-3, -2)  # [B N, O + A] or [E, B N, O + A]
         x = x.to(self.dtype or x.dtype).expand(len(self.weights[0]), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype)).relu_()  # [E, B N, hidden]
+            x = torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype))  # [E, B N, hidden]
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:])
+            x = F.dropout(x.relu_(), self.dropout, self.training)
         q = (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]  # as a product it is slow on a CPU
         return q.view(-1, leading[-1], n_actions)
 
@@ -202,6 +213,7 @@ class Batch(NamedTuple):
     rewards: Tensor  # [B]
     next_observations: Tensor  # [B, O]
     terminals: Tensor  # [B], 1 where the episode ended in a terminal state, 0 elsewhere and at time-outs
+    next_actions: Optional[Tensor] = None  # [B, A], the data's, with target sarsa
 
 
 def tanh_gaussian_log_prob(pre_tanh: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
@@ -232,11 +244,11 @@ class CQL(nn.Module):
         super().__init__()
         self.config, self.cql_alpha = config, config.cql_alpha
         sizes = (observation_dim, action_dim, config.hidden_dim)
-        self.actor = TanhGaussianActor(
-            *sizes, config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init
-        )
+        shape = (config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init)
+        self.actor = TanhGaussianActor(*sizes, *shape)
         dtype = torch.bfloat16 if config.precision == "bfloat16" else None
-        self.critic = EnsembleCritic(*sizes, config.q_n_hidden_layers, config.orthogonal_init, dtype)
+        shape = (config.q_n_hidden_layers, config.orthogonal_init, dtype, 2, config.critic_layer_norm, config.dropout)
+        self.critic = EnsembleCritic(*sizes, *shape)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
@@ -246,7 +258,8 @@ class CQL(nn.Module):
         self.parameter_groups |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
         rates = (config.policy_lr, config.qf_lr, config.policy_lr, config.qf_lr)
         groups = [{"params": group, "lr": rate} for group, rate in zip(self.parameter_groups.values(), rates)]
-        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.log_alpha.is_cuda)  # for CUDA graphs
+        groups[1]["weight_decay"] = config.weight_decay
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True, capturable=self.log_alpha.is_cuda)
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 
@@ -276,9 +289,12 @@ class CQL(nn.Module):
         pre_tanh = batch.actions.clamp(-self.max_density_action, self.max_density_action).atanh()
         return tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
 
+    # local: target sarsa
     @torch.no_grad()
     def td_target(self, batch: Batch, next_actions: Tensor, next_log_prob: Tensor) -> Tensor:
         """r + gamma (1 - terminal) max_n min_e Q'(s', a'_n); N = 1 is the usual target: [B, N, A], [B, N] -> [B]."""
+        if self.config.target == "sarsa":
+            next_actions = batch.next_actions.unsqueeze(1)
         next_q = self.target_critic(batch.next_observations, next_actions).amin(dim=0)  # [B, N]
         next_q, best = next_q.max(dim=1)  # [B]
         if self.config.backup_entropy:
@@ -431,13 +447,9 @@ class CQL(nn.Module):
                 torch._foreach_lerp_(targets, sources, self.config.soft_target_update_rate)
         return metrics
 
-    # local: a clone has no critics
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """Returns what the critics predict: min Q(s, pi(s)) of the deterministic action, for raw observations; NaN for
-        a clone: [B, O] -> [B]."""
-        if self.config.bc_only:
-            return np.full(len(observations), np.nan)
+        """Returns the critics' prediction min Q(s, pi(s)), deterministic actions, raw observations: [B, O] -> [B]."""
         observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
         return values.view(len(observations)).cpu().numpy()
@@ -479,6 +491,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     data, holdout, scaling = prepare_data(config, data, task, run.checkpoint)
     torch.manual_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
+    data, holdout = (with_next_actions(x, config) for x in (data, holdout))
     buffer, holdout = ReplayBuffer(data, config.device), holdout_batch(config, holdout)
     run.restore(agent, task)
     agent.actor.load_state_dict(scaling, strict=False)
@@ -551,16 +564,17 @@ IDLE_WRAPPERS = "RecordEpisodeStatistics RecordVideo OrderEnforcing PassiveEnvCh
 Policy = TanhGaussianActor
 # local: limits of the options, both ends included, or the words that an option takes
 LIMITS = {
-    "seed eval_seed bc_steps cql_backprop_actions policy_lr qf_lr cql_alpha alpha_multiplier": (0, 1e12),
+    "seed eval_seed bc_steps cql_backprop_actions policy_lr qf_lr weight_decay cql_alpha alpha_multiplier": (0, 1e12),
     "max_timesteps eval_freq n_episodes batch_size buffer_size log_interval": (1, 1e12),
     "target_update_period cql_n_actions hidden_dim policy_n_hidden_layers q_n_hidden_layers": (1, 1e6),
     "reward_scale reward_bias policy_log_std_multiplier cql_target_action_gap": (-1e12, 1e12),
     "discount soft_target_update_rate": (0, 1),
-    "holdout_fraction": (0, 0.9),
+    "holdout_fraction dropout": (0, 0.9),
     "reward_clip cql_temp": (1e-6, math.inf),
     "cql_clip_diff_min": (-math.inf, 1e12),
     "cql_clip_diff_max": (-1e12, math.inf),
     "precision": ("float32", "tf32", "bfloat16"),
+    "target": ("policy", "sarsa"),
 }
 
 
@@ -704,8 +718,7 @@ def load_flat(name: str, path: Path, metadata: dict[str, Any], problem: str) -> 
         if form != (1, "transitions"):
             raise DataError(f"--env {name} has format {form[0]} of {form[1]}; this script reads 1 of transitions")
         data = {key: np.load(path / f"{key}.npy") for key in COLUMNS}
-        if (path / "episode_returns.npy").exists():
-            data["episode_returns"] = np.load(path / "episode_returns.npy")
+        data |= {key: np.load(path / f"{key}.npy") for key in OPTIONAL.split() if (path / f"{key}.npy").exists()}
         kind, shape = np.int64 if data["actions"].dtype.kind == "i" else np.float64, data["actions"].shape[1:]
         low, high = (np.array(metadata[f"action_{end}"], kind).reshape(shape) for end in ("low", "high"))
     data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
@@ -799,6 +812,23 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     return scaled.clip(-1, 1).astype(np.float32), low, high
 
 
+def with_next_actions(data: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+    """With target sarsa, adds the action of the following row, and drops, and counts, the last rows before a time-out:
+    what follows them in the data belongs to another episode, so they only lend their action. Raises DataError."""
+    if config.target != "sarsa":
+        return data
+    ends, n = data["terminals"] | data["timeouts"], len(data["actions"])
+    ends[-1:] = True
+    known = ~ends | data["terminals"]
+    if n and not known.any():
+        raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
+    if not known.all():
+        print(f"--target sarsa: {n - known.sum():,} of {n:,} transitions are dropped: their next action is not known")
+    more = {"next_actions": np.roll(data["actions"], -1, axis=0)}
+    more["timeouts"] = data["timeouts"] | np.append(~known[1:], False)[:n]
+    return {key: column[known] for key, column in (data | more).items()}
+
+
 def linear_layers(sizes: list[int], orthogonal: bool) -> list[nn.Linear]:
     """Layers from size to size. The last one starts near zero, and so do values and mean actions."""
     layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:])]
@@ -815,8 +845,9 @@ class ReplayBuffer:
     """All transitions, on the device; on the CPU, memory is shared with the arrays."""
 
     def __init__(self, data: dict[str, np.ndarray], device: str):
-        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields]
-        self.columns = [x if x.dtype == torch.int64 else x.float() for x in columns]  # indices of discrete actions stay
+        columns = [torch.as_tensor(data[key], device=device) for key in Batch._fields if key in data]
+        kept = (torch.int64, torch.uint8)  # discrete actions and masks
+        self.columns = [x if x.dtype in kept else x.float() for x in columns]
         self.size = len(columns[0])
 
     def rows(self, indices: Any) -> Batch:
@@ -865,8 +896,10 @@ class Task:
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
         self.encoding = json.loads(json.dumps(data.get("encoding")))
         if self.envs:
-            if self.encoding and any(x.get("offset") for part in self.encoding.values() for x in part):
-                raise ConfigError(f"an environment does not know the offsets of {config.env}: give --eval_env none")
+            columns = sum(((self.encoding or {}).get(part, []) for part in ("observations", "actions")), [])
+            if "masks" in data or any(x.get("offset") for x in columns):
+                unknown = "masks" if "masks" in data else "offsets"
+                raise ConfigError(f"an environment does not know the {unknown} of {config.env}: give --eval_env none")
             narrow_actions(data, self.envs, config.env)
 
     def training_rewards(self, rewards: np.ndarray) -> np.ndarray:
@@ -905,7 +938,9 @@ class Task:
                     traceback.print_exception(error.__cause__)
                 self.failed = True
             if result:
-                result["predicted_value"] = agent.start_values(result.pop("first_observations"))
+                starts = result.pop("first_observations")
+                if not getattr(config, "bc_only", False):  # a clone has no values
+                    result["predicted_value"] = agent.start_values(starts)
                 rewards = map(self.training_rewards, result.pop("rewards"))
                 result["discounted_return"] = [(x * config.discount ** np.arange(len(x))).cumsum()[-1] for x in rewards]
                 if not np.isnan(result["success"]).all():  # else the environment reports none
@@ -1036,8 +1071,9 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, checkpoint: Any)
     if config.holdout_fraction and not n_held_out:
         print(f"{config.env}: the data are one episode, so nothing is held out and there are no holdout metrics")
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
-    holdout = {key: data[key][held_out] for key in COLUMNS}
-    data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in COLUMNS}
+    columns = [key for key in (*COLUMNS, "masks", "next_masks") if key in data]
+    holdout = {key: data[key][held_out] for key in columns}
+    data = {key: data.pop(key)[~held_out] if n_held_out else data.pop(key) for key in columns}
     size = data["observations"].shape[1]
     mean, std = np.zeros(size, np.float32), np.ones(size, np.float32)
     if checkpoint:
@@ -1099,8 +1135,10 @@ def load_policy(path: Path | str, device: str = "cpu") -> Callable[[Any], Any]:
         state = state.get("policy", state)
         actor = Policy(*state["sizes"]).to(device)
         actor.load_state_dict(state["weights"])
-    actor.encoding = state.get("encoding")
-    return types.MethodType(act, actor.eval())
+    policy = functools.partial(act, actor.eval())
+    policy.network, policy.encoding = actor, state.get("encoding")
+    actor.encoding = policy.encoding
+    return policy
 
 
 def as_observations(observations: Any, like: Tensor) -> Tensor:
@@ -1124,8 +1162,8 @@ def check_encoding(first: Any, second: Any, problem: str) -> None:
     """Raises DataError if the columns of two tables differ in name, order, categories, offset or bounds."""
     if bool(first) != bool(second):
         print(f"{problem}: only the {'first' if first else 'second'} has names of columns, so they cannot be compared")
-    for part in ("observations", "actions") if first and second else ():
-        for own, other in itertools.zip_longest(first[part], second[part]):
+    for part in ("observations", "actions", "masks") if first and second else ():
+        for own, other in itertools.zip_longest(first.get(part, ()), second.get(part, ())):
             if own != other:
                 columns = f"{str(own)[:500]} and {str(other)[:500]}"
                 raise DataError(f"{problem} differ in {part}: {columns}; import the data with --like <the other>")
@@ -1153,8 +1191,13 @@ def act(actor: Any, observations: Any) -> Any:
     columns = (actor.encoding or {}).get("observations")
     if not columns or not hasattr(observations, "keys"):
         return actor.act(observations)
-    action, named = actor.act(encode_row(observations, columns)), {}
-    for column, x in zip(actor.encoding["actions"], np.ravel(action).tolist()):
+    return name_action(actor.act(encode_row(observations, columns)), actor.encoding["actions"])
+
+
+def name_action(action: np.ndarray, columns: list[dict[str, Any]]) -> dict[str, Any]:
+    """An action, [A], by name and in the table's own values."""
+    named = {}
+    for column, x in zip(columns, np.ravel(action).tolist()):
         if "values" in column:
             named[column["name"]] = column["values"][x - column["low"]]
         else:
