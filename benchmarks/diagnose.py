@@ -34,12 +34,13 @@ MIN_ROWS = 8  # fewer show no rise, peak and decline
 MIN_TARGET_LIVES = 5  # updates times target rate: the target network's first weights still count for exp(-5)
 # The limits lie between the values of the healthy and of the other calibration runs in docs/choosing_evidence.md; SHARE
 # and NOISE were set beforehand.
-NOISE = 3.0  # standard deviations of a curve around its running mean, or of a slope, beyond which it is not noise
+NOISE = 3.0  # standard deviations of a curve around its running mean, beyond which a change is not noise
+STEEP = 2.0  # standard errors of a slope beyond which a curve falls
 SHARE = 0.05  # of a curve's range, or of data Q's largest size, below which a change does not count
-GROWTH = 2.0  # of the held-out TD error above its lowest, and of its ratio to the training one
-RISE = (
-    0.05  # nats of the held-out gap, or a clone's loss, above its lowest, and of its difference from the training one
-)
+# Two rises must both reach their limit: that of a held-out loss above its lowest, and that of its distance from the
+# training loss. The smaller of the two was
+GROWTH = 2.0  # for TD errors, as a factor: up to 1.5 in healthy runs, 3.1 and more where critics over-fitted
+RISE = 0.05  # for gaps and the losses of clones, in nats: up to 0.01 in healthy runs, 0.09 and more in the others
 NO_EXCESS = 1.15  # of the ratio, if held-out episodes fare like training ones: 1.02 with too small a network, else 1.4
 SHORT = 0.25  # share of the data's mean return that data Q may lack: 0.38 with too small a network, 0.1 in good runs
 DIVERGENCE = 100.0  # of a TD error above its lowest: up to 10 in runs that learned, above 3,000 in those that blew up
@@ -122,12 +123,12 @@ def smooth(x: np.ndarray) -> np.ndarray:
 
 
 def falls(x: np.ndarray) -> bool:
-    """Whether a line through the last half of a curve has a slope NOISE standard errors below 0."""
+    """Whether a line through the last half of a curve has a slope STEEP standard errors below 0."""
     x = x[len(x) // 2 :]
     t = np.arange(len(x)) - (len(x) - 1) / 2
     slope = (t @ x) / (t @ t)
     rest = x - x.mean() - slope * t
-    return bool(slope < -NOISE * math.sqrt((rest @ rest) / (len(x) - 2) / (t @ t)))
+    return bool(slope < -STEEP * math.sqrt((rest @ rest) / (len(x) - 2) / (t @ t)))
 
 
 def least(q: np.ndarray, data_return: float) -> float:
@@ -424,8 +425,9 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
     for i, (run, verdict) in enumerate(zip(runs, verdicts)):
         c = curves(run.rows)
         clone = bool(np.isnan(c["td"]).all() and np.isfinite(c["nll"]).any())
+        c51 = np.isfinite(c["c51"]).any()
         c["holdout_nll"] = -c["holdout_log_prob"]
-        panels = {"q": "mean Q of data actions", "td": "TD error (squared)"}
+        panels = {"q": "mean Q of data actions", "td": "TD error (nats)" if c51 else "TD error"}
         panels |= {"nll": "negative log-likelihood (nats)"} if clone else {"gap": "gap (nats)"}
         for axis, (name, label) in zip(axes[:, i], panels.items()):
             for curve, style in ((name, "-"), (f"holdout_{name}", "--")):
