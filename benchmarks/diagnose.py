@@ -201,10 +201,11 @@ def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
 def losses(c: Curves) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     """The critics' losses in training and held out, in nats, and the rise that counts. TD errors are compared by their
     ratios, so by logarithms; c51's are cross-entropies already."""
-    td, holdout_td, rise = c["td"], c["holdout_td"], RISE
+    td, rise = [c["td"], c["holdout_td"]], RISE
     if np.isnan(c["c51"]).all():
-        td, holdout_td, rise = np.log(np.maximum(td, 1e-12)), np.log(np.maximum(holdout_td, 1e-12)), math.log(GROWTH)
-    return {"td": (td, holdout_td, rise), "gap": (c["gap"], c["holdout_gap"], RISE)}
+        negligible = max(1e-12, (np.abs(c["q"]).max(initial=0) / 1000) ** 2)  # a square, too
+        td, rise = np.log(np.maximum(td, negligible)), math.log(GROWTH)
+    return {"td": (*td, rise), "gap": (c["gap"], c["holdout_gap"], RISE)}
 
 
 def over_fitting(c: Curves, config: dict[str, Any]) -> Verdict | None:
@@ -213,8 +214,9 @@ def over_fitting(c: Curves, config: dict[str, Any]) -> Verdict | None:
     step, found, advice = c["step"].astype(int), [], remedies(config)
     for words, name in (("TD error", "td"), ("gap", "gap")):
         if (row := turn(*losses(c)[name])) is not None:
-            (a, b), (x, y) = c[name][[row, -1]], c[f"holdout_{name}"][[row, -1]]
-            text = f"held-out {words} {x:.3g} to {y:.3g} since {step[row]:,} (training {a:.3g} to {b:.3g})"
+            train, holdout = (x[row:][np.isfinite(x[row:])] for x in (c[name], c[f"holdout_{name}"]))
+            text = f"held-out {words} {holdout[0]:.3g} to {holdout[-1]:.3g} since {step[row]:,}"
+            text += f" (training {train[0]:.3g} to {train[-1]:.3g})"
             found.append((row, text))
     if found:
         row = max(row for row, _ in found)  # before it, one of the two losses still fell
@@ -223,7 +225,7 @@ def over_fitting(c: Curves, config: dict[str, Any]) -> Verdict | None:
     if (row := decline(c["q"], least(c["q"], c["data_return"][-1]))) is not None:
         # Kumar et al. (2021) found this where critics over-fit, and take the policy of the peak.
         evidence = f"data Q fell from {smooth(c['q'])[row]:.3g} at {step[row]:,} to {c['q'][-1]:.3g}"
-        return Verdict("over-fitting", evidence, int(step[row]), f"{advice}, or a smaller --cql_alpha")
+        return Verdict("over-fitting", evidence, int(step[row]), f"{advice}, a smaller --cql_alpha")
     return None
 
 
@@ -276,12 +278,14 @@ def judge_clone(c: Curves, config: dict[str, Any], last: int) -> Verdict:
 
 
 def remedies(config: dict[str, Any]) -> str:
-    """What to do against over-fitting, with the options that this run's script has and does not use."""
-    regularisers = {"weight_decay": 0.01, "dropout": 0.1, "critic_layer_norm": True}
+    """Advice against over-fitting, with the options that this run's script has and that are off."""
+    options = {"dropout": 0.2, "weight_decay": 0.3, "critic_layer_norm": True}  # as in docs/choosing_evidence.md
     if "policy_lr" in config and str(config.get("bc_only")) == "True":
-        regularisers = {}  # they act on the critics, which a clone of continuous actions does not train
-    names = [f"--{name} {value}" for name, value in regularisers.items() if config.get(name, value) in (0, False)]
-    return ", ".join([*names, resized(config, 0.5), "more episodes, or fewer updates"])
+        options = {}  # they act on the critics, which a clone of continuous actions does not train
+    if number(config.get("cql_backprop_actions")) > 0:
+        del options["dropout"]  # the script refuses the two together
+    off = [f"--{name} {value}" for name, value in options.items() if config.get(name, value) in (0, False)]
+    return f"one of: {', '.join([*off, resized(config, 0.5), 'more episodes', 'fewer updates'])}"
 
 
 def hold_out(config: dict[str, Any]) -> str:

@@ -62,6 +62,7 @@ HISTORIES = {
     ),
     "healthy, all rewards are 0": history(-0.01 * T, data_discounted_return=0 * flat),
     "healthy, tiny errors grow a hundredfold": history(td=np.append(1e-9, np.full(N - 1, 1e-6))[[1, *range(N - 1)]]),
+    "healthy, errors are negligible beside values": history(td=1e-9 * flat, holdout_td=1e-9 * rises),
     "healthy, a clone": clone(),
     "over-fitting, data Q": history(8 * np.minimum(2 * T, 1.5 - T)),
     "over-fitting, data Q falls below the data's return": history(8 * np.minimum(2 * T, 1 - 2 * T)),
@@ -178,17 +179,18 @@ def test_columns_of_both_critics_count_and_online_rows_do_not():
 @pytest.mark.parametrize("script", ["discrete", "offline", "combo"])
 def test_remedies_are_options_of_the_script(script):
     """A configuration lists the options of its script; of those, the ones that are off are named."""
-    options = {"weight_decay": 0.0, "dropout": 0.0, "critic_layer_norm": False} if script != "combo" else {}
+    options = {"dropout": 0.0, "weight_decay": 0.0, "critic_layer_norm": False} if script != "combo" else {}
     config = CONFIG | options | ({} if script == "discrete" else {"policy_lr": 1e-4})
 
     def named(rows, **more):
         verdict = diagnose.judge(rows, config | more)
         assert verdict.name == "over-fitting" and "--hidden_dim 32" in verdict.advice
-        return [x for x in ("weight_decay", "dropout", "critic_layer_norm") if f"--{x} " in verdict.advice]
+        return [x for x in ("dropout", "weight_decay", "critic_layer_norm") if f"--{x} " in verdict.advice]
 
     rows, cloned = HISTORIES["over-fitting, as in a textbook"], HISTORIES["over-fitting, a clone"]
     assert named(rows) == list(options)
     assert named(rows, dropout=0.1, critic_layer_norm=True) == [x for x in options if x == "weight_decay"]
+    assert named(rows, cql_backprop_actions=2) == [x for x in options if x != "dropout"]
     assert named(cloned, bc_only=True) == [x for x in options if script == "discrete"]
 
 

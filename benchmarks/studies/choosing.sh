@@ -4,6 +4,7 @@
 #   bash benchmarks/studies/choosing.sh calibration    # 9 runs that the thresholds were set on
 #   bash benchmarks/studies/choosing.sh alphas         # 9 runs with several cql_alpha; benchmarks/results/diagnose/alphas
 #   bash benchmarks/studies/choosing.sh fqe            # fitted Q evaluation of these; benchmarks/results/fqe
+#   bash benchmarks/studies/choosing.sh remedies       # 15 runs that over-fit, and remedies; runs/report-remedies
 # A run takes about a minute on one core, and one that is complete is skipped. Exit status: 0, 2 for another part, or
 # that of the first command that failed.
 set -euo pipefail
@@ -99,10 +100,26 @@ fqe() {
         --output $out/lunarlander.csv
 }
 
+remedies() {
+    record lunarlander/noisy-v0 5000 9000 --env LunarLander-v3 --epsilon 0.5
+    remedy() { # name, options
+        discrete "noisy-$1" 0.2 5000 500 --env lunarlander/noisy-v0 --batch_size 128 --qf_lr 3e-3 --eval_seed 1000 \
+            --n_episodes 20 --name "$1" --checkpoints_path runs/remedies "${@:2}"
+    }
+    for seed in 1 2 3; do # the options were chosen on training seed 0 and evaluation seed 0
+        remedy unchanged
+        remedy dropout --dropout 0.2
+        remedy decay --weight_decay 0.3
+        remedy norm --critic_layer_norm True
+        remedy small --hidden_dim 32
+    done
+    python benchmarks/report.py runs/remedies/* --out runs/report-remedies
+}
+
 case ${1-} in
-verdicts | calibration | alphas | fqe) "$1" ;;
+verdicts | calibration | alphas | fqe | remedies) "$1" ;;
 *)
-    sed -n 's/^# \{0,1\}//; 2,8p' "$0" >&2
+    sed -n 's/^# \{0,1\}//; 2,9p' "$0" >&2
     exit 2
     ;;
 esac
