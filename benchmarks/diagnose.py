@@ -221,6 +221,7 @@ def over_fitting(c: Curves, config: dict[str, Any]) -> Verdict | None:
     if found:
         row = max(row for row, _ in found)  # before it, one of the two losses still fell
         evidence = ", ".join(text for _, text in found)
+        advice += "; a smaller --eval_freq, since it may have begun before the first row" * (row < 2)
         return Verdict("over-fitting", evidence, int(step[row]), advice)
     if (row := decline(c["q"], least(c["q"], c["data_return"][-1]))) is not None:
         # Kumar et al. (2021) found this where critics over-fit, and take the policy of the peak.
@@ -283,7 +284,7 @@ def remedies(config: dict[str, Any]) -> str:
     if "policy_lr" in config and str(config.get("bc_only")) == "True":
         options = {}  # they act on the critics, which a clone of continuous actions does not train
     if number(config.get("cql_backprop_actions")) > 0:
-        del options["dropout"]  # the script refuses the two together
+        options.pop("dropout", None)  # the script refuses the two together
     off = [f"--{name} {value}" for name, value in options.items() if config.get(name, value) in (0, False)]
     return f"one of: {', '.join([*off, resized(config, 0.5), 'more episodes', 'fewer updates'])}"
 

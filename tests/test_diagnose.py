@@ -135,6 +135,9 @@ def test_which_checkpoint():
     assert diagnose.judge(both, CONFIG).step in (500 * 14, 500 * 15)
     assert diagnose.judge(HISTORIES["over-fitting, and data Q falls too"], CONFIG).step < peak
     assert diagnose.judge(HISTORIES["over-fitting, as in a textbook"], CONFIG).step <= 500 * 5
+    early = history(holdout_td=1 + 3 * T, holdout_gap=3 + T)
+    assert "--eval_freq" in diagnose.judge(early[1:], CONFIG).advice and diagnose.judge(early[1:], CONFIG).step == 1500
+    assert "--eval_freq" not in diagnose.judge(over, CONFIG).advice
     assert diagnose.judge(HISTORIES["over-fitting, a clone"], CONFIG).step in (500 * 10, 500 * 11)
     assert diagnose.judge(HISTORIES["diverging"], CONFIG).step <= last / 2
     shuffled = random.Random(0).sample(over, N)
