@@ -32,11 +32,11 @@ from benchmarks.common import Parser, fail, one_line_errors
 WINDOW = 3  # rows of a running mean, or a tenth of all, since the peak of a raw curve is noise
 MIN_ROWS = 8  # fewer show no rise, peak and decline
 MIN_TARGET_LIVES = 5  # updates times target rate: the target network's first weights still count for exp(-5)
-# The limits lie between the values of the healthy and of the other calibration runs in docs/choosing_evidence.md; SHARE
-# and NOISE were set beforehand.
+# The limits lie between the values of the healthy and of the other calibration runs in docs/choosing_evidence.md;
+# DECLINE, STEEP and NOISE were set beforehand.
 NOISE = 3.0  # standard deviations of a curve around its running mean, beyond which a change is not noise
 STEEP = 2.0  # standard errors of a slope beyond which a curve falls
-SHARE = 0.05  # of a curve's range, or of data Q's largest size, below which a change does not count
+DECLINE = 0.05  # of data Q's largest size, below which a change of data Q does not count
 # Two rises must both reach their limit: that of a held-out loss above its lowest, and that of its distance from the
 # training loss. The smaller of the two was
 GROWTH = 2.0  # for TD errors, as a factor: up to 1.5 in healthy runs, 3.1 and more where critics over-fitted
@@ -134,7 +134,7 @@ def falls(x: np.ndarray) -> bool:
 def least(q: np.ndarray, data_return: float) -> float:
     """The smallest difference of data Q that counts: more than noise, and than a part of its size and of the return."""
     smoothed = smooth(q)
-    sizes = SHARE * np.abs(smoothed).max(), SHORT * abs(np.nan_to_num(data_return))
+    sizes = DECLINE * np.abs(smoothed).max(), SHORT * abs(np.nan_to_num(data_return))
     return max(*sizes, NOISE * np.std(q - smoothed))
 
 
@@ -156,7 +156,7 @@ def turn(train: np.ndarray, holdout: np.ndarray, rise: float) -> int | None:
     holdout, difference = holdout[rows], smooth((holdout - train)[rows])
     smoothed = smooth(holdout)
     lowest = int(smoothed.argmin())
-    limit = max(rise, NOISE * np.std(holdout - smoothed), SHARE * np.ptp(smoothed))
+    limit = max(rise, NOISE * np.std(holdout - smoothed))
     if min(holdout[-width(holdout) :].min() - smoothed[lowest], difference[-1] - difference[lowest]) < limit:
         return None
     return int(rows[lowest + (smoothed[lowest:] > smoothed[lowest] + limit / 4).argmax() - 1])

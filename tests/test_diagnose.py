@@ -30,6 +30,13 @@ def history(q=8 * T, td=1 - 0.5 * T, holdout_td=1 - 0.4 * T, gap=3 - T, step=STE
     return [dict(zip(columns, map(str, row))) for row in zip(*columns.values())]
 
 
+def long(n=200, **curves):
+    """The same with curves that are functions of the time from 0 to 1."""
+    t = np.linspace(0, 1, n)
+    defaults = {"q": lambda t: 8 * t, "td": lambda t: 1 - 0.5 * t, "gap": lambda t: 3 - t}
+    return history(step=500 * np.arange(1, n + 1), eval_return=t, **{k: f(t) for k, f in (defaults | curves).items()})
+
+
 def clone(nll=1 - T, holdout=1 - 0.5 * T, **more):
     step = 500 * np.arange(1, len(nll) + 1)
     columns = {"step": step, "policy_loss": nll, "holdout_log_prob": -holdout} | more
@@ -48,6 +55,11 @@ HISTORIES = {
     "healthy, held out stays where training falls": history(td=np.exp(-3 * T), holdout_td=flat),
     "healthy, no held-out episodes": history(holdout_td=flat * math.nan, holdout_gap=flat * math.nan),
     "healthy, no penalty": history(gap=flat * math.nan),
+    "healthy, in two hundred rows data Q falls by a small part of its size": long(
+        q=lambda t: 8 * np.minimum(2 * t, 1) - 0.3 * np.clip(5 * t - 2.5, 0, 1),
+        holdout_td=lambda t: 1 - 0.4 * t,
+        data_discounted_return=lambda t: 0.1 + 0 * t,
+    ),
     "healthy, both gaps rise": history(gap=3 + T, holdout_gap=3.1 + T),
     "healthy, without a penalty the gap is not a loss": history(holdout_gap=3 + T, cql_min_qf_loss=0 * flat),
     "healthy, the held-out gap falls again": history(holdout_gap=3 - T + np.where(abs(T - 0.5) < 0.1, 1, 0)),
@@ -72,9 +84,9 @@ HISTORIES = {
     "over-fitting, and data Q falls too": history(8 * np.minimum(2 * T, 1.5 - T), **TEXTBOOK),
     "over-fitting, the held-out gap alone": history(holdout_gap=3 + 0.3 * late),
     "over-fitting, in eight rows": [history(**TEXTBOOK)[i] for i in np.linspace(0, N - 1, 8).astype(int)],
-    "over-fitting, in two hundred rows": [
-        row | {"step": str(500 * i)} for i, row in enumerate(x for x in history(**TEXTBOOK) for _ in range(10))
-    ],
+    "over-fitting, in two hundred rows": long(
+        td=lambda t: 0.12 + 0.04 * t, holdout_td=lambda t: 0.18 + 0.5 * t**2, holdout_gap=lambda t: 2.5 + 0.5 * t
+    ),
     "over-fitting, with empty cells": [
         row | ({"holdout_gap": ""} if i % 2 else {}) for i, row in enumerate(history(**TEXTBOOK))
     ],
