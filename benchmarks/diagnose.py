@@ -250,8 +250,8 @@ def fitting(c: Curves, config: dict[str, Any]) -> Verdict:
     if np.isnan(gap).all():
         advice = "--cql_alpha above 0: nothing here shows what the values of unseen actions are worth"
         return Verdict("healthy", evidence, step, advice)
-    excess = smooth(holdout - train)
-    if not learning and excess[-1] - excess.min() < math.log(NO_EXCESS):
+    excess, distance = smooth(holdout - train), smooth(c["holdout_gap"] - gap)
+    if not learning and excess[-1] - excess.min() < math.log(NO_EXCESS) and distance[-1] < RISE:
         advice = f"{larger}: if both fall then, this run was too small"
         return Verdict("under-fitting", f"{evidence}, and held-out episodes fare no worse", step, advice)
     return Verdict("healthy", evidence, step, LONGER if learning else NOTHING)

@@ -53,6 +53,9 @@ HISTORIES = {
     "healthy, values fall to a negative data return": history(-330 * T, data_discounted_return=-300 * flat),
     "healthy, both TD errors grow with Q": history(td=rises, holdout_td=1.2 * rises),
     "healthy, held out stays where training falls": history(td=np.exp(-3 * T), holdout_td=flat),
+    "healthy, all are flat, but held-out episodes fare worse": history(
+        td=flat, holdout_td=flat, gap=3 * flat, holdout_gap=3.1 * flat
+    ),
     "healthy, no held-out episodes": history(holdout_td=flat * math.nan, holdout_gap=flat * math.nan),
     "healthy, no penalty": history(gap=flat * math.nan),
     "healthy, in two hundred rows data Q falls by a small part of its size": long(
@@ -96,7 +99,7 @@ HISTORIES = {
         {name: x for name, x in row.items() if name not in ("qf_loss", "holdout_td_error")}
         for row in history(holdout_gap=3 + T)
     ],
-    "under-fitting": history(td=flat, holdout_td=flat, gap=3 * flat),
+    "under-fitting": history(td=flat, holdout_td=flat, gap=3 * flat, holdout_gap=3 * flat),
     "under-fitting, values far from the data's return": history(T),
     "under-fitting, values rise and fall by a tenth of the data's return": history(0.2 * np.minimum(2 * T, 1.5 - T)),
     "under-fitting, values fall from the first row on": history(-8 * T),
