@@ -280,7 +280,7 @@ def judge_clone(c: Curves, config: dict[str, Any], last: int) -> Verdict:
 
 def remedies(config: dict[str, Any]) -> str:
     """Advice against over-fitting, with the options that this run's script has and that are off."""
-    options = {"dropout": 0.2, "weight_decay": 0.3, "critic_layer_norm": True}  # as in docs/choosing_evidence.md
+    options = {"weight_decay": 0.3, "dropout": 0.2, "critic_layer_norm": True}  # as in docs/choosing_evidence.md
     if "policy_lr" in config and str(config.get("bc_only")) == "True":
         options = {}  # they act on the critics, which a clone of continuous actions does not train
     if number(config.get("cql_backprop_actions")) > 0:

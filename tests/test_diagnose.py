@@ -197,13 +197,13 @@ def test_columns_of_both_critics_count_and_online_rows_do_not():
 @pytest.mark.parametrize("script", ["discrete", "offline", "combo"])
 def test_remedies_are_options_of_the_script(script):
     """A configuration lists the options of its script; of those, the ones that are off are named."""
-    options = {"dropout": 0.0, "weight_decay": 0.0, "critic_layer_norm": False} if script != "combo" else {}
+    options = {"weight_decay": 0.0, "dropout": 0.0, "critic_layer_norm": False} if script != "combo" else {}
     config = CONFIG | options | ({} if script == "discrete" else {"policy_lr": 1e-4})
 
     def named(rows, **more):
         verdict = diagnose.judge(rows, config | more)
         assert verdict.name == "over-fitting" and "--hidden_dim 32" in verdict.advice
-        return [x for x in ("dropout", "weight_decay", "critic_layer_norm") if f"--{x} " in verdict.advice]
+        return [x for x in ("weight_decay", "dropout", "critic_layer_norm") if f"--{x} " in verdict.advice]
 
     rows, cloned = HISTORIES["over-fitting, as in a textbook"], HISTORIES["over-fitting, a clone"]
     assert named(rows) == list(options)

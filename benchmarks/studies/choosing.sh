@@ -102,18 +102,19 @@ fqe() {
 
 remedies() {
     record lunarlander/noisy-v0 5000 9000 --env LunarLander-v3 --epsilon 0.5
-    remedy() { # name, options
-        discrete "noisy-$1" 0.2 5000 500 --env lunarlander/noisy-v0 --batch_size 128 --qf_lr 3e-3 --eval_seed 1000 \
-            --n_episodes 20 --name "$1" --checkpoints_path runs/remedies "${@:2}"
+    remedy() { # name, options; the options were chosen on training seed 0 and evaluation seed 0
+        for seed in 1 2 3; do
+            discrete "noisy-$1" 0.2 10000 500 --env lunarlander/noisy-v0 --cql_alpha 10 --batch_size 128 --qf_lr 3e-3 \
+                --eval_seed 1000 --n_episodes 20 --name "$1" --checkpoints_path runs/remedies "${@:2}"
+        done
     }
-    for seed in 1 2 3; do # the options were chosen on training seed 0 and evaluation seed 0
-        remedy unchanged
-        remedy dropout --dropout 0.2
-        remedy decay --weight_decay 0.3
-        remedy norm --critic_layer_norm True
-        remedy small --hidden_dim 32
-    done
+    remedy unchanged
+    remedy decay --weight_decay 0.3
+    remedy dropout --dropout 0.2
+    remedy norm --critic_layer_norm True
+    remedy small --hidden_dim 32
     python benchmarks/report.py runs/remedies/* --out runs/report-remedies
+    python benchmarks/diagnose.py runs/remedies/*-{unchanged,decay,dropout}-seed1 --output runs/report-remedies/diagnose.png
 }
 
 case ${1-} in
