@@ -29,19 +29,20 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # other programs import this one, without `common`
 from benchmarks.common import Parser, fail, one_line_errors
 
-WINDOW = 3  # rows of a running mean, since the peak of a raw curve is noise
+WINDOW = 3  # rows of a running mean, or a tenth of all, since the peak of a raw curve is noise
 MIN_ROWS = 8  # fewer show no rise, peak and decline
 MIN_TARGET_LIVES = 5  # updates times target rate: the target network's first weights still count for exp(-5)
-# Kumar et al. (2021) found that data Q declines where critics over-fit, and take the policy of its peak. How far it
-# must decline was set beforehand. The other limits lie between the values of the healthy and of the other calibration
-# runs in docs/choosing_evidence.md.
-DECLINE = 0.05  # of data Q below its peak, as a share of its largest size, and
-NOISE = 2.0  # standard deviations of a curve around its running mean, or of a slope, beyond which it is not noise
-GROWTH = 1.5  # of the held-out TD error above its lowest, and
-EXCESS = 3.0  # of its ratio to the training one: up to 2.1 in healthy runs, 4.4 and more where critics over-fitted
-NO_EXCESS = 1.15  # of that ratio, if held-out episodes fare like training ones: 1.02 with too small a network, else 1.4
+# The limits lie between the values of the healthy and of the other calibration runs in docs/choosing_evidence.md;
+# DECLINE, STEEP and NOISE were set beforehand.
+NOISE = 3.0  # standard deviations of a curve around its running mean, beyond which a change is not noise
+STEEP = 2.0  # standard errors of a slope beyond which a curve falls
+DECLINE = 0.05  # of data Q's largest size, below which a change of data Q does not count
+# Two rises must both reach their limit: that of a held-out loss above its lowest, and that of its distance from the
+# training loss. The smaller of the two was
+GROWTH = 2.0  # for TD errors, as a factor: up to 1.5 in healthy runs, 3.1 and more where critics over-fitted
+RISE = 0.05  # for gaps and the losses of clones, in nats: up to 0.01 in healthy runs, 0.09 and more in the others
+NO_EXCESS = 1.15  # of the ratio, if held-out episodes fare like training ones: 1.02 with too small a network, else 1.4
 SHORT = 0.25  # share of the data's mean return that data Q may lack: 0.38 with too small a network, 0.1 in good runs
-CLONE_RISE = 0.05  # nats of a clone's held-out negative log-likelihood above its lowest
 DIVERGENCE = 100.0  # of a TD error above its lowest: up to 10 in runs that learned, above 3,000 in those that blew up
 FIT = math.e  # an alpha fits if its TD error and likelihood of the data are within this factor of the best (set before)
 
@@ -57,6 +58,7 @@ CURVES = {
     "nll": "policy_loss",  # a clone's
     "holdout_log_prob": "holdout_log_prob",
     "data_return": "data_discounted_return",
+    "c51": "c51_edge_mass",  # only this head has it
     "weighted_gap": "cql_min_qf_loss cql_min_qf1_loss cql_min_qf2_loss",
     "online": "env_steps_per_second",
 }
@@ -109,41 +111,55 @@ def complete(c: Curves, needed: list[str], wanted: str) -> Curves:
     return {name: x[known] for name, x in c.items()}
 
 
+def width(x: np.ndarray) -> int:
+    """The number of rows that a running mean takes."""
+    return max(WINDOW, len(x) // 10)
+
+
 def smooth(x: np.ndarray) -> np.ndarray:
-    """Running mean over WINDOW rows, fewer at the ends: [T] -> [T]."""
-    ones = np.ones(WINDOW)
+    """Running mean over `width` rows, fewer at the ends: [T] -> [T]."""
+    ones = np.ones(width(x))
     return np.convolve(x, ones, "same") / np.convolve(np.ones_like(x), ones, "same")
 
 
 def falls(x: np.ndarray) -> bool:
-    """Whether a line through the last half of a curve has a slope NOISE standard errors below 0."""
+    """Whether a line through the last half of a curve has a slope STEEP standard errors below 0."""
     x = x[len(x) // 2 :]
     t = np.arange(len(x)) - (len(x) - 1) / 2
     slope = (t @ x) / (t @ t)
     rest = x - x.mean() - slope * t
-    return bool(slope < -NOISE * math.sqrt((rest @ rest) / (len(x) - 2) / (t @ t)))
+    return bool(slope < -STEEP * math.sqrt((rest @ rest) / (len(x) - 2) / (t @ t)))
 
 
-def decline(q: np.ndarray, data_return: float) -> int | None:
-    """The row of the peak of data Q, if Q rose to it and then stays clearly below it: by more than noise, and by more
-    than a small part of the data's mean return. (A fall from the first rows on, where Q comes from untrained networks,
-    is not a sign of over-fitting: negative rewards cause it.)"""
+def least(q: np.ndarray, data_return: float) -> float:
+    """The smallest difference of data Q that counts: more than noise, and than a part of its size and of the return."""
     smoothed = smooth(q)
-    peak, stays = int(smoothed.argmax()), max(WINDOW, len(q) // 4)
-    least = max(DECLINE * np.abs(smoothed).max(), NOISE * np.std(q - smoothed), np.nan_to_num(SHORT * abs(data_return)))
-    fell = len(q) - peak > stays and q[-stays:].max() < smoothed[peak] - least
-    return peak if fell and smoothed[peak] - smoothed[0] > least else None
+    sizes = DECLINE * np.abs(smoothed).max(), SHORT * abs(np.nan_to_num(data_return))
+    return max(*sizes, NOISE * np.std(q - smoothed))
 
 
-def turn(train: np.ndarray, holdout: np.ndarray, rise: float, excess: float) -> int | None:
+def decline(q: np.ndarray, limit: float) -> int | None:
+    """The row of the peak of data Q, if Q rose to it by more than the limit and then stays below it by as much. (A fall
+    from the first rows on, where Q comes from untrained networks, does not count: negative rewards cause it.)"""
+    smoothed = smooth(q)
+    peak, stays = int(smoothed.argmax()), max(width(q), len(q) // 4)
+    fell = len(q) - peak > stays and q[-stays:].max() < smoothed[peak] - limit
+    return peak if fell and smoothed[peak] - smoothed[0] > limit else None
+
+
+def turn(train: np.ndarray, holdout: np.ndarray, rise: float) -> int | None:
     """The last row before a held-out loss turns upwards, if it ends `rise` above its lowest value, and its difference
-    from the training loss ends `excess` above what it was there. Losses are logarithms, so differences are factors."""
-    smoothed, difference = smooth(holdout), smooth(holdout - train)
-    lowest = int(smoothed.argmin())
-    risen = holdout[-WINDOW:].min() - smoothed[lowest] > rise
-    if not risen or difference[-1] - difference[lowest] < excess:
+    from the training loss ends `rise` above what it was there, both beyond noise. Rows with NaN do not count."""
+    (rows,) = np.isfinite(holdout - train).nonzero()
+    if len(rows) < MIN_ROWS:
         return None
-    return lowest + int((smoothed[lowest:] > smoothed[lowest] + rise / 4).argmax()) - 1
+    holdout, difference = holdout[rows], smooth((holdout - train)[rows])
+    smoothed = smooth(holdout)
+    lowest = int(smoothed.argmin())
+    limit = max(rise, NOISE * np.std(holdout - smoothed))
+    if min(holdout[-width(holdout) :].min() - smoothed[lowest], difference[-1] - difference[lowest]) < limit:
+        return None
+    return int(rows[lowest + (smoothed[lowest:] > smoothed[lowest] + limit / 4).argmax() - 1])
 
 
 def judge(rows: list[dict[str, Any]], config: dict[str, Any]) -> Verdict:
@@ -155,14 +171,16 @@ def judge(rows: list[dict[str, Any]], config: dict[str, Any]) -> Verdict:
     last = int(c["step"][-1])
     if np.isnan(c["td"]).all():
         return judge_clone(c, config, last)
+    if (c["weighted_gap"] == 0).all():  # with cql_alpha 0 the gap is not trained
+        c["gap"][:] = c["holdout_gap"][:] = math.nan
     c = complete(c, ["td", "q"], "holdout_td")
-    return divergence(c) or shortness(c, config, last) or judge_critics(c, config)
+    return divergence(c) or shortness(c, config, last) or over_fitting(c, config) or fitting(c, config)
 
 
 def divergence(c: Curves) -> Verdict | None:
     td = np.where(np.isfinite(c["q"]), c["td"], np.inf)
     lowest = np.minimum.accumulate(td)
-    if not len(td) or not td[-1] > DIVERGENCE * lowest[-1]:
+    if not len(td) or not td[-1] > max(DIVERGENCE * lowest[-1], td[0]):  # a tiny error may well grow a hundredfold
         return None
     row = max(int((td > math.sqrt(DIVERGENCE) * lowest).argmax()) - 1, 0)
     evidence = f"TD error {td[-1]:.3g}, at its lowest {lowest[-1]:.3g}; data Q {c['q'][-1]:.4g}"
@@ -180,52 +198,60 @@ def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
     return Verdict("too short to judge", evidence, last, f"a larger {length}, or a smaller --eval_freq")
 
 
-def judge_critics(c: Curves, config: dict[str, Any]) -> Verdict:
-    q, td, held_out, data_return = c["q"], c["td"], bool(np.isfinite(c["holdout_td"]).all()), c["data_return"][-1]
-    step, found, advice = c["step"].astype(int), [], f"{resized(config, 0.5)}, more episodes, or fewer updates"
-    log_td, log_holdout = (np.log(np.maximum(x, 1e-12)) for x in (td, c["holdout_td"]))
-    if held_out and (row := turn(log_td, log_holdout, math.log(GROWTH), math.log(EXCESS))) is not None:
-        change = ((c["holdout_td"][row], c["holdout_td"][-1]), (td[row], td[-1]))
-        words = "held-out TD error went from {:.3g} to {:.3g}", "the training one from {:.3g} to {:.3g}"
-        text = f"after {step[row]:,} the " + ", ".join(x.format(*y) for x, y in zip(words, change))
-        if (late := reached(q, data_return)) > row:
-            text += f", but until {step[late]:,} data Q was short of the data's return of {data_return:.3g}"
-        found.append((max(row, late), text))
-    if (row := decline(q, data_return)) is not None:
-        found.append((row, f"data Q fell from {smooth(q)[row]:.3g} at {step[row]:,} to {q[-1]:.3g}"))
-        if q[-1] < data_return:
-            advice += f"; values are below the data's {data_return:.3g}: a smaller --cql_alpha"
+def losses(c: Curves) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+    """The critics' losses in training and held out, in nats, and the rise that counts. TD errors are compared by their
+    ratios, so by logarithms; c51's are cross-entropies already."""
+    td, rise = [c["td"], c["holdout_td"]], RISE
+    if np.isnan(c["c51"]).all():
+        negligible = max(1e-12, (np.abs(c["q"]).max(initial=0) / 1000) ** 2)  # a square, too
+        td, rise = np.log(np.maximum(td, negligible)), math.log(GROWTH)
+    return {"td": (*td, rise), "gap": (c["gap"], c["holdout_gap"], RISE)}
+
+
+def over_fitting(c: Curves, config: dict[str, Any]) -> Verdict | None:
+    """The verdict over-fitting, from the held-out losses or, if they do not rise, from data Q; None if neither shows
+    it."""
+    step, found, advice = c["step"].astype(int), [], remedies(config)
+    for words, name in (("TD error", "td"), ("gap", "gap")):
+        if (row := turn(*losses(c)[name])) is not None:
+            train, holdout = (x[row:][np.isfinite(x[row:])] for x in (c[name], c[f"holdout_{name}"]))
+            text = f"held-out {words} {holdout[0]:.3g} to {holdout[-1]:.3g} since {step[row]:,}"
+            text += f" (training {train[0]:.3g} to {train[-1]:.3g})"
+            found.append((row, text))
     if found:
-        return Verdict("over-fitting", "; ".join(text for _, text in found), int(step[min(found)[0]]), advice)
-    return fitting(c, config, held_out)
+        row = max(row for row, _ in found)  # before it, one of the two losses still fell
+        evidence = ", ".join(text for _, text in found)
+        advice += "; a smaller --eval_freq, since it may have begun before the first row" * (row < 2)
+        return Verdict("over-fitting", evidence, int(step[row]), advice)
+    if (row := decline(c["q"], least(c["q"], c["data_return"][-1]))) is not None:
+        # Kumar et al. (2021) found this where critics over-fit, and take the policy of the peak.
+        evidence = f"data Q fell from {smooth(c['q'])[row]:.3g} at {step[row]:,} to {c['q'][-1]:.3g}"
+        return Verdict("over-fitting", evidence, int(step[row]), f"{advice}, a smaller --cql_alpha")
+    return None
 
 
-def reached(q: np.ndarray, data_return: float) -> int:
-    """The first row whose data Q, which starts near 0, has reached the data's mean return, else the last row. Before
-    it, rewards have not spread over the steps of an episode, and a policy that follows such values is not trained."""
-    there = ~(q < data_return)  # also if the return is not known
-    return int(there.argmax()) if there.any() else len(q) - 1
-
-
-def fitting(c: Curves, config: dict[str, Any], held_out: bool) -> Verdict:
+def fitting(c: Curves, config: dict[str, Any]) -> Verdict:
     """The verdict under-fitting or healthy, on a run that does not over-fit."""
-    step, q, td, gap, data_return = int(c["step"][-1]), c["q"][-1], c["td"], c["gap"], c["data_return"][-1]
-    learning = [name for name, x in (("TD error", td), ("gap", gap)) if np.isfinite(x).all() and falls(x)]
-    evidence = f"TD error {td[-1]:.3g}" + f" (held out {c['holdout_td'][-1]:.3g})" * held_out
+    step, q, gap, data_return = int(c["step"][-1]), c["q"], c["gap"], c["data_return"][-1]
+    train, holdout, _ = losses(c)["td"]
+    held_out = bool(np.isfinite(holdout).all())
+    learning = [name for name, x in (("TD error", c["td"]), ("gap", gap)) if np.isfinite(x).all() and falls(x)]
+    evidence = f"TD error {c['td'][-1]:.3g}" + f" (held out {c['holdout_td'][-1]:.3g})" * held_out
     if np.isfinite(gap).all():
         evidence += f", gap {gap[-1]:.3g}" + f" (held out {c['holdout_gap'][-1]:.3g})" * held_out
     evidence += f"; still falling: {' and '.join(learning) or 'neither'}"
     larger = f"{resized(config, 2)}, or a smaller --cql_alpha"
-    if data_return - q > SHORT * abs(data_return):
-        evidence = f"data Q {q:.3g} is far below the data's return of {data_return:.3g}; {evidence}"
+    # What a time-out cuts off is missing from the data's return, and adds to it only if returns are positive.
+    if data_return > 0 and data_return - q[-1] > least(q, data_return):
+        evidence = f"data Q {q[-1]:.3g} is far below the data's return of {data_return:.3g}; {evidence}"
         return Verdict("under-fitting", evidence, step, f"a longer run, {larger}")
     if not held_out:
-        return Verdict("healthy", evidence, step, "--holdout_fraction 0.1: without held-out episodes little shows")
+        return Verdict("healthy", evidence, step, f"{hold_out(config)}: without held-out episodes little shows")
     if np.isnan(gap).all():
         advice = "--cql_alpha above 0: nothing here shows what the values of unseen actions are worth"
         return Verdict("healthy", evidence, step, advice)
-    ratio = smooth(np.log(np.maximum(c["holdout_td"], 1e-12)) - np.log(np.maximum(td, 1e-12)))
-    if not learning and ratio[-1] - ratio.min() < math.log(NO_EXCESS):
+    excess, distance = smooth(holdout - train), smooth(c["holdout_gap"] - gap)
+    if not learning and excess[-1] - excess.min() < math.log(NO_EXCESS) and distance[-1] < RISE:
         advice = f"{larger}: if both fall then, this run was too small"
         return Verdict("under-fitting", f"{evidence}, and held-out episodes fare no worse", step, advice)
     return Verdict("healthy", evidence, step, LONGER if learning else NOTHING)
@@ -241,15 +267,32 @@ def judge_clone(c: Curves, config: dict[str, Any], last: int) -> Verdict:
         return verdict
     if not np.isfinite(c[holdout]).all():
         evidence = "a clone without held-out episodes: nothing shows whether it over-fits"
-        return Verdict("too short to judge", evidence, last, "--holdout_fraction 0.1")
-    row = turn(c[train], c[holdout], CLONE_RISE, CLONE_RISE)
+        return Verdict("too short to judge", evidence, last, hold_out(config))
+    row = turn(c[train], c[holdout], RISE)
     ends = [f"{c[name][-1]:.3g}" for name in (train, holdout)]
     evidence = f"negative log-likelihood of the data's actions {ends[0]}, held out {ends[1]}"
     if row is not None:
         step = int(c["step"][row])
         evidence += f" (at {step:,}: {c[train][row]:.3g} and {c[holdout][row]:.3g})"
-        return Verdict("over-fitting", evidence, step, f"{resized(config, 0.5)}, more episodes, or fewer updates")
+        return Verdict("over-fitting", evidence, step, remedies(config))
     return Verdict("healthy", evidence, last, LONGER if falls(c[holdout]) else NOTHING)
+
+
+def remedies(config: dict[str, Any]) -> str:
+    """Advice against over-fitting, with the options that this run's script has and that are off."""
+    options = {"weight_decay": 0.3, "dropout": 0.2, "critic_layer_norm": True}  # as in docs/choosing_evidence.md
+    if "policy_lr" in config and str(config.get("bc_only")) == "True":
+        options = {}  # they act on the critics, which a clone of continuous actions does not train
+    if number(config.get("cql_backprop_actions")) > 0:
+        options.pop("dropout", None)  # the script refuses the two together
+    off = [f"--{name} {value}" for name, value in options.items() if config.get(name, value) in (0, False)]
+    return f"one of: {', '.join([*off, resized(config, 0.5), 'more episodes', 'fewer updates'])}"
+
+
+def hold_out(config: dict[str, Any]) -> str:
+    if number(config.get("holdout_fraction")) > 0:  # the script held nothing out, as the data were one episode
+        return "import the data as several episodes (weeks of a plant, for example), of which some can be held out"
+    return "--holdout_fraction 0.1"
 
 
 def resized(config: dict[str, Any], factor: float) -> str:
@@ -387,16 +430,17 @@ def plot(runs: list[Run], verdicts: list[Verdict], output: Path) -> None:
     for i, (run, verdict) in enumerate(zip(runs, verdicts)):
         c = curves(run.rows)
         clone = bool(np.isnan(c["td"]).all() and np.isfinite(c["nll"]).any())
+        c51 = np.isfinite(c["c51"]).any()
         c["holdout_nll"] = -c["holdout_log_prob"]
-        panels = {"q": "mean Q of data actions", "td": "TD error (squared)"}
+        panels = {"q": "mean Q of data actions", "td": "TD error (nats)" if c51 else "TD error"}
         panels |= {"nll": "negative log-likelihood (nats)"} if clone else {"gap": "gap (nats)"}
         for axis, (name, label) in zip(axes[:, i], panels.items()):
             for curve, style in ((name, "-"), (f"holdout_{name}", "--")):
                 known = np.isfinite(c[curve])
                 words = "held-out episodes" if "holdout" in curve else "training episodes"
                 axis.plot(c["step"][known], c[curve][known], style, label=words, color="C1" if style == "--" else "C0")
-            if name == "q" and np.isfinite(c["data_return"]).any():
-                axis.axhline(np.nanmean(c["data_return"]), color="grey", linestyle=":", label="the data's mean return")
+            if name == "q" and np.nanmax(c["data_return"], initial=0) > 0:  # see fitting
+                axis.axhline(np.nanmax(c["data_return"]), color="grey", linestyle=":", label="the data's mean return")
             if name == "td" and np.nanmax(c["td"], initial=0) > 10 * np.nanmin(c["td"], initial=np.inf):
                 axis.set_yscale("log")
             if not np.isfinite([c[name], c[f"holdout_{name}"]]).any():

@@ -318,6 +318,11 @@ QUANTITIES = {
     "realised": lambda cell: spread(cell.last("eval_discounted_return")),
     "regulariser": lambda cell: spread(cell.last("combo_regulariser"), ".2f"),  # of offline/combo.py
 } | {name: lambda cell, name=name: spread(cell.phases()[name], PHASES[name]) for name in PHASES}
+QUANTITIES |= {
+    "late return": lambda cell: spread(cell.values(RETURN)[:, len(cell.steps) // 2 :].mean(axis=1)),  # last half
+    "held-out TD error": lambda cell: spread(cell.last("holdout_td_error"), ".2f"),
+    "held-out gap": lambda cell: spread(cell.last("holdout_gap"), ".2f"),
+}
 
 
 def behaviour_text(row: dict[str, float], quantity: str) -> str:

@@ -30,6 +30,13 @@ def history(q=8 * T, td=1 - 0.5 * T, holdout_td=1 - 0.4 * T, gap=3 - T, step=STE
     return [dict(zip(columns, map(str, row))) for row in zip(*columns.values())]
 
 
+def long(n=200, **curves):
+    """The same with curves that are functions of the time from 0 to 1."""
+    t = np.linspace(0, 1, n)
+    defaults = {"q": lambda t: 8 * t, "td": lambda t: 1 - 0.5 * t, "gap": lambda t: 3 - t}
+    return history(step=500 * np.arange(1, n + 1), eval_return=t, **{k: f(t) for k, f in (defaults | curves).items()})
+
+
 def clone(nll=1 - T, holdout=1 - 0.5 * T, **more):
     step = 500 * np.arange(1, len(nll) + 1)
     columns = {"step": step, "policy_loss": nll, "holdout_log_prob": -holdout} | more
@@ -38,28 +45,64 @@ def clone(nll=1 - T, holdout=1 - 0.5 * T, **more):
 
 flat = np.ones(N)
 rises = np.maximum(1, 4 * T)  # after a quarter of the run
+late = np.maximum(1, 4 * T - 2)  # in its last quarter
+TEXTBOOK = {"td": 0.12 + 0.04 * T, "holdout_td": 0.18 + 0.5 * T**2, "holdout_gap": 2.5 + 0.5 * T}
 HISTORIES = {
     "healthy": history(),
     "healthy, values a little below the data's return": history(1.8 * T),
     "healthy, values fall to a negative data return": history(-330 * T, data_discounted_return=-300 * flat),
     "healthy, both TD errors grow with Q": history(td=rises, holdout_td=1.2 * rises),
     "healthy, held out stays where training falls": history(td=np.exp(-3 * T), holdout_td=flat),
+    "healthy, all are flat, but held-out episodes fare worse": history(
+        td=flat, holdout_td=flat, gap=3 * flat, holdout_gap=3.1 * flat
+    ),
     "healthy, no held-out episodes": history(holdout_td=flat * math.nan, holdout_gap=flat * math.nan),
     "healthy, no penalty": history(gap=flat * math.nan),
+    "healthy, in two hundred rows data Q falls by a small part of its size": long(
+        q=lambda t: 8 * np.minimum(2 * t, 1) - 0.3 * np.clip(5 * t - 2.5, 0, 1),
+        holdout_td=lambda t: 1 - 0.4 * t,
+        data_discounted_return=lambda t: 0.1 + 0 * t,
+    ),
+    "healthy, both gaps rise": history(gap=3 + T, holdout_gap=3.1 + T),
+    "healthy, without a penalty the gap is not a loss": history(holdout_gap=3 + T, cql_min_qf_loss=0 * flat),
+    "healthy, the held-out gap falls again": history(holdout_gap=3 - T + np.where(abs(T - 0.5) < 0.1, 1, 0)),
+    "healthy, held-out losses rise in the last row alone": history(
+        holdout_td=np.append(flat[1:], 9), holdout_gap=np.append(3 * flat[1:], 9)
+    ),
+    "healthy, the cross-entropy of c51 grows with that of training": history(
+        td=1 + T, holdout_td=1.1 + T, c51_edge_mass=0 * flat
+    ),
+    "healthy, all rewards are costs and time-outs cut off what follows": history(
+        -50 * T, data_discounted_return=-20 * flat
+    ),
+    "healthy, all rewards are 0": history(-0.01 * T, data_discounted_return=0 * flat),
+    "healthy, tiny errors grow a hundredfold": history(td=np.append(1e-9, np.full(N - 1, 1e-6))[[1, *range(N - 1)]]),
+    "healthy, errors are negligible beside values": history(td=1e-9 * flat, holdout_td=1e-9 * rises),
     "healthy, a clone": clone(),
     "over-fitting, data Q": history(8 * np.minimum(2 * T, 1.5 - T)),
     "over-fitting, data Q falls below the data's return": history(8 * np.minimum(2 * T, 1 - 2 * T)),
     "over-fitting, held-out TD error": history(td=1 - 0.5 * T, holdout_td=rises),
+    "over-fitting, as in a textbook": history(**TEXTBOOK),
+    "over-fitting, whatever the data's return is": history(**TEXTBOOK, data_discounted_return=100 * flat),
+    "over-fitting, and data Q falls too": history(8 * np.minimum(2 * T, 1.5 - T), **TEXTBOOK),
+    "over-fitting, the held-out gap alone": history(holdout_gap=3 + 0.3 * late),
+    "over-fitting, in eight rows": [history(**TEXTBOOK)[i] for i in np.linspace(0, N - 1, 8).astype(int)],
+    "over-fitting, in two hundred rows": long(
+        td=lambda t: 0.12 + 0.04 * t, holdout_td=lambda t: 0.18 + 0.5 * t**2, holdout_gap=lambda t: 2.5 + 0.5 * t
+    ),
+    "over-fitting, with empty cells": [
+        row | ({"holdout_gap": ""} if i % 2 else {}) for i, row in enumerate(history(**TEXTBOOK))
+    ],
+    "over-fitting, the cross-entropy of c51": history(holdout_td=1.5 + 0.3 * late, c51_edge_mass=0 * flat),
     "over-fitting, a clone": clone(holdout=np.maximum(1 - T, T)),
     "over-fitting, a discrete clone": [
         {name: x for name, x in row.items() if name not in ("qf_loss", "holdout_td_error")}
         for row in history(holdout_gap=3 + T)
     ],
-    "under-fitting": history(td=flat, holdout_td=flat, gap=3 * flat),
+    "under-fitting": history(td=flat, holdout_td=flat, gap=3 * flat, holdout_gap=3 * flat),
     "under-fitting, values far from the data's return": history(T),
     "under-fitting, values rise and fall by a tenth of the data's return": history(0.2 * np.minimum(2 * T, 1.5 - T)),
     "under-fitting, values fall from the first row on": history(-8 * T),
-    "under-fitting, values below a negative data return": history(-400 * T, data_discounted_return=-300 * flat),
     "diverging": history(8 * 10 ** (4 * T), 10 ** (4 * T), 10 ** (4 * T)),
     "diverging, infinite": history(td=np.append(flat[1:], math.inf)),
     "too short to judge, few rows": history()[:5],
@@ -81,17 +124,20 @@ def test_what_a_finetune_run_needs_longer():
     assert "--offline_iterations" in advice and "--max_timesteps" not in advice
 
 
-def test_noise_around_a_flat_curve_is_no_over_fitting():
+@pytest.mark.parametrize("n", [8, 20, 200])
+def test_noise_around_a_flat_curve_is_no_over_fitting(n):
     names = []
     for seed in range(200):
-        q, td, holdout_td, gap = np.random.default_rng(seed).standard_normal((4, N))
-        rows = history(8 + q, np.exp(0.2 * td), np.exp(0.2 * holdout_td), 3 + 0.1 * gap)
+        q, td, holdout_td, gap, holdout_gap = np.random.default_rng(seed).standard_normal((5, n))
+        losses = np.exp(0.2 * td), np.exp(0.2 * holdout_td), 3 + 0.1 * gap
+        step = 500 * np.arange(1, n + 1)
+        rows = history(8 + q, *losses, step, holdout_gap=3 + 0.1 * holdout_gap, eval_return=step)
         names.append(diagnose.judge(rows, CONFIG).name)
     assert set(names) <= {"healthy", "under-fitting", "over-fitting"} and names.count("over-fitting") <= 4
 
 
 def test_which_checkpoint():
-    """The last policy, or the one before the signs; never one from before the values reached the data's return."""
+    """The last policy, or the one before the signs; of two signs, the later."""
     last = 500 * N
     assert diagnose.judge(HISTORIES["healthy"], CONFIG).step == last
     assert diagnose.judge(HISTORIES["under-fitting"], CONFIG).step == last
@@ -99,9 +145,14 @@ def test_which_checkpoint():
     assert abs(diagnose.judge(HISTORIES["over-fitting, data Q"], CONFIG).step - peak) <= 500
     over = history(td=1 - 0.5 * T, holdout_td=rises)  # the held-out error is 1 up to row 5, and data Q is 2 there
     assert diagnose.judge(over, CONFIG).step == 500 * 6
-    late = history(4 * T, 1 - 0.5 * T, rises)
-    assert diagnose.judge(late, CONFIG).step == 500 * (1 + math.ceil(0.5 * (N - 1)))
-    assert diagnose.judge(history(T, 1 - 0.5 * T, rises), CONFIG).step == last
+    assert diagnose.judge(history(T, 1 - 0.5 * T, rises), CONFIG).step == 500 * 6  # though values are low
+    both = history(td=1 - 0.5 * T, holdout_td=rises, holdout_gap=3 + 0.3 * late)  # the gap is lowest up to row 15
+    assert diagnose.judge(both, CONFIG).step in (500 * 14, 500 * 15)
+    assert diagnose.judge(HISTORIES["over-fitting, and data Q falls too"], CONFIG).step < peak
+    assert diagnose.judge(HISTORIES["over-fitting, as in a textbook"], CONFIG).step <= 500 * 5
+    early = history(holdout_td=1 + 3 * T, holdout_gap=3 + T)
+    assert "--eval_freq" in diagnose.judge(early[1:], CONFIG).advice and diagnose.judge(early[1:], CONFIG).step == 1500
+    assert "--eval_freq" not in diagnose.judge(over, CONFIG).advice
     assert diagnose.judge(HISTORIES["over-fitting, a clone"], CONFIG).step in (500 * 10, 500 * 11)
     assert diagnose.judge(HISTORIES["diverging"], CONFIG).step <= last / 2
     shuffled = random.Random(0).sample(over, N)
@@ -141,6 +192,31 @@ def test_columns_of_both_critics_count_and_online_rows_do_not():
     assert diagnose.judge(rows + online, CONFIG) == verdict
     with pytest.raises(ValueError, match="no row of offline training"):
         diagnose.judge(online, CONFIG)
+
+
+@pytest.mark.parametrize("script", ["discrete", "offline", "combo"])
+def test_remedies_are_options_of_the_script(script):
+    """A configuration lists the options of its script; of those, the ones that are off are named."""
+    options = {"weight_decay": 0.0, "dropout": 0.0, "critic_layer_norm": False} if script != "combo" else {}
+    config = CONFIG | options | ({} if script == "discrete" else {"policy_lr": 1e-4})
+
+    def named(rows, **more):
+        verdict = diagnose.judge(rows, config | more)
+        assert verdict.name == "over-fitting" and "--hidden_dim 32" in verdict.advice
+        return [x for x in ("weight_decay", "dropout", "critic_layer_norm") if f"--{x} " in verdict.advice]
+
+    rows, cloned = HISTORIES["over-fitting, as in a textbook"], HISTORIES["over-fitting, a clone"]
+    assert named(rows) == list(options)
+    assert named(rows, dropout=0.1, critic_layer_norm=True) == [x for x in options if x == "weight_decay"]
+    assert named(rows, cql_backprop_actions=2) == [x for x in options if x != "dropout"]
+    assert named(cloned, bc_only=True) == [x for x in options if script == "discrete"]
+
+
+def test_a_single_episode_cannot_be_held_out():
+    rows = HISTORIES["healthy, no held-out episodes"]
+    assert "--holdout_fraction 0.1" in diagnose.judge(rows, CONFIG).advice
+    advice = diagnose.judge(rows, CONFIG | {"holdout_fraction": 0.1}).advice
+    assert "several episodes" in advice and "--holdout_fraction" not in advice
 
 
 # Which cql_alpha

@@ -14,7 +14,7 @@ STUDIES = re.findall(r"^([a-z-]+)\)", (ROOT / "benchmarks/studies/results.sh").r
     "script, part",
     [
         *[("results.sh", study) for study in STUDIES],
-        *[("choosing.sh", part) for part in ("verdicts", "calibration", "alphas", "fqe", "support")],
+        *[("choosing.sh", part) for part in ("verdicts", "calibration", "alphas", "fqe", "support", "remedies")],
     ],
 )
 def test_studies_call_programs_and_files_that_exist(script, part, tmp_path):

@@ -5,6 +5,7 @@
 #   bash benchmarks/studies/choosing.sh alphas         # 9 runs with several cql_alpha; benchmarks/results/diagnose/alphas
 #   bash benchmarks/studies/choosing.sh fqe            # fitted Q evaluation of these; benchmarks/results/fqe
 #   bash benchmarks/studies/choosing.sh support        # 10 discrete runs, and which of them fqe.py ranks
+#   bash benchmarks/studies/choosing.sh remedies       # 15 runs that over-fit, and remedies; runs/report-remedies
 # A run takes about a minute on one core, and one that is complete is skipped. Exit status: 0, 2 for another part, or
 # that of the first command that failed.
 set -euo pipefail
@@ -122,8 +123,25 @@ support() {
         --output benchmarks/results/fqe/lunarlander-support-random.csv
 }
 
+remedies() {
+    record lunarlander/noisy-v0 5000 9000 --env LunarLander-v3 --epsilon 0.5
+    remedy() { # name, options; the options were chosen on training seed 0 and evaluation seed 0
+        for seed in 1 2 3; do
+            discrete "noisy-$1" 0.2 10000 500 --env lunarlander/noisy-v0 --cql_alpha 10 --batch_size 128 --qf_lr 3e-3 \
+                --eval_seed 1000 --n_episodes 20 --name "$1" --checkpoints_path runs/remedies "${@:2}"
+        done
+    }
+    remedy unchanged
+    remedy decay --weight_decay 0.3
+    remedy dropout --dropout 0.2
+    remedy norm --critic_layer_norm True
+    remedy small --hidden_dim 32
+    python benchmarks/report.py runs/remedies/* --out runs/report-remedies
+    python benchmarks/diagnose.py runs/remedies/*-{unchanged,decay,dropout}-seed1 --output runs/report-remedies/diagnose.png
+}
+
 case ${1-} in
-verdicts | calibration | alphas | fqe | support) "$1" ;;
+verdicts | calibration | alphas | fqe | support | remedies) "$1" ;;
 *)
     sed -n 's/^# \{0,1\}//; 2,9p' "$0" >&2
     exit 2
