@@ -143,7 +143,7 @@ remedies() {
 case ${1-} in
 verdicts | calibration | alphas | fqe | support | remedies) "$1" ;;
 *)
-    sed -n 's/^# \{0,1\}//; 2,11p' "$0" >&2
+    sed -n 's/^# \{0,1\}//; 2,10p' "$0" >&2
     exit 2
     ;;
 esac
