@@ -46,6 +46,7 @@ from common import (
     open_policy,
     prefix,
     reference_scores,
+    refuse_masks,
 )
 from gymnasium.vector.utils import concatenate, create_empty_array
 from minari.data_collector import EpisodeBuffer
@@ -165,6 +166,7 @@ def make_policy(name, env, script=None):
     if is_function(name):
         return function_policy(name, env)
     _, policy = open_policy(Path(name), script)
+    refuse_masks(name, policy)
     from algorithms.offline.cql import flatten
 
     def act(observations):

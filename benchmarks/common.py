@@ -166,6 +166,12 @@ def check_encoding(path: Path, policy: Callable, env: str, encoding: Optional[di
     importlib.import_module(SCRIPTS[0]).check_encoding(encoding_of(policy), encoding, f"{path} and --env {env}")
 
 
+def refuse_masks(path: Path | str, policy: Callable) -> None:
+    """Raises DataError if a policy was trained with masks: an environment does not say which actions are allowed."""
+    if "masks" in (encoding_of(policy) or {}):
+        raise DataError(f"{path} was trained with masks, which an environment does not know")
+
+
 def check_actions(actions: Any, space: Any) -> None:
     """Raises DataError if the actions [B, ...] of a policy have another shape or kind of numbers than the space."""
     if actions.shape[1:] != space.shape or (actions.dtype.kind == "f") != (space.dtype.kind == "f"):

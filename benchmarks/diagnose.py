@@ -192,7 +192,8 @@ def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
     needed = math.ceil(MIN_TARGET_LIVES / rate) if rate > 0 and not np.isnan(c["td"]).all() else 0
     if len(c["step"]) >= MIN_ROWS and last >= needed:
         return None
-    evidence = f"{len(c['step'])} complete rows up to {last:,} updates; a verdict takes {MIN_ROWS} rows"
+    n = len(c["step"])
+    evidence = f"{n} complete row{'s' * (n != 1)} up to {last:,} updates; a verdict takes {MIN_ROWS} rows"
     evidence += f" and {needed:,} updates, so that the target network is renewed" if needed else ""
     length = "--offline_iterations" if "offline_iterations" in config else "--max_timesteps"
     return Verdict("too short to judge", evidence, last, f"a larger {length}, or a smaller --eval_freq")

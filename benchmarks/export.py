@@ -138,9 +138,12 @@ def export(args: argparse.Namespace) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    n = len(actor.observation_mean)
-    shape = ["batch", *actor.act(np.zeros((1, n))).shape[1:]]
-    sizes = f"observation [batch, {n}] -> action {shape}".replace("'", "")
+    inputs = example(actor, np.zeros((1, len(actor.observation_mean))), np.random.default_rng(0))
+    with torch.no_grad():
+        outputs = dict(zip(outputs_of(actor), Policy(actor)(*map(torch.as_tensor, inputs.values()))))
+    shapes = [{name: ["batch", *x.shape[1:]] for name, x in part.items()} for part in (inputs, outputs)]
+    sizes = " -> ".join(", ".join(f"{name} {shape}" for name, shape in part.items()) for part in shapes)
+    sizes = sizes.replace("'", "")
     print(f"{args.output}: {sizes}, differs from torch by at most {difference:.1e} of the action range")
 
 

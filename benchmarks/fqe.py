@@ -400,7 +400,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     n, n_parts, masks = len(data["rewards"]), data["actions"].shape[1], ["masks"] * ("masks" in data)
     fitted, reported, words = split(data, args.fit_share, args.seed)
     print(f"{args.env}: {n:,} transitions, {words}")
-    updates = f"{args.updates:,} updates of {args.seeds} networks each"
+    updates = f"{args.updates:,} updates of {args.seeds} network{'s' * (args.seeds > 1)} each"
     print(f"discount {args.discount:g}; {updates}; intervals of {args.resamples:,} resamples; --seed {args.seed}")
     with prefix(f"{policies[0].path} does not fit --env {args.env}"):  # its script reads such data
         discrete = is_discrete(answers(policies[0], *(data[key][:1] for key in ["observations", *masks])))

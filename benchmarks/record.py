@@ -36,6 +36,7 @@ from common import (
     one_line_errors,
     open_policy,
     prefix,
+    refuse_masks,
 )
 from gymnasium.wrappers import RecordVideo
 
@@ -139,6 +140,7 @@ def film(args, environment, play):
 
 def run(args):
     script, policy = open_policy(args.policy, args.script)
+    refuse_masks(args.policy, policy)
     environment, data = find_environment(args.env, script)
     if data:
         check_encoding(args.policy, policy, args.env, data.get("encoding"))

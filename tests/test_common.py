@@ -104,3 +104,13 @@ def test_a_bug_in_a_copy_keeps_its_traceback(tmp_path, monkeypatch):
     Path("broken.py").write_text("1 / 0")
     with pytest.raises(ZeroDivisionError):
         record.main(["policy.pt", "--env=Counter-v0", "--no_video", "--script=broken.py"])
+
+
+def test_a_policy_with_masks_is_not_played():
+    def policy(observation, mask=None):
+        return 0
+
+    common.refuse_masks("policy.pt", policy)
+    policy.encoding = {"observations": [], "actions": [], "masks": ["may_call"]}
+    with pytest.raises(common.DataError, match="policy.pt was trained with masks"):
+        common.refuse_masks("policy.pt", policy)

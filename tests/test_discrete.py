@@ -505,9 +505,11 @@ def test_masks_forbid_actions():
     actions = network.act(np.ones((1000, 1)), np.tile([0, 1, 0, 1], (1000, 1))).tolist()
     assert set(actions) == {6, 8} and 400 < actions.count(6) < 600
     assert {*network.act(np.ones((200, 1))).tolist()} == {5, 6, 7, 8}
-    for wrong in (masks[:2], masks[:, :3], masks[0], 0 * masks, 2 * masks, masks * np.nan, "1111"):
-        with pytest.raises(ValueError, match=r"a mask takes flags of shape \(3, 4\)"):
+    for wrong in (masks[:2], masks[:, :3], masks[0], 2 * masks, masks * np.nan, "1111"):
+        with pytest.raises(ValueError, match=r"a mask takes flags 0 and 1 of shape \(3, 4\)"):
             network.act(np.ones((3, 1)), wrong)
+    with pytest.raises(ValueError, match="a mask allows no action"):
+        network.act(np.ones((3, 1)), masks * [[1], [1], [0]])
 
 
 def test_masks_that_cannot_be_are_refused():

@@ -378,6 +378,18 @@ def test_a_missing_value_is_not_the_text_of_its_name(value, script):
 
 
 @once
+def test_numbers_of_a_list_are_found_in_its_column(script):
+    row = {"state": [1.0, [2.0, 3.0]], "x[0]": 4.0, "T [C]": 5.0, "text": "ab"}
+    names = ["state[0]", "state[1][0]", "state[1][1]", "x[0]", "T [C]"]
+    columns = [{"name": name, "offset": 0.0} for name in names]
+    for given in (row, pd.Series(row), row | {"state": np.array([1.0, np.array([2.0, 3.0])], dtype=object)}):
+        assert script.encode_row(given, columns).tolist() == [1, 2, 3, 4, 5]
+    for name in ("state[2]", "state[1]", "state[1][2]", "state[x]", "x", "y[0]", "text[0]", "T [K]", "[0]"):
+        with pytest.raises(ValueError, match="is missing, or has several values"):
+            script.encode_row(row, [{"name": name, "offset": 0.0}])
+
+
+@once
 def test_a_whole_table_is_refused(policy):
     with pytest.raises(ValueError, match="give one row at a time"):
         policy(pd.DataFrame({"time": [1.7e9, 1.7e9], "country": ["DE", "DE"]}))

@@ -1497,17 +1497,28 @@ def check_encoding(first: Any, second: Any, problem: str) -> None:
     if bool(first) != bool(second):
         print(f"{problem}: only the {'first' if first else 'second'} has names of columns, so they cannot be compared")
     for part in ("observations", "actions", "masks") if first and second else ():
-        for own, other in itertools.zip_longest(first.get(part, ()), second.get(part, ())):
+        for own, other in itertools.zip_longest(*(x.get(part, ()) for x in (first, second)), fillvalue="none"):
             if own != other:
                 columns = f"{str(own)[:500]} and {str(other)[:500]}"
                 raise DataError(f"{problem} differ in {part}: {columns}; import the data with --like <the other>")
+
+
+def find_value(row: Any, name: str) -> Any:
+    """The value of a column of a row; state[0] may be the first one of a list in the column state. [] if missing."""
+    base, bracket, place = name.rpartition("[")
+    if name in row or not bracket:
+        return row.get(name, [])
+    values, place = find_value(row, base), place.removesuffix("]")
+    known = isinstance(values, (list, tuple, np.ndarray)) and place.isdecimal() and int(place) < len(values)
+    return values[int(place)] if known else []
 
 
 def encode_row(row: Any, columns: list[dict[str, Any]]) -> np.ndarray:
     """The observation of a row by name, a dict or pandas row in the table's own values: -> [O]. Raises DataError."""
     numbers = []
     for name, column in ((x["name"], x) for x in columns):
-        if name not in row or np.ndim(value := row[name]):
+        value = find_value(row, name)
+        if np.ndim(value):
             raise DataError(f"column {name} is missing, or has several values: give one row at a time")
         known = [str(x) for x in column.get("values", ())]
         problem = f"column {name} is {value!r}, but takes {', '.join(known)[:500] or 'a finite number'}"
