@@ -6,10 +6,10 @@ This writes runs/<run>/policy.onnx, one file that needs neither torch nor this r
 float32 [batch, O], takes raw observations (Dict observations are flattened in the sorted order of their keys). Its
 output `action` is in the environment's units: float32 [batch, A] within its bounds, int64 [batch] for Discrete actions,
 [batch, A] for MultiDiscrete ones. For these two the output `scores`, float32 [batch, number of actions], holds each
-action's value and, if the data had masks, the input `mask`, bool [batch, number of actions], is True where an action is
-allowed. Observations are normalised and actions scaled inside the file. The file is kept only if onnxruntime computes
-the same actions from it as torch. Its metadata hold JSON texts: `action_low` and `action_high` and, if the data were a
-table, `encoding`, the names, categories and offsets of its columns (see docs/data.md).
+action's value and, if the data were a table with masks, the input `mask`, bool [batch, number of actions], is True
+where an action is allowed. Observations are normalised and actions scaled inside the file. The file is kept only if
+onnxruntime computes the same actions from it as torch. Its metadata hold JSON texts: `action_low` and `action_high`
+and, if the data were a table, `encoding`, the names, categories and offsets of its columns (see docs/data.md).
 
 A policy of your own copy of a script, with another network, needs --script path/to/copy.py. Its load_policy must return
 a policy whose attribute `network` has the buffers and the method `actions` of the original network.

@@ -231,7 +231,7 @@ def test_sarsa_learns_the_value_of_the_behaviour(seed, capsys):
     config = cql.TrainConfig(device="cpu", target="sarsa")
     data = cql.with_next_actions(problem.data, config)
     n_dropped = sum(row[5] for row in problem.rows)
-    assert n_dropped > 5 and f"{n_dropped} of {len(problem.rows)} transitions are dropped" in capsys.readouterr().out
+    assert n_dropped > 5 and f"{n_dropped} of {len(problem.rows)} training transitions" in capsys.readouterr().out
     problem.batch = cql.Batch(*(torch.tensor(data[key], dtype=torch.float64) for key in cql.Batch._fields))
     problem.next_actions = torch.zeros(len(problem.batch.rewards), 1, 1)
     problem.agent = lambda **options: Problem.agent(problem, **options)

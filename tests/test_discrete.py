@@ -513,18 +513,45 @@ def test_masks_forbid_actions():
 
 
 def test_masks_that_cannot_be_are_refused():
+    """What follows a terminal state is never used."""
     actions, name = np.array([0, 2]), "mine/shop-v0"
-    good = {"masks": np.array([[1, 0, 0], [0, 1, 1]]), "next_masks": np.array([[0, 0, 1], [0, 1, 0]])}
+    good = {"masks": np.array([[1, 0, 0], [0, 1, 1]]), "next_masks": np.array([[0, 0, 1], [0, 0, 0]])}
+    good["terminals"] = np.array([False, True])
     data = dict(good)
     cql.check_masks(data, actions, 3, name)
-    assert all((data[key] == good[key]).all() and data[key].dtype == np.uint8 for key in good)
+    assert all((data[key] == good[key]).all() for key in good) and data["masks"].dtype == np.uint8
+    names = {"observations": [{"name": "x", "offset": 0.0}], "masks": ["a", "b"]}
     wrong = {
-        "masks have shape [0]": {"masks": None}, "masks have shape [2, 2]": {"masks": good["masks"][:, :2]},
-        "next_masks have shape [1, 3]": {"next_masks": good["masks"][:1]}, "3 flags": {"masks": 0.5 * good["masks"]},
+        "lacks masks": {"masks": None}, "lacks next_masks": {"next_masks": None},
+        "masks take 3 flags 0 or 1 per transition (shape [2, 2])": {"masks": good["masks"][:, :2]},
+        "next_masks take 3 flags": {"next_masks": good["masks"][:1]}, "masks take": {"masks": 0.5 * good["masks"]},
         "masks forbid all actions, or the one taken, in transition 1": {"masks": np.array([[1, 0, 0], [0, 1, 0]])},
         "next_masks forbid all actions, or the one taken, in transition 0": {"next_masks": np.eye(3)[:2] * [[0], [1]]},
+        "names of the 3 mask columns": {"encoding": names},
     }  # fmt: skip
     for words, change in wrong.items():
         data = {key: value for key, value in (good | change).items() if value is not None}
         status, line = refusal(cql.check_masks, data, actions, 3, name)
         assert status == 1 and words in line and name in line, line
+
+
+def test_a_policy_with_layer_normalisation_acts_as_it_was_trained(tmp_path):
+    network = cql.QNetwork(3, [4], 8, 2, "dqn", 1, layer_norm=True)
+    cql.save(tmp_path / "policy.pt", {"sizes": list(network.sizes), "weights": network.state_dict()})
+    observations = np.random.default_rng(0).normal(size=(20, 3))
+    scores = cql.load_policy(tmp_path / "policy.pt").scores(observations)
+    plain = cql.QNetwork(*network.sizes[:7])
+    plain.load_state_dict(network.state_dict())
+    torch.testing.assert_close(scores, network.act(observations, None, "scores"))
+    assert not close(torch.tensor(scores), torch.tensor(plain.act(observations, None, "scores")))
+
+
+@HEADS
+def test_spread_of_the_allowed_actions(head):
+    """Values 1, 3 and 9, of which the last is forbidden."""
+    agent = tabular_agent(head, [[1, 3, 9]])
+    batch = tabular_batch([0], [0.0], [0.0])
+    batch = batch._replace(observations=torch.ones(1, 1), masks=torch.tensor([[1, 1, 0]]), next_masks=torch.ones(1, 3))
+    metrics = agent.loss(batch)[1]
+    assert close(metrics["cql_std_q"], 1.0) and close(metrics["cql_q_greedy"], 3.0)
+    assert close(metrics["cql_qf_diff"], math.log(1 + math.exp(2)))

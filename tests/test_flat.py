@@ -494,13 +494,15 @@ def changed(encoding, kind):
         observations = [COUNTRY, TIME]
     elif kind == "offset":
         observations = [TIME | {"offset": 0.0}, COUNTRY]
+    elif kind == "masks":
+        return encoding | {"masks": ["may_call", "may_mail", "may_17"]}
     elif kind == "bounds":
         actions = [actions[0] | ({"values": ["mail", "call", 17]} if "values" in actions[0] else {"low": 0.0})]
     return {"observations": observations, "actions": actions}
 
 
 @kinds
-@pytest.mark.parametrize("kind", ["categories", "order", "offset", "bounds", None])
+@pytest.mark.parametrize("kind", ["categories", "order", "offset", "bounds", "masks", None])
 def test_a_checkpoint_refuses_data_that_are_encoded_otherwise(kind, script, tiny, policy, tmp_path, capsys):
     """By --load_model, and where the data were imported anew before a run was resumed."""
     data = arrays(script) | {"encoding": changed(encoding(script), kind)}

@@ -198,7 +198,7 @@ def test_bad_yaml_is_one_line_and_runs_no_code(parse, tmp_path, monkeypatch):
     for text in (
         "", "# nothing\n", "- seed\n", "seed", "sed: 1\n", "1: 2\n", "null: 1\n", "{", "a: b: c", "\tseed: 1", "\0",
         "seed: 2001-13-45\n", "\ud800", 8000 * "[", "name: " + 8000 * "[", "seed: " + 9999 * "9", bomb,
-        f"name: [{3000 * 'a'}]", "seed: !!python/object/apply:os.mkdir [harm]",
+        f"name: [{3000 * 'a'}]", "config_path: x\n", "help:\n", "seed: !!python/object/apply:os.mkdir [harm]",
     ):  # fmt: skip
         status, line = refusal(parse, text=text)
         assert status == 2 and ("options.yaml" in line or "--seed" in line) and len(line) < 1000, text[:20]

@@ -457,6 +457,8 @@ def test_load_model_keeps_the_atoms_but_for_given_ends(run):
 def test_another_network_is_one_line_that_says_so(new_dataset, script, tiny, run, monkeypatch):
     path = str(run(max_timesteps=10) / "checkpoint.pt")
     changes = [{"hidden_dim": 8}]
+    if "critic_layer_norm" in option_names(script.__name__):
+        changes.append({"critic_layer_norm": True})
     if "head" in option_names(script.__name__):
         buffers = record("Counter-v0", range(6))
         for buffer in buffers:
@@ -475,6 +477,28 @@ def test_another_network_is_one_line_that_says_so(new_dataset, script, tiny, run
     )
     status, line = refusal(script.train, tiny(run_id="half"))
     assert status == 1 and "half" in line and "network" in line and len(line) < 400
+
+
+@kinds
+def test_sarsa_trains_with_held_out_episodes(script, run, capsys):
+    row = table(run(target="sarsa", holdout_fraction=0.3))[-1]
+    assert float(row["holdout_td_error"]) > 0
+    out = capsys.readouterr().out
+    clone = run(target="sarsa", bc_only=True, run_id="clone")  # it drops nothing
+    assert "training transitions are dropped" in out and "are dropped" not in capsys.readouterr().out
+    assert equal(weights(clone), weights(run(bc_only=True, run_id="plain")))
+
+
+@once
+def test_options_that_are_younger_than_a_run_have_their_defaults(script, run, tiny, tmp_path):
+    interrupt(script, tiny(run_id="half"))
+    path = tmp_path / "runs/half/checkpoint.pt"
+    state = torch.load(path)
+    state["config"].pop("keep_policies"), state["config"].pop("discount")
+    torch.save(state, path)
+    status, line = refusal(script.train, tiny(run_id="half", discount=0.5))
+    assert status == 2 and "discount was 0.99, is 0.5" in line
+    run(run_id="half")
 
 
 # Kill and resume. train_apart runs in a process that SIGKILL ends at a chosen call.

@@ -130,13 +130,13 @@ class QNetwork(nn.Module):
         """action_sizes: those of a MultiDiscrete space, or one number. dtype: that of the hidden layers' products."""
         super().__init__()
         self.sizes = (observation_dim, action_sizes, hidden_dim, n_hidden_layers, head, n_outputs, normalize_features)
-        self.sizes += (layer_norm,)
+        self.sizes += (True,) if layer_norm else ()
         self.head, self.normalize_features, self.dtype = head, normalize_features, dtype
         self.action_sizes, self.n_outputs, self.epsilon = action_sizes, n_outputs, 0.0  # share of random actions
         sizes = [observation_dim] + [hidden_dim] * n_hidden_layers + [math.prod(action_sizes) * n_outputs]
         *hidden, self.last = linear_layers(sizes, orthogonal_init)
         norm = nn.LayerNorm(hidden_dim, elementwise_affine=False) if layer_norm else nn.Identity()
-        activation = nn.Sequential(norm, nn.ReLU(), nn.Dropout(dropout))
+        activation = nn.Sequential(norm, nn.ReLU(), nn.Dropout(dropout)) if layer_norm or dropout else nn.ReLU()
         self.hidden = nn.Sequential(*[module for layer in hidden for module in (layer, activation)])
         self.register_buffer("atoms", torch.zeros(n_outputs))  # the values of c51's atoms
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
@@ -303,7 +303,7 @@ class DiscreteCQL(nn.Module):
         outputs = self.critic.outputs(features)  # [B, A, Z]
         q = allowed(self.critic.values(outputs), batch.masks)  # [B, A]
         gap = self.gap(q, batch.actions)
-        metrics = {"cql_qf_diff": gap, **self.action_metrics(q, batch.actions)}
+        metrics = {"cql_qf_diff": gap, **self.action_metrics(q, batch.actions, batch.masks)}
         if config.bc_only:
             return gap, metrics
         outputs, td_target = of_actions(outputs, batch.actions), self.td_target(batch)  # [B, Z]
@@ -323,16 +323,19 @@ class DiscreteCQL(nn.Module):
         return loss, metrics
 
     @torch.no_grad()
-    def action_metrics(self, q: Tensor, actions: Tensor) -> dict[str, Tensor]:
-        """Metrics of the values, -inf where not allowed: q [B, A], actions [B] -> scalars."""
+    def action_metrics(self, q: Tensor, actions: Tensor, masks: Optional[Tensor] = None) -> dict[str, Tensor]:
+        """Metrics of the values, -inf where not allowed: q [B, A], actions [B], masks [B, A] -> scalars."""
         best, q_data = q.max(dim=1), q.gather(1, actions.unsqueeze(1))
-        known = q > -math.inf
-        mean = torch.where(known, q, 0).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True)
-        variance = torch.where(known, q - mean, 0).square().sum(dim=1) / known.sum(dim=1)
+        if masks is None:
+            std = q.std(dim=1, correction=0)
+        else:  # of the allowed actions
+            n = masks.sum(dim=1, keepdim=True)
+            mean = torch.where(masks > 0, q, 0).sum(dim=1, keepdim=True) / n
+            std = (torch.where(masks > 0, q - mean, 0).square().sum(dim=1, keepdim=True) / n).sqrt()
         return {
             "average_qf": q_data.mean(),
             "cql_q_greedy": best.values.mean(),
-            "cql_std_q": variance.sqrt().mean(),
+            "cql_std_q": std.mean(),
             "cql_data_probability": (q_data - q.logsumexp(dim=1, keepdim=True)).exp().mean(),
             "greedy_is_data": (best.indices == actions).to(q.dtype).mean(),
         }
@@ -421,7 +424,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     if config.head == "c51" and not (run.checkpoint and config.v_min is config.v_max is None):
         scaling["atoms"] = support(data, config)
     buffer = ReplayBuffer(td_columns(data, config), config.device)
-    holdout = holdout_batch(config, td_columns(holdout, config))
+    holdout = holdout_batch(config, td_columns(holdout, config, "held-out"))
     sample = buffer.rows(slice(None, None, 1 + buffer.size // 2048))  # for the metrics of the features
     run.restore(agent, task)
     agent.actor.load_state_dict(scaling, strict=False)
@@ -566,6 +569,8 @@ def parse_arguments(config_class: type) -> Any:
             content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings, as on the command line
             words = ["--" + name + "=" + value for name, value in content.items()]
         place = f"--config_path {path}: "
+        if content.keys() & {"config_path", "help"}:
+            fail("config_path and help are options of the command line alone")
         options = parser.parse_args(words) | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
@@ -592,7 +597,8 @@ def load_dataset(name: str) -> dict[str, Any]:
     terminals [T] (the next state is terminal) and timeouts [T] (the episode ends for another reason). Optional:
     action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes,
     and `wrappers`: names and arguments), episode_returns [episodes] (where they are not the sums of the rewards) and
-    encoding (names, categories and offsets of a table's columns, see docs/data.md).
+    encoding (names, categories and offsets of a table's columns, see docs/data.md). Of discrete actions also masks and
+    next_masks [T, number of actions] and propensities [T].
     """
     path = minari.storage.get_dataset_path(name)
     if "/" not in name and not path.exists():
@@ -743,40 +749,45 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
 
 def check_masks(data: dict[str, Any], actions: np.ndarray, n_actions: int, name: str) -> None:
     """Converts masks to uint8. Raises DataError where they allow no action, or not the one that was taken."""
+    if missing := {"masks", "next_masks"} - data.keys():
+        raise DataError(f"--env {name} lacks {missing.pop()}: masks and next_masks go together")
+    encoding = data.get("encoding") or {}
+    if encoding.get("observations") and len(encoding.get("masks", ())) != n_actions:
+        raise DataError(f"--env {name}: the encoding needs the names of the {n_actions} mask columns as its `masks`")
     for key in ("masks", "next_masks"):
-        flags = np.asarray(data.get(key, ()))
+        flags = np.asarray(data[key])
         if flags.shape != (len(actions), n_actions) or not np.isin(flags, (0, 1)).all():
             raise DataError(
-                f"--env {name}: {key} have shape {[*flags.shape]}: they take {n_actions} flags per transition"
+                f"--env {name}: {key} take {n_actions} flags 0 or 1 per transition (shape {[*flags.shape]})"
             )
         bad = ~flags.astype(bool).any(axis=1)
-        if key == "masks":
-            bad |= flags[np.arange(len(actions)), actions] == 0
+        bad = bad & ~data["terminals"] if key == "next_masks" else bad | (flags[np.arange(len(actions)), actions] == 0)
         if bad.any():
             raise DataError(f"--env {name}: {key} forbid all actions, or the one taken, in transition {bad.argmax()}")
         data[key] = flags.astype(np.uint8)
 
 
-def with_next_actions(data: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+def with_next_actions(data: dict[str, np.ndarray], config: Any, part: str = "training") -> dict[str, np.ndarray]:
     """With target sarsa, adds the action of the following row, and drops, and counts, the last rows before a time-out:
     what follows them in the data belongs to another episode, so they only lend their action. Raises DataError."""
-    if config.target != "sarsa":
+    if config.target != "sarsa" or config.bc_only:
         return data
     ends, n = data["terminals"] | data["timeouts"], len(data["actions"])
     ends[-1:] = True
     known = ~ends | data["terminals"]
-    if n and not known.any():
+    if part == "training" and not known.any():
         raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
     if not known.all():
-        print(f"--target sarsa: {n - known.sum():,} of {n:,} transitions are dropped: their next action is not known")
+        told = f"{n - known.sum():,} of {n:,} {part} transitions are dropped"
+        print(f"--target sarsa: {told}, since their next action is not known")
     more = {"next_actions": np.roll(data["actions"], -1, axis=0)}
     more["timeouts"] = data["timeouts"] | np.append(~known[1:], False)[:n]
     return {key: column[known] for key, column in (data | more).items()}
 
 
-def td_columns(data: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
+def td_columns(data: dict[str, np.ndarray], config: TrainConfig, part: str = "training") -> dict[str, np.ndarray]:
     """The columns of a Batch, with n-step rewards that end with the episode."""
-    data = with_next_actions(data, config)
+    data = with_next_actions(data, config, part)
     ends = data["terminals"] | data["timeouts"]
     ends[-1:] = True
     rows = np.arange(len(ends))
@@ -1316,7 +1327,8 @@ class Run:
             self.rows, old, new = self.checkpoint["rows"], self.checkpoint["config"], vars(config)
             longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
             names = sorted(new.keys() - self.may_change - longer)
-            changed = [f"{x} was {old.get(x)}, is {new[x]}" for x in names if old.get(x) != new[x]]
+            old = {x: old.get(x, getattr(type(config), x, None)) for x in names}  # options may be younger than the run
+            changed = [f"{x} was {old[x]}, is {new[x]}" for x in names if old[x] != new[x]]
             if changed:
                 raise ConfigError(f"{self.path} has other options, so give another --run_id: {'; '.join(changed)}")
 
@@ -1387,7 +1399,9 @@ class Run:
             return
         encoding = self.checkpoint["policy"].get("encoding")
         check_encoding(encoding, task.encoding, f"{self.source} and --env {self.config.env}")
-        sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
+        configs = (self.checkpoint["config"], vars(self.config))
+        norms = [x.get("critic_layer_norm", False) for x in configs]  # it has no weights that would tell
+        sizes, own = ([*x, norm] for x, norm in zip((self.checkpoint["policy"]["sizes"], agent.actor.sizes), norms))
         if sizes != own:
             raise DataError(f"{self.source} holds a network of sizes {sizes}, and this run's has {own}")
         with explain(f"{self.source} does not hold this run's network"):

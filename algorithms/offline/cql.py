@@ -1,5 +1,5 @@
 """Conservative Q-Learning (CQL), offline, for continuous actions: a soft actor-critic (SAC) that lowers the values of
-actions that the policy may choose and raises those of the data's. At arxiv.org/abs: CQL 2006.04779, SAC 1812.05905.
+actions that the policy may choose and raises those of data actions. At arxiv.org/abs: CQL 2006.04779, SAC 1812.05905.
 
     python algorithms/offline/cql.py --config_path configs/offline/cql/quickstart.yaml
 
@@ -447,7 +447,7 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def start_values(self, observations: np.ndarray) -> np.ndarray:
-        """Returns the critics' prediction min Q(s, pi(s)), deterministic actions, raw observations: [B, O] -> [B]."""
+        """Returns min Q(s, pi(s)), what the critics predict for the deterministic policy: raw [B, O] -> [B]."""
         observations = self.actor.normalise(as_observations(observations, self.actor.observation_mean))
         values = self.critic(observations, self.actor(observations)[0].tanh().unsqueeze(1)).min(dim=0).values
         return values.view(len(observations)).cpu().numpy()
@@ -489,7 +489,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     data, holdout, scaling = prepare_data(config, data, task, run.checkpoint)
     torch.manual_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
-    data, holdout = (with_next_actions(x, config) for x in (data, holdout))
+    data, holdout = with_next_actions(data, config), with_next_actions(holdout, config, "held-out")
     buffer, holdout = ReplayBuffer(data, config.device), holdout_batch(config, holdout)
     run.restore(agent, task)
     agent.actor.load_state_dict(scaling, strict=False)
@@ -631,6 +631,8 @@ def parse_arguments(config_class: type) -> Any:
             content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings, as on the command line
             words = ["--" + name + "=" + value for name, value in content.items()]
         place = f"--config_path {path}: "
+        if content.keys() & {"config_path", "help"}:
+            fail("config_path and help are options of the command line alone")
         options = parser.parse_args(words) | options
     return config_class(**{name: convert(name, text, kinds[name]) for name, text in options.items()})
 
@@ -657,7 +659,8 @@ def load_dataset(name: str) -> dict[str, Any]:
     terminals [T] (the next state is terminal) and timeouts [T] (the episode ends for another reason). Optional:
     action_low, action_high [A], reference_scores [2] (returns that score 0 and 100), environment (what gym.make takes,
     and `wrappers`: names and arguments), episode_returns [episodes] (where they are not the sums of the rewards) and
-    encoding (names, categories and offsets of a table's columns, see docs/data.md).
+    encoding (names, categories and offsets of a table's columns, see docs/data.md). Of discrete actions also masks and
+    next_masks [T, number of actions] and propensities [T].
     """
     path = minari.storage.get_dataset_path(name)
     if "/" not in name and not path.exists():
@@ -799,18 +802,19 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     return scaled.clip(-1, 1).astype(np.float32), low, high
 
 
-def with_next_actions(data: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+def with_next_actions(data: dict[str, np.ndarray], config: Any, part: str = "training") -> dict[str, np.ndarray]:
     """With target sarsa, adds the action of the following row, and drops, and counts, the last rows before a time-out:
     what follows them in the data belongs to another episode, so they only lend their action. Raises DataError."""
-    if config.target != "sarsa":
+    if config.target != "sarsa" or config.bc_only:
         return data
     ends, n = data["terminals"] | data["timeouts"], len(data["actions"])
     ends[-1:] = True
     known = ~ends | data["terminals"]
-    if n and not known.any():
+    if part == "training" and not known.any():
         raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
     if not known.all():
-        print(f"--target sarsa: {n - known.sum():,} of {n:,} transitions are dropped: their next action is not known")
+        told = f"{n - known.sum():,} of {n:,} {part} transitions are dropped"
+        print(f"--target sarsa: {told}, since their next action is not known")
     more = {"next_actions": np.roll(data["actions"], -1, axis=0)}
     more["timeouts"] = data["timeouts"] | np.append(~known[1:], False)[:n]
     return {key: column[known] for key, column in (data | more).items()}
@@ -1309,7 +1313,8 @@ class Run:
             self.rows, old, new = self.checkpoint["rows"], self.checkpoint["config"], vars(config)
             longer = {x for x in ("max_timesteps", "online_iterations") if new.get(x, 0) > old.get(x, 0)}
             names = sorted(new.keys() - self.may_change - longer)
-            changed = [f"{x} was {old.get(x)}, is {new[x]}" for x in names if old.get(x) != new[x]]
+            old = {x: old.get(x, getattr(type(config), x, None)) for x in names}  # options may be younger than the run
+            changed = [f"{x} was {old[x]}, is {new[x]}" for x in names if old[x] != new[x]]
             if changed:
                 raise ConfigError(f"{self.path} has other options, so give another --run_id: {'; '.join(changed)}")
 
@@ -1380,7 +1385,9 @@ class Run:
             return
         encoding = self.checkpoint["policy"].get("encoding")
         check_encoding(encoding, task.encoding, f"{self.source} and --env {self.config.env}")
-        sizes, own = self.checkpoint["policy"]["sizes"], list(agent.actor.sizes)
+        configs = (self.checkpoint["config"], vars(self.config))
+        norms = [x.get("critic_layer_norm", False) for x in configs]  # it has no weights that would tell
+        sizes, own = ([*x, norm] for x, norm in zip((self.checkpoint["policy"]["sizes"], agent.actor.sizes), norms))
         if sizes != own:
             raise DataError(f"{self.source} holds a network of sizes {sizes}, and this run's has {own}")
         with explain(f"{self.source} does not hold this run's network"):
