@@ -379,7 +379,7 @@ def fit_actions(recording, args, space):
     if args.like:
         source = cure = f"those of {args.like}"
     elif recording.masks is not None and given and not args.action_low:
-        source = cure = "named by the masks"
+        source = cure = "one per mask"
     spans = [[f"{x:.10g}" for x in bound] for bound in (low, high)]
     span = " to ".join(x[0] if len({*x}) == 1 else f"[{shorten(x)}]" for x in spans)
     margin = 0 if discrete else TOLERANCE * (high - low)
@@ -390,7 +390,7 @@ def fit_actions(recording, args, space):
         kind = "whole numbers (Discrete)" if len(low) == 1 else "whole numbers (MultiDiscrete)"
         if texts:
             source = f"categories of {shorten(texts)}"
-        elif not (space or args.action_kind or args.like):
+        elif not (space or args.action_kind or args.like or recording.masks is not None):
             source += "; --action_kind continuous takes them as real numbers"
     recording.note(f"Actions: {len(low)} column{'s' * (len(low) > 1)} of {kind}, {span} ({source}).")
     if not discrete:

@@ -47,6 +47,11 @@ def plural(n, word):
     return f"{n:,} {word}{'s' * bool(n != 1)}"
 
 
+def show(text):
+    """A text, in quotes if spaces around it would not be seen."""
+    return repr(text) if isinstance(text, str) and text != text.strip() else str(text)
+
+
 def shorten(items):
     """The first of the items, with commas."""
     return textwrap.shorten(", ".join(map(str, items)), 300, placeholder=" ...")
@@ -319,27 +324,37 @@ def read_gap(text, distances):
 # ------------------------------------------------------------------------------------------------------ masks
 
 
-def mask_parts(names, patterns):
-    """The part of each mask's name that tells its action: what `*` stands for, the place in a list, or what follows the
-    beginning that all names share."""
+def mask_parts(names, patterns, whole):
+    """The part of each mask's name that tells its action: what `*` stands for, or what follows the beginning that all
+    names share. whole: the actions are numbers, which are not split: in `m10`, `m1*` stands for 10."""
     start = os.path.commonprefix(names)
-    start = re.sub(r"[^\W_]+$", "", start) if len(names) > 1 else ""
+    start = re.sub(r"[^\W_]*\[?$", "", start) if len(names) > 1 else ""
     parts = [name[len(start) :] for name in names]
     for pattern in patterns:
         if pattern.count("*") == 1 and pattern not in names:
             before, after = pattern.split("*")
+            if whole:
+                before, after = before.rstrip("0123456789"), after.lstrip("0123456789")
             for i, name in enumerate(names):
                 if name.startswith(before) and name.endswith(after):
                     parts[i] = name[len(before) : len(name) - len(after)]
-    places = [re.fullmatch(r"(.*)\[(\d+)\]", name) for name in names]
-    if all(places) and len({place[1] for place in places}) == 1:
-        parts = [place[2] for place in places]
     return parts
 
 
+def list_places(names):
+    """The places of columns that are one whole list, in the order of the names; None for other columns."""
+    places = [re.fullmatch(r"(.*)\[(\d+)\]", name) for name in names]
+    if not all(places) or len({place[1] for place in places}) > 1:
+        return None
+    numbers = [int(place[2]) for place in places]
+    if sorted(numbers) != [*range(len(names))]:
+        raise DataError(f"--mask names some places of a list, {shorten(names)}: name all of {places[0][1]}, from 0 on")
+    return numbers
+
+
 def match_masks(recording, names, masks, args, reader):
-    """Puts the mask columns [n, k] into the order of the actions, by their names if these name the actions, which are
-    then known from them; else as they stand."""
+    """Puts the mask columns [n, k] into the order of the actions, which are then known from their names or numbers. The
+    places of a list, and columns without numbers, are in the order of whole-number actions."""
     (entry, *others), recording.masks = recording.encoding["actions"], masks
     recording.encoding["masks"] = names
     if others:
@@ -349,34 +364,66 @@ def match_masks(recording, names, masks, args, reader):
     values, texts = recording.actions[:, 0], entry.get("values")
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         raise DataError(f"--mask is for discrete actions: column {entry['name']} holds real numbers")
-    known, parts = texts or np.unique(values).astype(np.int64).tolist(), mask_parts(names, args.mask)
     recording.actions = recording.actions.astype(np.int64)
-    if (numbers := all(part.isdecimal() for part in parts)) and not texts:
-        parts = [str(int(part)) for part in parts]
-    if twice := [part for part in parts if parts.count(part) > 1]:
-        alike = [name for name, part in zip(names, parts) if part == twice[0]]
-        raise DataError(f"--mask has several columns for action {twice[0]}: {shorten(alike)}")
-    missing = [str(x) for x in known if str(x) not in parts]
-    if not missing:
-        order = name_actions(recording, entry, parts, known, args)
-    elif numbers and (len(missing) == len(known) or names[0].endswith("]")):
-        order = sorted(range(len(parts)), key=lambda i: int(parts[i]))
-    elif texts or len(missing) < len(known):
-        raise DataError(
-            f"--mask {' '.join(args.mask)}: action {missing[0]} of {entry['name']} has no column; the columns stand "
-            f"for {shorten(parts)}"
-        )
+    known, places = texts or np.unique(values).astype(np.int64).tolist(), None if texts else list_places(names)
+    parts = mask_parts(names, args.mask, whole=not texts)
+    if places or not texts and not re.search(r"\d", "".join(parts)):
+        order = sorted(range(len(names)), key=lambda i: places[i]) if places else range(len(names))
+        count_actions(recording, entry, len(names), args)
     else:
-        order = range(len(parts))
+        parts = parts if texts else [find_number(*x, entry["name"]) for x in zip(names, parts)]
+        if twice := [part for part in parts if parts.count(part) > 1]:
+            alike = [name for name, part in zip(names, parts) if part == twice[0]]
+            raise DataError(f"--mask has several columns for action {twice[0]}: {shorten(alike)}")
+        if missing := [x for x in known if str(x) not in parts]:
+            refuse_names(names, args.mask, parts, missing, known, entry["name"])
+        order = name_actions(recording, entry, parts, known, args)
     recording.masks, recording.encoding["masks"] = masks[:, [*order]], [names[i] for i in order]
+
+
+def find_number(name, part, column):
+    """The number of an action, from the part of its mask's name."""
+    numbers = [part] if re.fullmatch(r"-?\d+", part) else re.findall(r"\d+", part)
+    if len(numbers) != 1 or len(numbers[0]) > 15:
+        raise DataError(
+            f"--mask: {column} holds whole numbers, and {name} does not tell which one it is for: use a pattern whose "
+            "* stands for the number"
+        )
+    return str(int(numbers[0]))
+
+
+def refuse_names(names, patterns, parts, missing, known, column):
+    """Raises DataError for actions without a mask, with the pattern that would find them, if there is one."""
+    start, cure = os.path.commonprefix(names), ""
+    if isinstance(known[0], str):
+        cure = ": the mask of a text needs that text in its name"
+        for i in range(len(start) * (len(missing) == len(known))):
+            if {name[i:] for name in names} & {*known}:
+                cure = f": give --mask '{start[:i]}*'"
+    raise DataError(
+        f"--mask {' '.join(patterns)}: action {show(missing[0])} of {column} has no column; the columns stand for "
+        f"{shorten(map(show, parts))}{cure}"
+    )
+
+
+def count_actions(recording, entry, n, args):
+    """Takes n actions from the lowest on: their masks have neither names nor numbers, so that only their order tells
+    which is for which."""
+    if args.action_low is not None:
+        return
+    low, high = recording.actions.min().item(), recording.actions.max().item()
+    if high - low + 1 != n:
+        raise DataError(
+            f"--mask {' '.join(args.mask)}: {plural(n, 'column')} without the numbers of actions, but {entry['name']} "
+            f"runs from {low} to {high}: give --action_low and --action_high, or masks with the numbers in their names"
+        )
+    recording.action_low, recording.action_high = np.array([low]), np.array([high])
 
 
 def name_actions(recording, entry, parts, known, args):
     """Takes the actions from the names of their masks, so that one that nobody took is known. Returns the order of the
     columns."""
     whole = isinstance(known[0], int) and not isinstance(known[0], bool)
-    if whole and (odd := [part for part in parts if not re.fullmatch(r"0|-?[1-9]\d{0,14}", part)]):
-        raise DataError(f"--mask has a column for {shorten(odd)}, but {entry['name']} holds whole numbers")
     if isinstance(known[0], bool) and len(parts) > 2:
         raise DataError(f"--mask has {len(parts)} columns for the truth values of {entry['name']}")
     order = sorted(range(len(parts)), key=lambda i: int(parts[i]) if whole else parts[i])
@@ -395,7 +442,9 @@ def name_actions(recording, entry, parts, known, args):
         raise DataError(f"the names of the masks tell the actions, {shorten(values)}: {cure}")
     recording.action_low, recording.action_high = np.array([low]), np.array([high])
     if idle := [value for value in values if value not in known]:
-        recording.note(f"Actions of {entry['name']} that no row took, known from the masks: {shorten(idle)}.")
+        recording.note(
+            f"Actions of {entry['name']} that no row took, known from the masks: {shorten(map(show, idle))}."
+        )
     return order
 
 
@@ -411,22 +460,24 @@ def check_choices(recording, low, high):
     if len(names) != (n := len(entry["values"])):
         raise DataError(
             f"--mask has {plural(len(names), 'column')}, but {entry['name']} has {plural(n, 'action')}, "
-            f"{shorten(entry['values'])}: it needs one column per action, with the action in its name"
+            f"{shorten(entry['values'])}: it needs one column per action"
         )
-    recording.note(f"Masks: {shorten(f'{x} is for {y}' for x, y in zip(names, entry['values']))}.")
+    recording.note(f"Masks: {shorten(f'{x} is for {show(y)}' for x, y in zip(names, entry['values']))}.")
     allowed = masks[np.arange(len(masks)), recording.actions[:, 0] - low[0]]
     for bad, words in ((~masks.any(axis=1), "the masks allow no action"), (~allowed, "")):
         if bad.any():
             i = bad.argmax()
             number = recording.actions[i, 0] - low[0]
-            words = words or f"the action is {entry['values'][number]}, which {names[number]} forbids"
+            words = words or f"the action is {show(entry['values'][number])}, which {names[number]} forbids"
             raise DataError(f"{words} in row {recording.rows[i]} (from 0): correct or remove such rows")
     recording.note(f"On average {masks.sum(axis=1).mean():.4g} of {len(names)} actions are allowed.")
 
 
 def tell_encoding(recording, size):
     entries = recording.encoding["observations"]
-    labels = [f"{x['name']}={value}" if "values" in x else x["name"] for x in entries for value in x.get("values", "-")]
+    labels = [
+        f"{x['name']}={show(value)}" if "values" in x else x["name"] for x in entries for value in x.get("values", "-")
+    ]
     recording.note(f"Observations ({size}): {', '.join(labels)}.")
     for entry in entries:
         if entry.get("offset"):

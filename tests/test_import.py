@@ -1019,11 +1019,30 @@ KINDS_OF_MASKS = {  # table; the pattern; names of the columns and values of the
         [1, 2, 3, 4],
     ),
     "named one by one": (masked(), "may_none may_mail may_fax may_call", [f"may_{x}" for x in NAMES], NAMES),
-    "one after the other": (
-        numbered(10, 11, 12, 9, taken=list("uvwzuv")),
+    "short patterns": (numbered("x2", "x0", "x1", "x3"), "m*", ["may_x0", "may_x1", "may_x2", "may_x3"], [0, 1, 2, 3]),
+    "a pattern within numbers": (
+        numbered(10, 12, 11, 13, taken=[10, 11, 12, 13, 10, 11]),
+        "may_1*",
+        ["may_10", "may_11", "may_12", "may_13"],
+        [10, 11, 12, 13],
+    ),
+    "numbers without a pattern": (
+        numbered("x2", "x0", "x1", "x3"),
+        "may_x2 may_x0 may_x3 may_x1",
+        ["may_x0", "may_x1", "may_x2", "may_x3"],
+        [0, 1, 2, 3],
+    ),
+    "negative numbers": (
+        numbered(-1, 0, 1, 2, taken=[-1, 0, 1, 2, -1, 0]),
         "may_*",
-        ["may_9", "may_10", "may_11", "may_12"],
-        ["u", "v", "w", "z"],
+        ["may_-1", "may_0", "may_1", "may_2"],
+        [-1, 0, 1, 2],
+    ),
+    "words with bounds": (
+        numbered("a", "b", "c", "d", taken=[1, 2, 1, 2, 1, 2]),
+        "may_a may_b may_c may_d --action_low 1 --action_high 4",
+        ["may_a", "may_b", "may_c", "may_d"],
+        [1, 2, 3, 4],
     ),
     "words for numbers": (
         numbered("a", "b", "c", "d", taken=[0, 1, 2, 3, 0, 1]),
@@ -1052,6 +1071,7 @@ def test_names_of_masks_tell_the_actions(case, run):
     assert metadata()["action_high"][0] - metadata()["action_low"][0] == len(names) - 1
 
 
+HATS = ["a_hat", "a_cap", "a_bag", "a_map"]
 BAD_MASKS = {
     "no action": (masked(allowed=ALLOWED & (np.arange(6) != 4)[:, None]), "may_*", ["no action in row 4"]),
     "another action": (
@@ -1062,8 +1082,38 @@ BAD_MASKS = {
     "one is missing": (masked(order=(0, 1, 3)), "may_*", ["action mail of offer has no column", "call, fax, none"]),
     "from 0 for from 1": (numbered(0, 1, 2, 3, taken=[1, 2, 3, 4, 1, 2]), "may_*", ["action 4 of offer has no column"]),
     "other texts": (numbered("a", "b", "c", "d", taken=list("uvwzuv")), "may_*", ["action u of offer has no column"]),
-    "too many": (numbered("a", "b", "c", "d"), "may_a may_b", ["2 columns, but offer has 3 actions, 0, 1, 3"]),
-    "a word among numbers": (numbered(0, 1, 3, "other"), "may_*", ["a column for other", "whole numbers"]),
+    "other numbers": (numbered(9, 10, 11, 12), "may_*", ["action 0 of offer has no column", "stand for 11, 9, 12, 10"]),
+    "numbers for texts": (
+        numbered(0, 1, 2, 3, taken=list("uvwzuv")),
+        "may_*",
+        ["action u of offer has no column", "the mask of a text needs that text in its name"],
+    ),
+    "full names": (
+        masked(HATS, [*HATS, *HATS[:2]]),
+        "may_a_hat may_a_cap",
+        ["action a_bag of offer has no column", "give --mask 'may_*'"],
+    ),
+    "a long pattern": (
+        masked(HATS, [*HATS, *HATS[:2]]),
+        "may_a*",
+        ["give --mask 'may_*'"],
+    ),
+    "a space": (masked(taken=[" mail", *TAKEN[1:]]), "may_*", ["action ' mail' of offer has no column"]),
+    "too few": (numbered("a", "b", "c", "d"), "may_a may_b", ["2 columns", "0 to 3", "--action_low and --action_high"]),
+    "too many": (
+        numbered("a", "b", "c", "d", taken=[1, 2, 3, 1, 2, 3]),
+        "may_*",
+        ["4 columns", "1 to 3", "--action_low and --action_high"],
+    ),
+    "too many bounds": (
+        numbered("a", "b", "c", "d"),
+        "may_* --action_low 0 --action_high 4",
+        ["4 columns, but offer has 5 actions"],
+    ),
+    "a word among numbers": (numbered(0, 1, 3, "other"), "may_*", ["may_other does not tell", "use a pattern"]),
+    "two numbers": (numbered("0_1", "0_2", "0_3", "0_0"), "m*", ["may_0_3 does not tell", "use a pattern"]),
+    "a long number": (numbered(0, 1, 3, "9" * 20), "may_*", ["does not tell which"]),
+    "places of a list": (numbered("[1]", "[0]", "[3]", "[4]"), "may*", ["some places of a list", "from 0 on"]),
     "two for one": (numbered(0, 1, 2, 3, can_1=1), "may_* can_*", ["several columns for action 1: may_1, can_1"]),
     "not flags": (masked(may_fax=2), "may_*", ["column may_fax is 2 in row 0", "0 or 1"]),
     "empty": (masked(may_fax=[1, None, 1, 1, 1, 1]), "may_*", ["may_fax is empty in row 1"]),
@@ -1326,20 +1376,26 @@ def test_lists_become_columns(case, run, root):
     assert read()[0][0][0].tolist() == numbers
 
 
-def test_a_list_holds_the_masks_in_the_order_of_the_actions(run):
-    table = LOG.assign(offer=[0, 2, 1, 0, 2, 1], ok=[[True, True, True, False]] * 6)
-    assert (
-        run(parts(".", {"log.parquet": table}) + "/log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[0]
-        == 0
-    )
-    assert stored("masks").tolist() == [[True, True, True, False]] * 6 and metadata()["action_high"] == [3]
+def test_a_list_holds_the_masks_in_the_order_of_the_actions(run, root):
+    """Which actions they are, the bounds tell, or data that span as many."""
+    options = ["log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok"]
+    table = LOG.assign(offer=[0, 3, 1, 0, 3, 1], ok=[[True, True, False, True]] * 6)
+    parts(".", {"log.parquet": table})
+    assert run(*options)[0] == 0 and metadata()["action_high"] == [3]
+    assert stored("masks").tolist() == [[True, True, False, True]] * 6
     assert metadata()["encoding"]["masks"] == [f"ok[{i}]" for i in range(4)]
+    out = run(*options, "--mask", "ok[3]", "ok[1]", "ok[2]", "ok[0]")[1]
+    assert "ok[0] is for 0" in out and stored("masks").tolist() == [[True, True, False, True]] * 6
+    parts(".", {"log.parquet": table.assign(offer=[1, 2, 4, 1, 2, 4])})
+    assert "ok[0] is for 1" in (out := run(*options)[1]) and "ok[3] is for 4" in out
+    table = table.assign(offer=[1, 2, 2, 1, 2, 1])
+    parts(".", {"log.parquet": table})
+    assert "ok[0] is for 1" in run(*options, "--action_low", 1, "--action_high", 4)[1]
+    assert "ok[0] is for 0" in run(*options, "--action_low", 0, "--action_high", 3, "--mask", "ok")[1]
+    shutil.rmtree(root)
+    refused(run(*options), 1, ["ok", "4 columns", "1 to 2", "--action_low and --action_high"], root)
     parts(".", {"log.parquet": table.assign(offer=list("uvwzuv"), ok=[[True] * 4] * 6)})
-    assert run("log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[0] == 0
-    assert "ok[3] is for z" in " ".join(metadata()["notes"])
-    parts(".", {"log.parquet": table.assign(offer=[1, 2, 3, 4, 1, 2], ok=[[True] * 4] * 6)})
-    out = run("log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[1]
-    assert "ok[0] is for 1" in out and "ok[3] is for 4" in out
+    refused(run(*options), 1, ["action u of offer has no column", "ok[0], ok[1]", "needs that text in its name"], root)
 
 
 def test_a_column_of_one_place_has_any_role(run):
