@@ -296,6 +296,7 @@ def find_ends(recording, columns, ordered, span, args):
     recording.note(f"{rows}, {plural(ends.sum(), 'episode')} {how}; steps: {span}.")
     goes_on &= ~flagged
     if "step" in columns:
+        refuse_ties(steps, goes_on[:-1], columns)
         tell_distances(steps, goes_on[:-1], recording.note, args.max_gap)
     return goes_on
 
@@ -495,7 +496,7 @@ class Reader:
     def __init__(self, path, args, like):
         self.csv, self.decimal = not is_parquet(path), args.decimal or "."
         self.day_first = None if args.day_first is None else args.day_first == "True"
-        self.like, self.like_id, self.unseen, self.notes = like, args.like, args.unseen, []
+        self.max_gap, self.like, self.like_id, self.unseen, self.notes = args.max_gap, like, args.like, args.unseen, []
         # An environment does not know an offset, so only what could not be stored gets one there.
         self.limits = () if args.eval_env not in (None, "none") else (1e-5, 1e-6)
 
@@ -678,7 +679,7 @@ class Reader:
             if self.check_texts(name, codes, texts):
                 column = pandas.to_numeric(texts).iloc[codes]
             else:
-                column = read_dates(name, texts, codes, self.day_first, self.notes).iloc[codes]
+                column = read_dates(name, texts, codes, self.day_first, self.max_gap, self.notes).iloc[codes]
         elif kind in ("date", "datetime", "datetime64"):
             try:
                 column = pandas.to_datetime(column, utc=True)
@@ -707,8 +708,9 @@ def tell_counts(counts):
 # ------------------------------------------------------------------------------------------------ steps and dates
 
 
-def read_dates(name, texts, codes, day_first, notes):
-    """The times of different texts, in ISO 8601 or else in one format. codes [n]: the text of each row."""
+def read_dates(name, texts, codes, day_first, max_gap, notes):
+    """The times of different texts, in ISO 8601 or else in one format. codes [n]: the text of each row. max_gap: the
+    distances between them end episodes."""
     import pandas
 
     def parse(format):
@@ -745,10 +747,15 @@ def read_dates(name, texts, codes, day_first, notes):
     if format.startswith("%Y"):
         reading = None
     if len(good) > 1:
-        orders = [times.rank(method="dense") for times in good.values()]
+        orders, distances = zip(*((x.rank(method="dense"), x.sort_values().diff()[1:]) for x in good.values()))
+        what = "distances, which --max_gap compares" if max_gap else ""
         if (orders[0] != orders[1]).any():
+            what = "orders of the rows"
+        elif not what or (distances[0] == distances[1]).all():
+            what = ""
+        if what:
             raise DataError(
-                f"{name} can be read day-first and month-first, in different orders of the rows, such as {texts[0]!r}: "
+                f"{name} can be read day-first and month-first, with different {what}, such as {texts[0]!r}: "
                 "give --day_first True or --day_first False"
             )
         notes.append(
@@ -760,13 +767,27 @@ def read_dates(name, texts, codes, day_first, notes):
     return good[format]
 
 
+def refuse_ties(steps, goes_on, columns):
+    """Raises DataError if most rows share their step with a neighbour of their episode, as in several series whose rows
+    lie between each other. steps [n], in order; goes_on [n - 1]: the next row is of the same episode."""
+    alike = goes_on & (steps[1:] == steps[:-1])
+    inside, shared = (int((np.append(x, False) | np.append(False, x)).sum()) for x in (goes_on, alike))
+    if shared * 2 > inside:
+        (step,), more = columns["step"], " too" * bool(columns["episode"])
+        raise DataError(
+            f"{shared:,} of {plural(inside, 'row')} have the same {step} as a neighbour in their episode: if the table "
+            f"holds several series, name the column that tells them apart as --episode{more}; else give a finer "
+            "--step, or sort the file and leave out --step"
+        )
+
+
 def tell_distances(steps, goes_on, note, max_gap):
     """Notes equal steps and gaps within episodes. steps [n], in order; goes_on [n - 1]: the next row is of the same."""
     import pandas
 
     distances = (steps[1:] - steps[:-1])[goes_on]
     if ties := int((distances == distances * 0).sum()):
-        note(f"Same step as the row before: {plural(ties, 'row')}, which keep the file's order.")
+        note(f"Same step as the row before: {plural(ties, 'row')}, in the file's order.")
     if len(distances) == ties:
         return
     typical = np.sort(distances)[(ties + len(distances) - 1) // 2]  # a median that is one of them, without ties

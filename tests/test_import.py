@@ -622,6 +622,38 @@ def test_distances_between_steps_are_told(run):
     assert "1 of 4 distances" in log_run(run, "--terminal end --step t")[1]  # none between two episodes
 
 
+def test_series_that_are_merged_are_refused(run, root):
+    """Rows of several plants lie between each other, though some are missing; an episode of each is well."""
+    table = pd.concat([LOG.assign(plant=plant, gain=float(i)) for i, plant in enumerate("uvw")]).sort_values("t")
+    options = "--terminal none --step t"
+    refused(log_run(run, options, table), 1, ["18 of 18 rows have the same t", "--episode; else give a finer"], root)
+    two = table[table.plant != "w"].drop_duplicates(["t", "plant"])[2:-1]
+    for some in (two, two.assign(end=0)):
+        refused(log_run(run, f"{options} --timeout end", some), 1, ["have the same t", "--episode;"], root)
+    table["site"] = "a"
+    refused(log_run(run, f"{options} --episode site", table), 1, ["as --episode too; else"], root)
+    assert log_run(run, f"{options} --episode plant", table)[0] == 0 and read()[1] == [5, 5, 5]
+    assert log_run(run, "--terminal all --step t", table)[0] == 0
+    few = LOG.assign(t=[0, 0, 1, 2, 3, 4])
+    assert "Same step as the row before: 1 row, in" in log_run(run, options, few)[1]
+    assert log_run(run, "--terminal end --step t", LOG.assign(t=0, end=1))[0] == 0
+
+
+def test_distances_that_depend_on_the_reading_of_dates_are_refused_as_gaps(run, root):
+    """Both readings give one order, but other gaps."""
+    times = ["01/02/2024 10:00", "01/02/2024 10:10", "02/02/2024 10:00", "02/02/2024 10:10", "05/05/2024 9:00"]
+    table = LOG[:5].assign(t=times)
+    options = "--terminal none --step t"
+    assert "same order day-first and month-first" in log_run(run, options, table)[1]
+    shutil.rmtree(root)
+    words = ["with different distances, which --max_gap compares", "--day_first True"]
+    refused(log_run(run, f"{options} --max_gap 3d", table), 1, words, root)
+    for reading, lengths in (("True", [3]), ("False", [1, 1])):
+        assert log_run(run, f"{options} --max_gap 3d --day_first {reading}", table)[0] == 0 and read()[1] == lengths
+    one_day = table.assign(t=[f"01/02/2024 1{i}:00" for i in range(5)])
+    assert log_run(run, f"{options} --max_gap 2h", one_day)[0] == 0 and read()[1] == [4]
+
+
 def csv_run(run, text, **changes):
     Path("table.csv").write_text(text)
     options = {"episode": "e", "observations": "x", "actions": "a", "reward": "r", "terminal": "d"} | changes
