@@ -127,13 +127,18 @@ WORDS = {"terminal": ("all", "none"), "timeout": ("none",)}  # that stand in pla
 
 
 def pick(patterns, columns, role, taken=()):
-    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken. `x`
-    stands for `x[0]`, `x[1]`, ... too."""
+    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken, a dict
+    with the option of each. `x` stands for `x[0]`, `x[1]`, ... too."""
     picked = []
     for pattern in patterns:
         found = [pattern] if pattern in columns else [x for x in columns if x.startswith(f"{pattern}[")]
         if not found and role in MANY:
-            found = [x for x in fnmatch.filter(columns, pattern) if x not in taken]
+            fits = fnmatch.filter(columns, pattern)
+            found = [x for x in fits if x not in taken]
+            if fits and not found:
+                options = ", ".join(dict.fromkeys(f"--{taken[x]}" for x in fits))
+                cure = "a pattern skips them; name them in full to use them twice"
+                raise DataError(f"--{role} {pattern}: its columns are taken by {options}; {cure}")
         if not found:
             has = shorten(map(repr, columns))
             raise DataError(f"--{role} {pattern}: there is no such column; the table has {has}")
@@ -154,15 +159,15 @@ def pick_all(args, names, like):
     for role, name in single.items():
         if name in WORDS.get(role, ()):
             if name in names:
-                raise DataError(f"--{role} {name} is a word of this program, but a column too: rename the column")
+                raise DataError(f"`{name}` is a word of --{role} and also a column: rename the column")
         elif name is not None:
             columns[role] = pick([name], names, options.get(role, role))
-    taken = [name for role in columns for name in columns[role]]
+    taken = {name: options.get(role, role) for role in columns for name in columns[role]}
     if args.mask or like and "masks" in like["encoding"]:
         columns["mask"] = pick_columns("mask", args.mask, args, names, taken, like)
-        taken += columns["mask"]
+        taken |= dict.fromkeys(columns["mask"], "mask")
     columns["actions"] = pick_columns("actions", args.actions, args, names, taken, like)
-    taken += columns["actions"]
+    taken |= dict.fromkeys(columns["actions"], "actions")
     columns["observations"] = pick_columns("observations", args.observations, args, names, taken, like)
     return columns
 
@@ -291,9 +296,9 @@ def find_ends(recording, columns, ordered, span, args):
     if early := (recording.terminals & goes_on).sum() if by else 0:
         recording.note(f"{plural(early, 'terminal row')} before the last row of an episode, which is split there.")
     marks = " or ".join(columns[role][0] for role in ("terminal", "timeout") if role in columns)
-    how = f"by {by}" if by else f"ended by {marks}" if marks else "without an end"
+    how = f" by {by}" if by else f" ended by {marks}" if marks else ", none terminal"
     ends = ~goes_on if by else ~goes_on | flagged
-    recording.note(f"{rows}, {plural(ends.sum(), 'episode')} {how}; steps: {span}.")
+    recording.note(f"{rows}, {plural(ends.sum(), 'episode')}{how}; steps: {span}.")
     goes_on &= ~flagged
     if "step" in columns:
         refuse_ties(steps, goes_on[:-1], columns)
@@ -311,7 +316,7 @@ def read_gap(text, distances):
         gap = None
     if distances.dtype.kind != "m":
         if gap is None or not gap > 0:
-            raise DataError(f"--max_gap {text}: the steps are numbers, so give one above 0")
+            raise DataError(f"--max_gap {text}: the steps are numbers, so give a number above 0")
         return gap
     try:
         duration = pandas.Timedelta(text) if gap is None else pandas.NaT

@@ -689,6 +689,10 @@ CSV = {  # text; observations or words of the error; options
                             ["a holds '1,5'", "--decimal ,"], {}),
     "two columns of one name": (ROWS.replace("e,x,a", "x,x,a").format("1", "2"), ["several columns are named x"],
                                 {"episode": "a"}),
+    "a line for spreadsheets": ("sep=;\n" + ROWS.replace(",", ";").format("1", "2"), ["'sep='", "remove it"], {}),
+    "that line, commas": ("sep=,\n" + ROWS.format("1", "2"), ["'sep='", "remove it"], {}),
+    "bars": (ROWS.replace(",", "|").format("1", "2"), ["'e|x|a|r|d', has one column", "semicolons or tabs"], {}),
+    "spaces": (ROWS.replace(",", " ").format("1", "2"), ["'e x a r d', has one column"], {}),
     "an index": ("," + ROWS.format("1", "2").replace("\n1", "\n0,1"), [[1], [2]], {}),
     "episodes as observations": (ROWS.format("1", "2"), [[1], [1]], {"observations": "e"}),
     "thousands in one row": (ROWS.format('"1,000"', "950"), ["x holds '1,000'", "separators of thousands"], {}),
@@ -879,7 +883,7 @@ ENDS = {  # options; x of each stored episode, which of them end in a terminal r
         "tttttt",
         "in the order of user, t.",
     ),
-    "a plant": ("--terminal none", [[0, 1, 2, 3, 4]], "-", "6 rows, 1 episode without an end; steps: the file's order"),
+    "a plant": ("--terminal none", [[0, 1, 2, 3, 4]], "-", "6 rows, 1 episode, none terminal; steps: the file's order"),
     "a plant, sorted": ("--terminal none --step gain", [[0, 1, 2, 3, 4]], "-", "steps: 1.0 to 32.0"),
     "a plant that stopped": ("--terminal none --timeout cut", [[0], [2, 3, 4]], "--", "2 episodes ended by cut"),
     "flags alone": ("--terminal end", [[0, 1, 2], [3, 4, 5]], "tt", "2 episodes ended by end"),
@@ -960,7 +964,7 @@ BAD_ENDS = {
     "time-outs of a bandit": ("--terminal all --timeout cut", 2, ["--terminal all leaves nothing to --timeout"]),
     "gaps of a bandit": ("--terminal all --step t --max_gap 3", 2, ["--max_gap"]),
     "gaps without steps": ("--terminal none --max_gap 3", 2, ["--max_gap goes with --step"]),
-    "a gap of 0": ("--terminal none --step t --max_gap 0", 1, ["--max_gap 0: the steps are numbers"]),
+    "a gap of 0": ("--terminal none --step t --max_gap 0", 1, ["steps are numbers, so give a number above 0"]),
     "a duration for numbers": ("--terminal none --step t --max_gap 2h", 1, ["--max_gap 2h: the steps are numbers"]),
     "a number for times": ("--terminal none --step user --max_gap 3", 1, ["user is neither numbers nor times"]),
     "a pattern for episodes": ("--terminal none --episode user vis*", 1, ["--episode vis*: there is no such column"]),
@@ -979,8 +983,15 @@ def test_ends_that_make_no_sense_are_one_line(case, run, root):
 
 def test_the_words_for_ends_and_columns_of_that_name_exclude_each_other(run, root):
     for word in ("all", "none"):
-        refused(log_run(run, f"--terminal {word}", LOG.assign(**{word: 0})), 1, [f"--terminal {word} is a word"], root)
-    refused(log_run(run, "--terminal end --timeout none", LOG.assign(none=0)), 1, ["--timeout none is a word"], root)
+        refused(
+            log_run(run, f"--terminal {word}", LOG.assign(**{word: 0})),
+            1,
+            [f"`{word}` is a word of --terminal and also"],
+            root,
+        )
+    refused(
+        log_run(run, "--terminal end --timeout none", LOG.assign(none=0)), 1, ["`none` is a word of --timeout"], root
+    )
 
 
 def test_gaps_between_times_are_durations(run, root):
@@ -1197,6 +1208,18 @@ def test_a_pattern_leaves_masks_and_propensities_to_their_roles(run):
     assert names == ["user", "visit", "t", "x", "end", "cut", "next.done"]
 
 
+def test_a_pattern_whose_columns_are_taken_says_by_which_option(run, root):
+    for options, words in (
+        ("--observations may_*", ["--observations may_*: its columns are taken by --mask", "name them in full"]),
+        ("--observations off*", ["--observations off*: its columns are taken by --actions"]),
+        ("--observations x --actions ga*", ["--actions ga*: its columns are taken by --cost"]),
+        ("--observations may_* user --episode user --terminal none", ["taken by --mask"]),
+    ):
+        refused(log_run(run, f"--terminal all --mask may_* {options}", masked(), role="--cost gain"), 1, words, root)
+    options = "--terminal all --mask may_* --observations may_mail x"
+    assert log_run(run, options, masked())[0] == 0
+
+
 def test_a_later_log_has_the_masks_of_the_first(run):
     assert log_run(run, "--terminal all --mask may_*", masked())[0] == 0
     like = ["--id", "test/like-v0", "--like", ID, "--reward", "gain", "--terminal", "all", "--force"]
@@ -1258,6 +1281,42 @@ def test_files_of_other_names_are_tables(name, run):
     if "tsv" not in name.lower() and name != "t.CSV":
         Path(name).write_bytes(content[: len(content) // 2])
         one_line(run(name, "--id", ID, "--force", *options), 1, [name, "damaged"])
+
+
+def test_commas_in_a_tsv_file_are_one_line(run, root):
+    LOG.to_csv("t.tsv", index=False)
+    refused(run("t.tsv", *FROM_PARTS, "--terminal", "all"), 1, ["has one column: separate columns by tabs"], root)
+
+
+@pytest.mark.parametrize("name", ["ratings.txt", "ratings.dat", "ratings.json", "ratings.txt.gz", "ratings"])
+def test_tables_of_other_names_are_one_line(name, run, root):
+    LOG.to_csv(name, index=False)
+    for options in ([], FROM_PARTS[2:]):
+        refused(run(name, "--id", ID, *options), 2, [f"{name} is not an HDF5 file: rename it to .csv"], root)
+    shutil.move(write(), name)
+    assert run(name, "--id", ID)[0] == 0
+
+
+@pytest.mark.parametrize("cut", [["1,u,0.5,0,c", "2,v,1,1"], ["1,u,0.5,0", "2,v,1,1,c"], ["1,u,0.5,0,c", "2,v,1,1,"]])
+def test_rows_without_their_last_field_are_counted(cut, run, root):
+    """If the last column is used they are refused, as empty."""
+    Path("t.csv").write_text("\n".join(["x,a,r,d,comment", *cut, "3,v,1,1,c"]))
+    options = ["t.csv", "--id", ID, "--force", "--actions", "a", "--reward", "r", "--terminal", "d"]
+    row = 0 if cut[0].endswith("0") else 1
+    refused(run(*options, "--observations", "x", "comment"), 1, [f"column comment is empty in row {row}"], root)
+    out = run(*options, "--observations", "x")[1]
+    assert f"The last column, comment, is empty in 1 of 3 rows, first in row {row} (from 0)" in out
+    Path("t.csv").write_text("\n".join(["x,a,r,d,comment", "1,u,1,0,c", "2,u,1,1,c"]))
+    assert "last column" not in run(*options, "--observations", "x")[1]
+
+
+def test_spaces_around_a_category_are_shown(run):
+    table = masked(["call", "fax", " mail", "none"], [" mail", *TAKEN[1:4], " mail", "call"]).assign(
+        user=list("abcab ")
+    )
+    out = log_run(run, "--terminal all --mask may_* --observations user", table)[1]
+    assert "user=' ', user=a, user=b, user=c" in out and "0 is ' mail', 1 is call" in out
+    assert "may_ mail is for ' mail'" in out
 
 
 def test_a_comma_in_a_name_of_a_tsv_file_is_no_separator(run):
