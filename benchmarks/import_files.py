@@ -82,7 +82,7 @@ def read_csv(path, separator, decimal, note, columns, texts, codes):
             if "Calling read(nbytes)" in str(error):  # pandas makes this of Ctrl-C
                 raise KeyboardInterrupt from error
             raise
-    if table.columns[-1] not in columns and (empty := table.iloc[:, -1].isna().to_numpy()).any():
+    if (empty := table.iloc[:, -1].isna().to_numpy()).any():
         rows = f"{empty.sum():,} of {len(empty):,} rows, first in row {empty.argmax()} (from 0)"
         note(f"The last column, {table.columns[-1]}, is empty in {rows}: check that such rows do not lack a field.")
     whole = [name for name in codes if pandas.api.types.is_integer_dtype(table[name])]

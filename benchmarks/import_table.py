@@ -372,7 +372,7 @@ def match_masks(recording, names, masks, args, reader):
         raise DataError(f"--mask is for discrete actions: column {entry['name']} holds real numbers")
     recording.actions = recording.actions.astype(np.int64)
     known, places = texts or np.unique(values).astype(np.int64).tolist(), None if texts else list_places(names)
-    parts = mask_parts(names, args.mask, whole=not texts)
+    parts = names if {*known} <= {*names} else mask_parts(names, args.mask, whole=not texts)
     if places or not texts and not re.search(r"\d", "".join(parts)):
         order = sorted(range(len(names)), key=lambda i: places[i]) if places else range(len(names))
         count_actions(recording, entry, len(names), args)
@@ -401,9 +401,9 @@ def find_number(name, part, column):
 def refuse_names(names, patterns, parts, missing, known, column):
     """Raises DataError for actions without a mask, with the pattern that would find them, if there is one."""
     start, cure = os.path.commonprefix(names), ""
-    if isinstance(known[0], str):
-        cure = ": the mask of a text needs that text in its name"
-        for i in range(len(start) * (len(missing) == len(known))):
+    if isinstance(known[0], (str, bool)):
+        cure = ": the mask of a text needs that text in its name, at the * of a pattern"
+        for i in range(1, (len(start) + 1) * (len(missing) == len(known))):
             if {name[i:] for name in names} & {*known}:
                 cure = f": give --mask '{start[:i]}*'"
     raise DataError(
@@ -752,12 +752,13 @@ def read_dates(name, texts, codes, day_first, max_gap, notes):
     if format.startswith("%Y"):
         reading = None
     if len(good) > 1:
-        orders, distances = zip(*((x.rank(method="dense"), x.sort_values().diff()[1:]) for x in good.values()))
-        what = "distances, which --max_gap compares" if max_gap else ""
+        orders = [times.rank(method="dense") for times in good.values()]
+        distances = [times.sort_values().diff().to_numpy()[1:] for times in good.values()]
+        what = ""
         if (orders[0] != orders[1]).any():
             what = "orders of the rows"
-        elif not what or (distances[0] == distances[1]).all():
-            what = ""
+        elif max_gap and (distances[0] != distances[1]).any():
+            what = "distances, which --max_gap compares"
         if what:
             raise DataError(
                 f"{name} can be read day-first and month-first, with different {what}, such as {texts[0]!r}: "
@@ -792,7 +793,7 @@ def tell_distances(steps, goes_on, note, max_gap):
 
     distances = (steps[1:] - steps[:-1])[goes_on]
     if ties := int((distances == distances * 0).sum()):
-        note(f"Same step as the row before: {plural(ties, 'row')}, in the file's order.")
+        note(f"Same step as the row before: {plural(ties, 'row')}, left in the file's order.")
     if len(distances) == ties:
         return
     typical = np.sort(distances)[(ties + len(distances) - 1) // 2]  # a median that is one of them, without ties

@@ -635,7 +635,7 @@ def test_series_that_are_merged_are_refused(run, root):
     assert log_run(run, f"{options} --episode plant", table)[0] == 0 and read()[1] == [5, 5, 5]
     assert log_run(run, "--terminal all --step t", table)[0] == 0
     few = LOG.assign(t=[0, 0, 1, 2, 3, 4])
-    assert "Same step as the row before: 1 row, in" in log_run(run, options, few)[1]
+    assert "Same step as the row before: 1 row, left in the file's order." in log_run(run, options, few)[1]
     assert log_run(run, "--terminal end --step t", LOG.assign(t=0, end=1))[0] == 0
 
 
@@ -1007,6 +1007,7 @@ def test_gaps_between_times_are_durations(run, root):
 # ----------------------------------------------------------------------------------- masks and propensities
 
 NAMES = ["call", "fax", "mail", "none"]
+HATS = ["a_hat", "a_cap", "a_bag", "a_map"]
 ALLOWED = np.array([[1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0], [1, 0, 1, 1]], bool)
 TAKEN = ["mail", "none", "call", "none", "mail", "call"]  # nobody took fax
 
@@ -1062,6 +1063,12 @@ KINDS_OF_MASKS = {  # table; the pattern; names of the columns and values of the
         [1, 2, 3, 4],
     ),
     "named one by one": (masked(), "may_none may_mail may_fax may_call", [f"may_{x}" for x in NAMES], NAMES),
+    "columns named as the actions are": (
+        masked(HATS, [*HATS, *HATS[:2]], np.ones((6, 4), bool)).rename(columns=lambda x: x.removeprefix("may_")),
+        "a_hat a_cap a_bag a_map",
+        sorted(HATS),
+        sorted(HATS),
+    ),
     "short patterns": (numbered("x2", "x0", "x1", "x3"), "m*", ["may_x0", "may_x1", "may_x2", "may_x3"], [0, 1, 2, 3]),
     "a pattern within numbers": (
         numbered(10, 12, 11, 13, taken=[10, 11, 12, 13, 10, 11]),
@@ -1114,7 +1121,6 @@ def test_names_of_masks_tell_the_actions(case, run):
     assert metadata()["action_high"][0] - metadata()["action_low"][0] == len(names) - 1
 
 
-HATS = ["a_hat", "a_cap", "a_bag", "a_map"]
 BAD_MASKS = {
     "no action": (masked(allowed=ALLOWED & (np.arange(6) != 4)[:, None]), "may_*", ["no action in row 4"]),
     "another action": (
@@ -1135,6 +1141,11 @@ BAD_MASKS = {
         masked(HATS, [*HATS, *HATS[:2]]),
         "may_a_hat may_a_cap",
         ["action a_bag of offer has no column", "give --mask 'may_*'"],
+    ),
+    "names in one word": (
+        masked(HATS, [x[2:] for x in [*HATS, *HATS[:2]]]).rename(columns=lambda x: x.replace("_a_", "")),
+        "mayhat maycap maybag maymap",
+        ["give --mask 'may*'"],
     ),
     "a long pattern": (
         masked(HATS, [*HATS, *HATS[:2]]),
