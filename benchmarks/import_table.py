@@ -137,8 +137,8 @@ def pick(patterns, columns, role, taken=()):
             found = [x for x in fits if x not in taken]
             if fits and not found:
                 options = ", ".join(dict.fromkeys(f"--{taken[x]}" for x in fits))
-                cure = "a pattern skips them; name them in full to use them twice"
-                raise DataError(f"--{role} {pattern}: its columns are taken by {options}; {cure}")
+                cure = "a pattern skips them, so name them in full to use them twice"
+                raise DataError(f"--{role} {pattern}: its columns are taken by {options}: {cure}")
         if not found:
             has = shorten(map(repr, columns))
             raise DataError(f"--{role} {pattern}: there is no such column; the table has {has}")
