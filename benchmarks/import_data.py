@@ -72,6 +72,7 @@ from import_table import (
     read_table,
     refuse_precision,
     shorten,
+    show,
 )
 from tqdm import tqdm
 
@@ -379,7 +380,7 @@ def fit_actions(recording, args, space):
     if args.like:
         source = cure = f"those of {args.like}"
     elif recording.masks is not None and given and not args.action_low:
-        source = cure = "named by the masks"
+        source = cure = "one per mask"
     spans = [[f"{x:.10g}" for x in bound] for bound in (low, high)]
     span = " to ".join(x[0] if len({*x}) == 1 else f"[{shorten(x)}]" for x in spans)
     margin = 0 if discrete else TOLERANCE * (high - low)
@@ -390,7 +391,7 @@ def fit_actions(recording, args, space):
         kind = "whole numbers (Discrete)" if len(low) == 1 else "whole numbers (MultiDiscrete)"
         if texts:
             source = f"categories of {shorten(texts)}"
-        elif not (space or args.action_kind or args.like):
+        elif not (space or args.action_kind or args.like or recording.masks is not None):
             source += "; --action_kind continuous takes them as real numbers"
     recording.note(f"Actions: {len(low)} column{'s' * (len(low) > 1)} of {kind}, {span} ({source}).")
     if not discrete:
@@ -415,7 +416,7 @@ def number_actions(recording, entries, low, high, free):
             actions[:, i] = np.searchsorted(values, actions[:, i])
             low[i], high[i], entry["values"] = 0, len(values) - 1, values.tolist()
         if "values" in entry and entry["values"] != [*range(low[i], high[i] + 1)]:
-            numbers = shorten(f"{low[i] + k} is {value}" for k, value in enumerate(entry["values"]))
+            numbers = shorten(f"{low[i] + k} is {show(value)}" for k, value in enumerate(entry["values"]))
             recording.note(f"Actions of {entry['name']}{why}: {numbers}.")
     if np.prod(high - low + 1.0) > MAX_ACTIONS:
         raise DataError(f"there are more than {MAX_ACTIONS:,} actions in all: give --action_kind continuous")
@@ -849,6 +850,7 @@ def check_arguments(args, parser):
         )
     done = args.terminal if args.terminal and DONE.search(args.terminal) and args.timeout is None else None
     table = bool(files) and is_table(files[0])
+    known = [x for x in files if is_table(x) or extension(x) in (".hdf5", ".h5", ".npz") or h5py.is_hdf5(x)]
     inputs = [value for value in (args.sources, args.all, args.combine, args.list) if value]
     joining = ("sources", "all", "combine", "rows", "id", "force", "list", "command")
     others = [f"--{name}" for name, value in vars(args).items() if value is not None and name not in joining]
@@ -865,7 +867,8 @@ def check_arguments(args, parser):
         "--rows takes a number of at least 1 for each dataset of --combine": counted,
         "name a file alone": not files or len(args.sources) == 1,
         "a file and --combine need --id; D4RL names take none": bool(files or args.combine) == (args.id is not None),
-        f"{', '.join(f'--{name}' for name in given)}: for tables alone": not given or table,
+        f"{files[0] if files else None} is not an HDF5 file: rename it to .csv if it is a table": known == files,
+        f"{', '.join(f'--{name}' for name in given)}: only for tables": not given or table,
         f"a table needs {', '.join(missing)}": not missing or not table,
         "--reward and --cost exclude each other": args.reward is None or args.cost is None,
         f"--terminal {done}: such flags are often 1 at time-outs too. Add --timeout none if this one is 1 only where "

@@ -3,6 +3,7 @@ column of lists becomes one column per place, `name[0]`, `name[1]`, ..."""
 
 import contextlib
 import re
+import textwrap
 import urllib.parse
 import warnings
 from pathlib import Path
@@ -48,15 +49,20 @@ def open_csv(path, decimal, note):
     separators = "\t" if extension(path) == ".tsv" else ",;\t"
     rows = {separator: pandas.read_csv(path, sep=separator, **first) for separator in separators}
     separator = max(rows, key=lambda x: rows[x].shape[1])
+    if (line := str(rows[separator].iloc[0, 0])).lower().startswith("sep="):
+        raise DataError(f"its first line, {line!r}, is for spreadsheets only: remove it")
+    if rows[separator].shape[1] == 1:
+        marks = "tabs" if extension(path) == ".tsv" else "commas, semicolons or tabs"
+        raise DataError(f"its first line, {textwrap.shorten(line, 80)!r}, has one column: separate columns by {marks}")
     if separator != separators[0]:
         note(f"The columns are separated by {'semicolons' if separator == ';' else 'tabs'}.")
     names = [name or f"Unnamed: {i}" for i, name in enumerate(rows[separator].iloc[0])]  # as pandas names them
-    return names, lambda *columns: read_csv(path, separator, decimal, *columns)
+    return names, lambda *columns: read_csv(path, separator, decimal, note, *columns)
 
 
-def read_csv(path, separator, decimal, columns, texts, codes):
+def read_csv(path, separator, decimal, note, columns, texts, codes):
     """Returns some columns of a CSV file, in which only an empty field is empty; `texts` of them as they stand there.
-    The other columns are read too, since pandas passes over a row that is too long if it is to read some alone. Raises
+    The other columns are read too, since pandas lets a row that is too long pass if it reads only some. Raises
     DataError for leading zeros in `codes`."""
     import pandas
 
@@ -76,6 +82,9 @@ def read_csv(path, separator, decimal, columns, texts, codes):
             if "Calling read(nbytes)" in str(error):  # pandas makes this of Ctrl-C
                 raise KeyboardInterrupt from error
             raise
+    if (empty := table.iloc[:, -1].isna().to_numpy()).any():
+        rows = f"{empty.sum():,} of {len(empty):,} rows, first in row {empty.argmax()} (from 0)"
+        note(f"The last column, {table.columns[-1]}, is empty in {rows}: check that such rows do not lack a field.")
     whole = [name for name in codes if pandas.api.types.is_integer_dtype(table[name])]
     if whole:
         written = pandas.read_csv(path, **options | {"dtype": str, "usecols": whole})
@@ -94,7 +103,7 @@ def read_csv(path, separator, decimal, columns, texts, codes):
 
 def find_parts(path):
     """Returns the Parquet files of a folder, file 2 before file 10, and what else is there. In LeRobot's layout they
-    are in its folder `data`. What begins with `_` or `.` is passed over, as Spark's _SUCCESS."""
+    are in its folder `data`. What begins with `_` or `.` is skipped, as Spark's _SUCCESS."""
 
     def natural(part):
         pieces = re.split(r"(\d+)", part.relative_to(path).as_posix())
@@ -137,7 +146,7 @@ def open_parquet(path, note):
     if not parts:
         raise DataError("the folder holds no Parquet files (.parquet); name a CSV file itself")
     if path.is_dir():
-        passed = f"; {len(others):,} of other kinds passed over, such as {others[0].name}" if others else ""
+        passed = f"; {len(others):,} of other kinds skipped, such as {others[0].name}" if others else ""
         ends = " to ".join(dict.fromkeys(str(part.relative_to(path)) for part in (parts[0], parts[-1])))
         note(f"Parquet files of the folder: {len(parts):,}, {ends}{passed}.")
     keys = [hive_keys(part, path) if path.is_dir() else {} for part in parts]

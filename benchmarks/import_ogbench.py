@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 from common import DataError
-from import_table import check_flags, check_numbers
+from import_table import check_flags, check_numbers, plural
 
 PACKAGE = "pip install -r requirements.txt ogbench==1.2.2"  # alone it takes a MuJoCo that our robots do not know
 COLUMNS = ("observations", "actions", "terminals")
@@ -29,7 +29,7 @@ def read_ogbench(path, task):
     except Exception as error:  # NumPy and zipfile raise nearly anything for a damaged file
         raise DataError(f"it is damaged or not a .npz file of arrays: {error}") from error
     if missing := [key for key in COLUMNS if key not in columns]:
-        raise DataError(f"it lacks {', '.join(missing)}; it has {', '.join(columns) or 'none of its columns'}")
+        raise DataError(f"it lacks {', '.join(missing)}" + f"; it has {', '.join(columns)}" * bool(columns))
     if "timeouts" in columns:
         raise DataError("it has timeouts, which OGBench's layout lacks: store D4RL's layout as HDF5")
     columns = {key: column for key, column in columns.items() if key != "valids" or "next_observations" not in columns}
@@ -52,8 +52,8 @@ def read_ogbench(path, task):
         example = "such as pointmaze-medium-navigate-singletask-v0"
         raise DataError(f"it has no rewards: --task names the task of OGBench whose rewards are added, {example}")
     successes = columns.pop("masks", np.ones(len(columns["rewards"]))) == 0
-    counted = f"{successes.sum():,} rows are terminal, where masks are 0; each ends an episode."
-    notes.append(counted if successes.any() else "No masks that are 0: no row is terminal.")
+    counted = f"Terminal: {plural(successes.sum(), 'row')}, where masks are 0; each ends an episode."
+    notes.append(counted if successes.any() else "No mask is 0, so no row is terminal.")
     return columns | {"terminals": successes, "timeouts": columns["timeouts"] & ~successes}, notes, environment
 
 
@@ -72,7 +72,9 @@ def to_transitions(columns):
             check_numbers(np.where(last, 0, columns[key].T).T, key)
     following = columns["observations"][1:][~last[:-1]]
     columns = {key: column[~last] for key, column in columns.items()} | {"rows": np.flatnonzero(~last)}
-    note = f"{last.sum():,} rows were dropped: the last of each trajectory, since nothing tells where its action led."
+    note = (
+        f"Dropped: {plural(last.sum(), 'row')}, the last of each trajectory, since nothing tells where its action led."
+    )
     return columns | {"next_observations": following, "timeouts": np.append(last[1:], True)[~last]}, [note]
 
 

@@ -47,6 +47,11 @@ def plural(n, word):
     return f"{n:,} {word}{'s' * bool(n != 1)}"
 
 
+def show(text):
+    """A text, in quotes if spaces around it would not be seen."""
+    return repr(text) if isinstance(text, str) and text != text.strip() else str(text)
+
+
 def shorten(items):
     """The first of the items, with commas."""
     return textwrap.shorten(", ".join(map(str, items)), 300, placeholder=" ...")
@@ -122,13 +127,18 @@ WORDS = {"terminal": ("all", "none"), "timeout": ("none",)}  # that stand in pla
 
 
 def pick(patterns, columns, role, taken=()):
-    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken. `x`
-    stands for `x[0]`, `x[1]`, ... too."""
+    """The columns that names and glob patterns stand for, in their order; a pattern skips those that are taken, a dict
+    with the option of each. `x` stands for `x[0]`, `x[1]`, ... too."""
     picked = []
     for pattern in patterns:
         found = [pattern] if pattern in columns else [x for x in columns if x.startswith(f"{pattern}[")]
         if not found and role in MANY:
-            found = [x for x in fnmatch.filter(columns, pattern) if x not in taken]
+            fits = fnmatch.filter(columns, pattern)
+            found = [x for x in fits if x not in taken]
+            if fits and not found:
+                options = ", ".join(dict.fromkeys(f"--{taken[x]}" for x in fits))
+                cure = "a pattern skips them, so name them in full to use them twice"
+                raise DataError(f"--{role} {pattern}: its columns are taken by {options}: {cure}")
         if not found:
             has = shorten(map(repr, columns))
             raise DataError(f"--{role} {pattern}: there is no such column; the table has {has}")
@@ -149,15 +159,15 @@ def pick_all(args, names, like):
     for role, name in single.items():
         if name in WORDS.get(role, ()):
             if name in names:
-                raise DataError(f"--{role} {name} is a word of this program, but a column too: rename the column")
+                raise DataError(f"`{name}` is a word of --{role} and also a column: rename the column")
         elif name is not None:
             columns[role] = pick([name], names, options.get(role, role))
-    taken = [name for role in columns for name in columns[role]]
+    taken = {name: options.get(role, role) for role in columns for name in columns[role]}
     if args.mask or like and "masks" in like["encoding"]:
         columns["mask"] = pick_columns("mask", args.mask, args, names, taken, like)
-        taken += columns["mask"]
+        taken |= dict.fromkeys(columns["mask"], "mask")
     columns["actions"] = pick_columns("actions", args.actions, args, names, taken, like)
-    taken += columns["actions"]
+    taken |= dict.fromkeys(columns["actions"], "actions")
     columns["observations"] = pick_columns("observations", args.observations, args, names, taken, like)
     return columns
 
@@ -286,11 +296,12 @@ def find_ends(recording, columns, ordered, span, args):
     if early := (recording.terminals & goes_on).sum() if by else 0:
         recording.note(f"{plural(early, 'terminal row')} before the last row of an episode, which is split there.")
     marks = " or ".join(columns[role][0] for role in ("terminal", "timeout") if role in columns)
-    how = f"by {by}" if by else f"ended by {marks}" if marks else "without an end"
+    how = f" by {by}" if by else f" ended by {marks}" if marks else ", none terminal"
     ends = ~goes_on if by else ~goes_on | flagged
-    recording.note(f"{rows}, {plural(ends.sum(), 'episode')} {how}; steps: {span}.")
+    recording.note(f"{rows}, {plural(ends.sum(), 'episode')}{how}; steps: {span}.")
     goes_on &= ~flagged
     if "step" in columns:
+        refuse_ties(steps, goes_on[:-1], columns)
         tell_distances(steps, goes_on[:-1], recording.note, args.max_gap)
     return goes_on
 
@@ -305,7 +316,7 @@ def read_gap(text, distances):
         gap = None
     if distances.dtype.kind != "m":
         if gap is None or not gap > 0:
-            raise DataError(f"--max_gap {text}: the steps are numbers, so give one above 0")
+            raise DataError(f"--max_gap {text}: the steps are numbers, so give a number above 0")
         return gap
     try:
         duration = pandas.Timedelta(text) if gap is None else pandas.NaT
@@ -319,27 +330,37 @@ def read_gap(text, distances):
 # ------------------------------------------------------------------------------------------------------ masks
 
 
-def mask_parts(names, patterns):
-    """The part of each mask's name that tells its action: what `*` stands for, the place in a list, or what follows the
-    beginning that all names share."""
+def mask_parts(names, patterns, whole):
+    """The part of each mask's name that tells its action: what `*` stands for, or what follows the beginning that all
+    names share. whole: the actions are numbers, which are not split: in `m10`, `m1*` stands for 10."""
     start = os.path.commonprefix(names)
-    start = re.sub(r"[^\W_]+$", "", start) if len(names) > 1 else ""
+    start = re.sub(r"[^\W_]*\[?$", "", start) if len(names) > 1 else ""
     parts = [name[len(start) :] for name in names]
     for pattern in patterns:
         if pattern.count("*") == 1 and pattern not in names:
             before, after = pattern.split("*")
+            if whole:
+                before, after = before.rstrip("0123456789"), after.lstrip("0123456789")
             for i, name in enumerate(names):
                 if name.startswith(before) and name.endswith(after):
                     parts[i] = name[len(before) : len(name) - len(after)]
-    places = [re.fullmatch(r"(.*)\[(\d+)\]", name) for name in names]
-    if all(places) and len({place[1] for place in places}) == 1:
-        parts = [place[2] for place in places]
     return parts
 
 
+def list_places(names):
+    """The places of columns that are one whole list, in the order of the names; None for other columns."""
+    places = [re.fullmatch(r"(.*)\[(\d+)\]", name) for name in names]
+    if not all(places) or len({place[1] for place in places}) > 1:
+        return None
+    numbers = [int(place[2]) for place in places]
+    if sorted(numbers) != [*range(len(names))]:
+        raise DataError(f"--mask names some places of a list, {shorten(names)}: name all of {places[0][1]}, from 0 on")
+    return numbers
+
+
 def match_masks(recording, names, masks, args, reader):
-    """Puts the mask columns [n, k] into the order of the actions, by their names if these name the actions, which are
-    then known from them; else as they stand."""
+    """Puts the mask columns [n, k] into the order of the actions, which are then known from their names or numbers. The
+    places of a list, and columns without numbers, are in the order of whole-number actions."""
     (entry, *others), recording.masks = recording.encoding["actions"], masks
     recording.encoding["masks"] = names
     if others:
@@ -349,34 +370,66 @@ def match_masks(recording, names, masks, args, reader):
     values, texts = recording.actions[:, 0], entry.get("values")
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         raise DataError(f"--mask is for discrete actions: column {entry['name']} holds real numbers")
-    known, parts = texts or np.unique(values).astype(np.int64).tolist(), mask_parts(names, args.mask)
     recording.actions = recording.actions.astype(np.int64)
-    if (numbers := all(part.isdecimal() for part in parts)) and not texts:
-        parts = [str(int(part)) for part in parts]
-    if twice := [part for part in parts if parts.count(part) > 1]:
-        alike = [name for name, part in zip(names, parts) if part == twice[0]]
-        raise DataError(f"--mask has several columns for action {twice[0]}: {shorten(alike)}")
-    missing = [str(x) for x in known if str(x) not in parts]
-    if not missing:
-        order = name_actions(recording, entry, parts, known, args)
-    elif numbers and (len(missing) == len(known) or names[0].endswith("]")):
-        order = sorted(range(len(parts)), key=lambda i: int(parts[i]))
-    elif texts or len(missing) < len(known):
-        raise DataError(
-            f"--mask {' '.join(args.mask)}: action {missing[0]} of {entry['name']} has no column; the columns stand "
-            f"for {shorten(parts)}"
-        )
+    known, places = texts or np.unique(values).astype(np.int64).tolist(), None if texts else list_places(names)
+    parts = names if {*known} <= {*names} else mask_parts(names, args.mask, whole=not texts)
+    if places or not texts and not re.search(r"\d", "".join(parts)):
+        order = sorted(range(len(names)), key=lambda i: places[i]) if places else range(len(names))
+        count_actions(recording, entry, len(names), args)
     else:
-        order = range(len(parts))
+        parts = parts if texts else [find_number(*x, entry["name"]) for x in zip(names, parts)]
+        if twice := [part for part in parts if parts.count(part) > 1]:
+            alike = [name for name, part in zip(names, parts) if part == twice[0]]
+            raise DataError(f"--mask has several columns for action {twice[0]}: {shorten(alike)}")
+        if missing := [x for x in known if str(x) not in parts]:
+            refuse_names(names, args.mask, parts, missing, known, entry["name"])
+        order = name_actions(recording, entry, parts, known, args)
     recording.masks, recording.encoding["masks"] = masks[:, [*order]], [names[i] for i in order]
+
+
+def find_number(name, part, column):
+    """The number of an action, from the part of its mask's name."""
+    numbers = [part] if re.fullmatch(r"-?\d+", part) else re.findall(r"\d+", part)
+    if len(numbers) != 1 or len(numbers[0]) > 15:
+        raise DataError(
+            f"--mask: {column} holds whole numbers, and {name} does not tell which one it is for: use a pattern whose "
+            "* stands for the number"
+        )
+    return str(int(numbers[0]))
+
+
+def refuse_names(names, patterns, parts, missing, known, column):
+    """Raises DataError for actions without a mask, with the pattern that would find them, if there is one."""
+    start, cure = os.path.commonprefix(names), ""
+    if isinstance(known[0], (str, bool)):
+        cure = ": the mask of a text needs that text in its name, at the * of a pattern"
+        for i in range(1, (len(start) + 1) * (len(missing) == len(known))):
+            if {name[i:] for name in names} & {*known}:
+                cure = f": give --mask '{start[:i]}*'"
+    raise DataError(
+        f"--mask {' '.join(patterns)}: action {show(missing[0])} of {column} has no column; the columns stand for "
+        f"{shorten(map(show, parts))}{cure}"
+    )
+
+
+def count_actions(recording, entry, n, args):
+    """Takes n actions from the lowest on: their masks have neither names nor numbers, so that only their order tells
+    which is for which."""
+    if args.action_low is not None:
+        return
+    low, high = recording.actions.min().item(), recording.actions.max().item()
+    if high - low + 1 != n:
+        raise DataError(
+            f"--mask {' '.join(args.mask)}: {plural(n, 'column')} without the numbers of actions, but {entry['name']} "
+            f"runs from {low} to {high}: give --action_low and --action_high, or masks with the numbers in their names"
+        )
+    recording.action_low, recording.action_high = np.array([low]), np.array([high])
 
 
 def name_actions(recording, entry, parts, known, args):
     """Takes the actions from the names of their masks, so that one that nobody took is known. Returns the order of the
     columns."""
     whole = isinstance(known[0], int) and not isinstance(known[0], bool)
-    if whole and (odd := [part for part in parts if not re.fullmatch(r"0|-?[1-9]\d{0,14}", part)]):
-        raise DataError(f"--mask has a column for {shorten(odd)}, but {entry['name']} holds whole numbers")
     if isinstance(known[0], bool) and len(parts) > 2:
         raise DataError(f"--mask has {len(parts)} columns for the truth values of {entry['name']}")
     order = sorted(range(len(parts)), key=lambda i: int(parts[i]) if whole else parts[i])
@@ -395,7 +448,9 @@ def name_actions(recording, entry, parts, known, args):
         raise DataError(f"the names of the masks tell the actions, {shorten(values)}: {cure}")
     recording.action_low, recording.action_high = np.array([low]), np.array([high])
     if idle := [value for value in values if value not in known]:
-        recording.note(f"Actions of {entry['name']} that no row took, known from the masks: {shorten(idle)}.")
+        recording.note(
+            f"Actions of {entry['name']} that no row took, known from the masks: {shorten(map(show, idle))}."
+        )
     return order
 
 
@@ -411,22 +466,24 @@ def check_choices(recording, low, high):
     if len(names) != (n := len(entry["values"])):
         raise DataError(
             f"--mask has {plural(len(names), 'column')}, but {entry['name']} has {plural(n, 'action')}, "
-            f"{shorten(entry['values'])}: it needs one column per action, with the action in its name"
+            f"{shorten(entry['values'])}: it needs one column per action"
         )
-    recording.note(f"Masks: {shorten(f'{x} is for {y}' for x, y in zip(names, entry['values']))}.")
+    recording.note(f"Masks: {shorten(f'{x} is for {show(y)}' for x, y in zip(names, entry['values']))}.")
     allowed = masks[np.arange(len(masks)), recording.actions[:, 0] - low[0]]
     for bad, words in ((~masks.any(axis=1), "the masks allow no action"), (~allowed, "")):
         if bad.any():
             i = bad.argmax()
             number = recording.actions[i, 0] - low[0]
-            words = words or f"the action is {entry['values'][number]}, which {names[number]} forbids"
+            words = words or f"the action is {show(entry['values'][number])}, which {names[number]} forbids"
             raise DataError(f"{words} in row {recording.rows[i]} (from 0): correct or remove such rows")
     recording.note(f"On average {masks.sum(axis=1).mean():.4g} of {len(names)} actions are allowed.")
 
 
 def tell_encoding(recording, size):
     entries = recording.encoding["observations"]
-    labels = [f"{x['name']}={value}" if "values" in x else x["name"] for x in entries for value in x.get("values", "-")]
+    labels = [
+        f"{x['name']}={show(value)}" if "values" in x else x["name"] for x in entries for value in x.get("values", "-")
+    ]
     recording.note(f"Observations ({size}): {', '.join(labels)}.")
     for entry in entries:
         if entry.get("offset"):
@@ -444,7 +501,7 @@ class Reader:
     def __init__(self, path, args, like):
         self.csv, self.decimal = not is_parquet(path), args.decimal or "."
         self.day_first = None if args.day_first is None else args.day_first == "True"
-        self.like, self.like_id, self.unseen, self.notes = like, args.like, args.unseen, []
+        self.max_gap, self.like, self.like_id, self.unseen, self.notes = args.max_gap, like, args.like, args.unseen, []
         # An environment does not know an offset, so only what could not be stored gets one there.
         self.limits = () if args.eval_env not in (None, "none") else (1e-5, 1e-6)
 
@@ -627,7 +684,7 @@ class Reader:
             if self.check_texts(name, codes, texts):
                 column = pandas.to_numeric(texts).iloc[codes]
             else:
-                column = read_dates(name, texts, codes, self.day_first, self.notes).iloc[codes]
+                column = read_dates(name, texts, codes, self.day_first, self.max_gap, self.notes).iloc[codes]
         elif kind in ("date", "datetime", "datetime64"):
             try:
                 column = pandas.to_datetime(column, utc=True)
@@ -656,8 +713,9 @@ def tell_counts(counts):
 # ------------------------------------------------------------------------------------------------ steps and dates
 
 
-def read_dates(name, texts, codes, day_first, notes):
-    """The times of different texts, in ISO 8601 or else in one format. codes [n]: the text of each row."""
+def read_dates(name, texts, codes, day_first, max_gap, notes):
+    """The times of different texts, in ISO 8601 or else in one format. codes [n]: the text of each row. max_gap: the
+    distances between them end episodes."""
     import pandas
 
     def parse(format):
@@ -695,9 +753,15 @@ def read_dates(name, texts, codes, day_first, notes):
         reading = None
     if len(good) > 1:
         orders = [times.rank(method="dense") for times in good.values()]
+        distances = [times.sort_values().diff().to_numpy()[1:] for times in good.values()]
+        what = ""
         if (orders[0] != orders[1]).any():
+            what = "orders of the rows"
+        elif max_gap and (distances[0] != distances[1]).any():
+            what = "distances, which --max_gap compares"
+        if what:
             raise DataError(
-                f"{name} can be read day-first and month-first, in different orders of the rows, such as {texts[0]!r}: "
+                f"{name} can be read day-first and month-first, with different {what}, such as {texts[0]!r}: "
                 "give --day_first True or --day_first False"
             )
         notes.append(
@@ -709,13 +773,27 @@ def read_dates(name, texts, codes, day_first, notes):
     return good[format]
 
 
+def refuse_ties(steps, goes_on, columns):
+    """Raises DataError if most rows share their step with a neighbour of their episode, as in several series whose rows
+    lie between each other. steps [n], in order; goes_on [n - 1]: the next row is of the same episode."""
+    alike = goes_on & (steps[1:] == steps[:-1])
+    inside, shared = (int((np.append(x, False) | np.append(False, x)).sum()) for x in (goes_on, alike))
+    if shared * 2 > inside:
+        (step,), more = columns["step"], " too" * bool(columns["episode"])
+        raise DataError(
+            f"{shared:,} of {plural(inside, 'row')} have the same {step} as a neighbour in their episode: if the table "
+            f"holds several series, name the column that tells them apart as --episode{more}; else give a finer "
+            "--step, or sort the file and leave out --step"
+        )
+
+
 def tell_distances(steps, goes_on, note, max_gap):
     """Notes equal steps and gaps within episodes. steps [n], in order; goes_on [n - 1]: the next row is of the same."""
     import pandas
 
     distances = (steps[1:] - steps[:-1])[goes_on]
     if ties := int((distances == distances * 0).sum()):
-        note(f"Same step as the row before: {plural(ties, 'row')}, which keep the file's order.")
+        note(f"Same step as the row before: {plural(ties, 'row')}, left in the file's order.")
     if len(distances) == ties:
         return
     typical = np.sort(distances)[(ties + len(distances) - 1) // 2]  # a median that is one of them, without ties

@@ -622,6 +622,38 @@ def test_distances_between_steps_are_told(run):
     assert "1 of 4 distances" in log_run(run, "--terminal end --step t")[1]  # none between two episodes
 
 
+def test_series_that_are_merged_are_refused(run, root):
+    """Rows of several plants lie between each other, though some are missing; an episode of each is well."""
+    table = pd.concat([LOG.assign(plant=plant, gain=float(i)) for i, plant in enumerate("uvw")]).sort_values("t")
+    options = "--terminal none --step t"
+    refused(log_run(run, options, table), 1, ["18 of 18 rows have the same t", "--episode; else give a finer"], root)
+    two = table[table.plant != "w"].drop_duplicates(["t", "plant"])[2:-1]
+    for some in (two, two.assign(end=0)):
+        refused(log_run(run, f"{options} --timeout end", some), 1, ["have the same t", "--episode;"], root)
+    table["site"] = "a"
+    refused(log_run(run, f"{options} --episode site", table), 1, ["as --episode too; else"], root)
+    assert log_run(run, f"{options} --episode plant", table)[0] == 0 and read()[1] == [5, 5, 5]
+    assert log_run(run, "--terminal all --step t", table)[0] == 0
+    few = LOG.assign(t=[0, 0, 1, 2, 3, 4])
+    assert "Same step as the row before: 1 row, left in the file's order." in log_run(run, options, few)[1]
+    assert log_run(run, "--terminal end --step t", LOG.assign(t=0, end=1))[0] == 0
+
+
+def test_distances_that_depend_on_the_reading_of_dates_are_refused_as_gaps(run, root):
+    """Both readings give one order, but other gaps."""
+    times = ["01/02/2024 10:00", "01/02/2024 10:10", "02/02/2024 10:00", "02/02/2024 10:10", "05/05/2024 9:00"]
+    table = LOG[:5].assign(t=times)
+    options = "--terminal none --step t"
+    assert "same order day-first and month-first" in log_run(run, options, table)[1]
+    shutil.rmtree(root)
+    words = ["with different distances, which --max_gap compares", "--day_first True"]
+    refused(log_run(run, f"{options} --max_gap 3d", table), 1, words, root)
+    for reading, lengths in (("True", [3]), ("False", [1, 1])):
+        assert log_run(run, f"{options} --max_gap 3d --day_first {reading}", table)[0] == 0 and read()[1] == lengths
+    one_day = table.assign(t=[f"01/02/2024 1{i}:00" for i in range(5)])
+    assert log_run(run, f"{options} --max_gap 2h", one_day)[0] == 0 and read()[1] == [4]
+
+
 def csv_run(run, text, **changes):
     Path("table.csv").write_text(text)
     options = {"episode": "e", "observations": "x", "actions": "a", "reward": "r", "terminal": "d"} | changes
@@ -657,6 +689,10 @@ CSV = {  # text; observations or words of the error; options
                             ["a holds '1,5'", "--decimal ,"], {}),
     "two columns of one name": (ROWS.replace("e,x,a", "x,x,a").format("1", "2"), ["several columns are named x"],
                                 {"episode": "a"}),
+    "a line for spreadsheets": ("sep=;\n" + ROWS.replace(",", ";").format("1", "2"), ["'sep='", "remove it"], {}),
+    "that line, commas": ("sep=,\n" + ROWS.format("1", "2"), ["'sep='", "remove it"], {}),
+    "bars": (ROWS.replace(",", "|").format("1", "2"), ["'e|x|a|r|d', has one column", "semicolons or tabs"], {}),
+    "spaces": (ROWS.replace(",", " ").format("1", "2"), ["'e x a r d', has one column"], {}),
     "an index": ("," + ROWS.format("1", "2").replace("\n1", "\n0,1"), [[1], [2]], {}),
     "episodes as observations": (ROWS.format("1", "2"), [[1], [1]], {"observations": "e"}),
     "thousands in one row": (ROWS.format('"1,000"', "950"), ["x holds '1,000'", "separators of thousands"], {}),
@@ -847,7 +883,7 @@ ENDS = {  # options; x of each stored episode, which of them end in a terminal r
         "tttttt",
         "in the order of user, t.",
     ),
-    "a plant": ("--terminal none", [[0, 1, 2, 3, 4]], "-", "6 rows, 1 episode without an end; steps: the file's order"),
+    "a plant": ("--terminal none", [[0, 1, 2, 3, 4]], "-", "6 rows, 1 episode, none terminal; steps: the file's order"),
     "a plant, sorted": ("--terminal none --step gain", [[0, 1, 2, 3, 4]], "-", "steps: 1.0 to 32.0"),
     "a plant that stopped": ("--terminal none --timeout cut", [[0], [2, 3, 4]], "--", "2 episodes ended by cut"),
     "flags alone": ("--terminal end", [[0, 1, 2], [3, 4, 5]], "tt", "2 episodes ended by end"),
@@ -928,7 +964,7 @@ BAD_ENDS = {
     "time-outs of a bandit": ("--terminal all --timeout cut", 2, ["--terminal all leaves nothing to --timeout"]),
     "gaps of a bandit": ("--terminal all --step t --max_gap 3", 2, ["--max_gap"]),
     "gaps without steps": ("--terminal none --max_gap 3", 2, ["--max_gap goes with --step"]),
-    "a gap of 0": ("--terminal none --step t --max_gap 0", 1, ["--max_gap 0: the steps are numbers"]),
+    "a gap of 0": ("--terminal none --step t --max_gap 0", 1, ["steps are numbers, so give a number above 0"]),
     "a duration for numbers": ("--terminal none --step t --max_gap 2h", 1, ["--max_gap 2h: the steps are numbers"]),
     "a number for times": ("--terminal none --step user --max_gap 3", 1, ["user is neither numbers nor times"]),
     "a pattern for episodes": ("--terminal none --episode user vis*", 1, ["--episode vis*: there is no such column"]),
@@ -947,8 +983,15 @@ def test_ends_that_make_no_sense_are_one_line(case, run, root):
 
 def test_the_words_for_ends_and_columns_of_that_name_exclude_each_other(run, root):
     for word in ("all", "none"):
-        refused(log_run(run, f"--terminal {word}", LOG.assign(**{word: 0})), 1, [f"--terminal {word} is a word"], root)
-    refused(log_run(run, "--terminal end --timeout none", LOG.assign(none=0)), 1, ["--timeout none is a word"], root)
+        refused(
+            log_run(run, f"--terminal {word}", LOG.assign(**{word: 0})),
+            1,
+            [f"`{word}` is a word of --terminal and also"],
+            root,
+        )
+    refused(
+        log_run(run, "--terminal end --timeout none", LOG.assign(none=0)), 1, ["`none` is a word of --timeout"], root
+    )
 
 
 def test_gaps_between_times_are_durations(run, root):
@@ -964,6 +1007,7 @@ def test_gaps_between_times_are_durations(run, root):
 # ----------------------------------------------------------------------------------- masks and propensities
 
 NAMES = ["call", "fax", "mail", "none"]
+HATS = ["a_hat", "a_cap", "a_bag", "a_map"]
 ALLOWED = np.array([[1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0], [1, 0, 1, 1]], bool)
 TAKEN = ["mail", "none", "call", "none", "mail", "call"]  # nobody took fax
 
@@ -1019,11 +1063,36 @@ KINDS_OF_MASKS = {  # table; the pattern; names of the columns and values of the
         [1, 2, 3, 4],
     ),
     "named one by one": (masked(), "may_none may_mail may_fax may_call", [f"may_{x}" for x in NAMES], NAMES),
-    "one after the other": (
-        numbered(10, 11, 12, 9, taken=list("uvwzuv")),
+    "columns named as the actions are": (
+        masked(HATS, [*HATS, *HATS[:2]], np.ones((6, 4), bool)).rename(columns=lambda x: x.removeprefix("may_")),
+        "a_hat a_cap a_bag a_map",
+        sorted(HATS),
+        sorted(HATS),
+    ),
+    "short patterns": (numbered("x2", "x0", "x1", "x3"), "m*", ["may_x0", "may_x1", "may_x2", "may_x3"], [0, 1, 2, 3]),
+    "a pattern within numbers": (
+        numbered(10, 12, 11, 13, taken=[10, 11, 12, 13, 10, 11]),
+        "may_1*",
+        ["may_10", "may_11", "may_12", "may_13"],
+        [10, 11, 12, 13],
+    ),
+    "numbers without a pattern": (
+        numbered("x2", "x0", "x1", "x3"),
+        "may_x2 may_x0 may_x3 may_x1",
+        ["may_x0", "may_x1", "may_x2", "may_x3"],
+        [0, 1, 2, 3],
+    ),
+    "negative numbers": (
+        numbered(-1, 0, 1, 2, taken=[-1, 0, 1, 2, -1, 0]),
         "may_*",
-        ["may_9", "may_10", "may_11", "may_12"],
-        ["u", "v", "w", "z"],
+        ["may_-1", "may_0", "may_1", "may_2"],
+        [-1, 0, 1, 2],
+    ),
+    "words with bounds": (
+        numbered("a", "b", "c", "d", taken=[1, 2, 1, 2, 1, 2]),
+        "may_a may_b may_c may_d --action_low 1 --action_high 4",
+        ["may_a", "may_b", "may_c", "may_d"],
+        [1, 2, 3, 4],
     ),
     "words for numbers": (
         numbered("a", "b", "c", "d", taken=[0, 1, 2, 3, 0, 1]),
@@ -1062,8 +1131,43 @@ BAD_MASKS = {
     "one is missing": (masked(order=(0, 1, 3)), "may_*", ["action mail of offer has no column", "call, fax, none"]),
     "from 0 for from 1": (numbered(0, 1, 2, 3, taken=[1, 2, 3, 4, 1, 2]), "may_*", ["action 4 of offer has no column"]),
     "other texts": (numbered("a", "b", "c", "d", taken=list("uvwzuv")), "may_*", ["action u of offer has no column"]),
-    "too many": (numbered("a", "b", "c", "d"), "may_a may_b", ["2 columns, but offer has 3 actions, 0, 1, 3"]),
-    "a word among numbers": (numbered(0, 1, 3, "other"), "may_*", ["a column for other", "whole numbers"]),
+    "other numbers": (numbered(9, 10, 11, 12), "may_*", ["action 0 of offer has no column", "stand for 11, 9, 12, 10"]),
+    "numbers for texts": (
+        numbered(0, 1, 2, 3, taken=list("uvwzuv")),
+        "may_*",
+        ["action u of offer has no column", "the mask of a text needs that text in its name"],
+    ),
+    "full names": (
+        masked(HATS, [*HATS, *HATS[:2]]),
+        "may_a_hat may_a_cap",
+        ["action a_bag of offer has no column", "give --mask 'may_*'"],
+    ),
+    "names in one word": (
+        masked(HATS, [x[2:] for x in [*HATS, *HATS[:2]]]).rename(columns=lambda x: x.replace("_a_", "")),
+        "mayhat maycap maybag maymap",
+        ["give --mask 'may*'"],
+    ),
+    "a long pattern": (
+        masked(HATS, [*HATS, *HATS[:2]]),
+        "may_a*",
+        ["give --mask 'may_*'"],
+    ),
+    "a space": (masked(taken=[" mail", *TAKEN[1:]]), "may_*", ["action ' mail' of offer has no column"]),
+    "too few": (numbered("a", "b", "c", "d"), "may_a may_b", ["2 columns", "0 to 3", "--action_low and --action_high"]),
+    "too many": (
+        numbered("a", "b", "c", "d", taken=[1, 2, 3, 1, 2, 3]),
+        "may_*",
+        ["4 columns", "1 to 3", "--action_low and --action_high"],
+    ),
+    "too many bounds": (
+        numbered("a", "b", "c", "d"),
+        "may_* --action_low 0 --action_high 4",
+        ["4 columns, but offer has 5 actions"],
+    ),
+    "a word among numbers": (numbered(0, 1, 3, "other"), "may_*", ["may_other does not tell", "use a pattern"]),
+    "two numbers": (numbered("0_1", "0_2", "0_3", "0_0"), "m*", ["may_0_3 does not tell", "use a pattern"]),
+    "a long number": (numbered(0, 1, 3, "9" * 20), "may_*", ["does not tell which"]),
+    "places of a list": (numbered("[1]", "[0]", "[3]", "[4]"), "may*", ["some places of a list", "from 0 on"]),
     "two for one": (numbered(0, 1, 2, 3, can_1=1), "may_* can_*", ["several columns for action 1: may_1, can_1"]),
     "not flags": (masked(may_fax=2), "may_*", ["column may_fax is 2 in row 0", "0 or 1"]),
     "empty": (masked(may_fax=[1, None, 1, 1, 1, 1]), "may_*", ["may_fax is empty in row 1"]),
@@ -1113,6 +1217,18 @@ def test_a_pattern_leaves_masks_and_propensities_to_their_roles(run):
     assert log_run(run, "--terminal all --mask may_* --propensity p --observations * --actions off*", masked())[0] == 0
     names = [entry["name"] for entry in metadata()["encoding"]["observations"]]
     assert names == ["user", "visit", "t", "x", "end", "cut", "next.done"]
+
+
+def test_a_pattern_whose_columns_are_taken_says_by_which_option(run, root):
+    for options, words in (
+        ("--observations may_*", ["--observations may_*: its columns are taken by --mask", "name them in full"]),
+        ("--observations off*", ["--observations off*: its columns are taken by --actions"]),
+        ("--observations x --actions ga*", ["--actions ga*: its columns are taken by --cost"]),
+        ("--observations may_* user --episode user --terminal none", ["taken by --mask"]),
+    ):
+        refused(log_run(run, f"--terminal all --mask may_* {options}", masked(), role="--cost gain"), 1, words, root)
+    options = "--terminal all --mask may_* --observations may_mail x"
+    assert log_run(run, options, masked())[0] == 0
 
 
 def test_a_later_log_has_the_masks_of_the_first(run):
@@ -1176,6 +1292,42 @@ def test_files_of_other_names_are_tables(name, run):
     if "tsv" not in name.lower() and name != "t.CSV":
         Path(name).write_bytes(content[: len(content) // 2])
         one_line(run(name, "--id", ID, "--force", *options), 1, [name, "damaged"])
+
+
+def test_commas_in_a_tsv_file_are_one_line(run, root):
+    LOG.to_csv("t.tsv", index=False)
+    refused(run("t.tsv", *FROM_PARTS, "--terminal", "all"), 1, ["has one column: separate columns by tabs"], root)
+
+
+@pytest.mark.parametrize("name", ["ratings.txt", "ratings.dat", "ratings.json", "ratings.txt.gz", "ratings"])
+def test_tables_of_other_names_are_one_line(name, run, root):
+    LOG.to_csv(name, index=False)
+    for options in ([], FROM_PARTS[2:]):
+        refused(run(name, "--id", ID, *options), 2, [f"{name} is not an HDF5 file: rename it to .csv"], root)
+    shutil.move(write(), name)
+    assert run(name, "--id", ID)[0] == 0
+
+
+@pytest.mark.parametrize("cut", [["1,u,0.5,0,c", "2,v,1,1"], ["1,u,0.5,0", "2,v,1,1,c"], ["1,u,0.5,0,c", "2,v,1,1,"]])
+def test_rows_without_their_last_field_are_counted(cut, run, root):
+    """If the last column is used they are refused, as empty."""
+    Path("t.csv").write_text("\n".join(["x,a,r,d,comment", *cut, "3,v,1,1,c"]))
+    options = ["t.csv", "--id", ID, "--force", "--actions", "a", "--reward", "r", "--terminal", "d"]
+    row = 0 if cut[0].endswith("0") else 1
+    refused(run(*options, "--observations", "x", "comment"), 1, [f"column comment is empty in row {row}"], root)
+    out = run(*options, "--observations", "x")[1]
+    assert f"The last column, comment, is empty in 1 of 3 rows, first in row {row} (from 0)" in out
+    Path("t.csv").write_text("\n".join(["x,a,r,d,comment", "1,u,1,0,c", "2,u,1,1,c"]))
+    assert "last column" not in run(*options, "--observations", "x")[1]
+
+
+def test_spaces_around_a_category_are_shown(run):
+    table = masked(["call", "fax", " mail", "none"], [" mail", *TAKEN[1:4], " mail", "call"]).assign(
+        user=list("abcab ")
+    )
+    out = log_run(run, "--terminal all --mask may_* --observations user", table)[1]
+    assert "user=' ', user=a, user=b, user=c" in out and "0 is ' mail', 1 is call" in out
+    assert "may_ mail is for ' mail'" in out
 
 
 def test_a_comma_in_a_name_of_a_tsv_file_is_no_separator(run):
@@ -1326,20 +1478,26 @@ def test_lists_become_columns(case, run, root):
     assert read()[0][0][0].tolist() == numbers
 
 
-def test_a_list_holds_the_masks_in_the_order_of_the_actions(run):
-    table = LOG.assign(offer=[0, 2, 1, 0, 2, 1], ok=[[True, True, True, False]] * 6)
-    assert (
-        run(parts(".", {"log.parquet": table}) + "/log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[0]
-        == 0
-    )
-    assert stored("masks").tolist() == [[True, True, True, False]] * 6 and metadata()["action_high"] == [3]
+def test_a_list_holds_the_masks_in_the_order_of_the_actions(run, root):
+    """Which actions they are, the bounds tell, or data that span as many."""
+    options = ["log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok"]
+    table = LOG.assign(offer=[0, 3, 1, 0, 3, 1], ok=[[True, True, False, True]] * 6)
+    parts(".", {"log.parquet": table})
+    assert run(*options)[0] == 0 and metadata()["action_high"] == [3]
+    assert stored("masks").tolist() == [[True, True, False, True]] * 6
     assert metadata()["encoding"]["masks"] == [f"ok[{i}]" for i in range(4)]
+    out = run(*options, "--mask", "ok[3]", "ok[1]", "ok[2]", "ok[0]")[1]
+    assert "ok[0] is for 0" in out and stored("masks").tolist() == [[True, True, False, True]] * 6
+    parts(".", {"log.parquet": table.assign(offer=[1, 2, 4, 1, 2, 4])})
+    assert "ok[0] is for 1" in (out := run(*options)[1]) and "ok[3] is for 4" in out
+    table = table.assign(offer=[1, 2, 2, 1, 2, 1])
+    parts(".", {"log.parquet": table})
+    assert "ok[0] is for 1" in run(*options, "--action_low", 1, "--action_high", 4)[1]
+    assert "ok[0] is for 0" in run(*options, "--action_low", 0, "--action_high", 3, "--mask", "ok")[1]
+    shutil.rmtree(root)
+    refused(run(*options), 1, ["ok", "4 columns", "1 to 2", "--action_low and --action_high"], root)
     parts(".", {"log.parquet": table.assign(offer=list("uvwzuv"), ok=[[True] * 4] * 6)})
-    assert run("log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[0] == 0
-    assert "ok[3] is for z" in " ".join(metadata()["notes"])
-    parts(".", {"log.parquet": table.assign(offer=[1, 2, 3, 4, 1, 2], ok=[[True] * 4] * 6)})
-    out = run("log.parquet", *FROM_PARTS, "--terminal", "all", "--mask", "ok")[1]
-    assert "ok[0] is for 1" in out and "ok[3] is for 4" in out
+    refused(run(*options), 1, ["action u of offer has no column", "ok[0], ok[1]", "needs that text in its name"], root)
 
 
 def test_a_column_of_one_place_has_any_role(run):

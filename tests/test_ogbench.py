@@ -122,7 +122,7 @@ def test_the_last_row_of_a_trajectory_is_the_next_observation_only(task, package
     assert columns["rewards"] == [-1, -1, 0, -1, -1]  # of the state, before the action: success is a place of 2
     assert columns["terminals"] == [False, False, True, False, False]
     assert columns["timeouts"] == [False, False, False, False, True]
-    assert "3 rows were dropped" in out and "1 rows are terminal" in out and "split" not in out and not err
+    assert "Dropped: 3 rows, the last of" in out and "Terminal: 1 row, where" in out and "split" not in out and not err
     assert "--eval_env ogbench:line-singletask-v0" in out
     environment = {"goal": 2.0, "id": "line-singletask-v0", "max_episode_steps": 7, "wrappers": []}
     assert metadata["environment"] == environment and "reference_scores" not in metadata
@@ -139,7 +139,12 @@ def test_rewards_of_the_file_need_neither_a_task_nor_a_package(run, monkeypatch)
     assert columns["terminals"] == [False, False, True, False, True] and not any(columns["timeouts"])
     status, out, _ = run(write(rewards=REWARDS), "--force")
     columns, _ = stored()
-    assert status == 0 and "no row is terminal" in out and "split" not in out and not any(columns["terminals"])
+    assert (
+        status == 0
+        and "No mask is 0, so no row is terminal." in out
+        and "split" not in out
+        and not any(columns["terminals"])
+    )
     assert columns["timeouts"] == [False, False, True, False, True]
 
 
@@ -225,6 +230,9 @@ def test_other_files_and_a_missing_package_are_said(run, monkeypatch):
     for name in ("text", "one", "cut", "changed"):
         status, _, err = run(f"{name}.npz")
         assert status == 1 and "not a .npz file" in err and err.count("\n") == 1
+    np.savez("other.npz", pictures=REWARDS)
+    status, _, err = run("other.npz")
+    assert status == 1 and err.endswith("it lacks observations, actions, terminals\n")
     Path("rows.hdf5").touch()
     status, _, err = run("rows.hdf5", "--task", "line-singletask-v0")
     assert status == 2 and "--task goes with a .npz file" in err
