@@ -113,8 +113,9 @@ def test_evaluate_refuses_what_does_not_fit(script):
 
 def test_dropout_in_a_copy_trains_in_train_mode_and_acts_in_eval_mode(script, tmp_path, monkeypatch):
     source = Path(script.__file__).read_text()
-    edited = re.sub(r"nn\.ReLU\(\)(, nn\.Dropout\(dropout\))?\)", "nn.ReLU(), nn.Dropout(0.5))", source)
-    assert edited.count("nn.Dropout") == 1
+    edited = source.replace("(layer, nn.ReLU())", "(layer, nn.ReLU(), nn.Dropout(0.5))")
+    edited = edited.replace("else nn.ReLU()\n", "else nn.Sequential(nn.ReLU(), nn.Dropout(0.5))\n")
+    assert edited.count("nn.Dropout(0.5)") == 1
     (tmp_path / "edited.py").write_text(edited)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "edited", raising=False)

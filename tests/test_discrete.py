@@ -513,7 +513,7 @@ def test_masks_forbid_actions():
 
 
 def test_masks_that_cannot_be_are_refused():
-    """What follows a terminal state is never used."""
+    """Masks of a state that follows a terminal one are never used."""
     actions, name = np.array([0, 2]), "mine/shop-v0"
     good = {"masks": np.array([[1, 0, 0], [0, 1, 1]]), "next_masks": np.array([[0, 0, 1], [0, 0, 0]])}
     good["terminals"] = np.array([False, True])
