@@ -1,7 +1,6 @@
 """A script that is copied alone into an empty folder, imported there, given arrays, and edited."""
 
 import ast
-import re
 import shutil
 import sys
 from pathlib import Path
