@@ -138,13 +138,13 @@ def opened(part):
 
 
 def open_parquet(path, note):
+    parts, others = find_parts(path) if path.is_dir() else ([path], [])
+    if not parts:
+        raise DataError("the folder holds no Parquet files (.parquet); name a CSV file itself")
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError("Parquet needs pyarrow: pip install -r requirements-extra.txt, or store it as CSV") from error
-    parts, others = find_parts(path) if path.is_dir() else ([path], [])
-    if not parts:
-        raise DataError("the folder holds no Parquet files (.parquet); name a CSV file itself")
     if path.is_dir():
         passed = f"; {len(others):,} of other kinds skipped, such as {others[0].name}" if others else ""
         ends = " to ".join(dict.fromkeys(str(part.relative_to(path)) for part in (parts[0], parts[-1])))
