@@ -34,7 +34,7 @@ MIN_ROWS = 8  # fewer show no rise, peak and decline
 MIN_TARGET_LIVES = 5  # updates times target rate: the target network's first weights still count for exp(-5)
 # The limits lie between the values of the healthy and of the other calibration runs in docs/choosing_evidence.md;
 # DECLINE, STEEP and NOISE were set beforehand.
-NOISE = 3.0  # standard deviations of a curve around its running mean, beyond which a change is not noise
+NOISE = 3.0  # standard deviations of a curve's noise, beyond which a change is none
 STEEP = 2.0  # standard errors of a slope beyond which a curve falls
 DECLINE = 0.05  # of data Q's largest size, below which a change of data Q does not count
 # Two rises must both reach their limit: that of a held-out loss above its lowest, and that of its distance from the
@@ -156,8 +156,10 @@ def turn(train: np.ndarray, holdout: np.ndarray, rise: float) -> int | None:
     holdout, difference = holdout[rows], smooth((holdout - train)[rows])
     smoothed = smooth(holdout)
     lowest = int(smoothed.argmin())
-    limit = max(rise, NOISE * np.std(holdout - smoothed))
-    if min(holdout[-width(holdout) :].min() - smoothed[lowest], difference[-1] - difference[lowest]) < limit:
+    noise = np.std(np.diff(holdout, 2)) / math.sqrt(6)  # of a row, whatever the curve's slope and bend
+    limit = max(rise, NOISE * noise)
+    last = holdout[-max(2, width(holdout) - 1) :]
+    if min(last.min() - smoothed[lowest], difference[-1] - difference[lowest]) < limit:
         return None
     return int(rows[lowest + (smoothed[lowest:] > smoothed[lowest] + limit / 4).argmax() - 1])
 
@@ -241,7 +243,9 @@ def fitting(c: Curves, config: dict[str, Any]) -> Verdict:
     if np.isfinite(gap).all():
         evidence += f", gap {gap[-1]:.3g}" + f" (held out {c['holdout_gap'][-1]:.3g})" * held_out
     evidence += f"; still falling: {' and '.join(learning) or 'neither'}"
-    larger = f"{resized(config, 2)}, or a smaller --cql_alpha"
+    larger = resized(config, 2)
+    if number(config.get("cql_alpha", 1)) > 0:
+        larger += ", or a smaller --cql_alpha"
     # What a time-out cuts off is missing from the data's return, and adds to it only if returns are positive.
     if data_return > 0 and data_return - q[-1] > least(q, data_return):
         evidence = f"data Q {q[-1]:.3g} is far below the data's return of {data_return:.3g}; {evidence}"
@@ -250,6 +254,8 @@ def fitting(c: Curves, config: dict[str, Any]) -> Verdict:
         return Verdict("healthy", evidence, step, f"{hold_out(config)}: without held-out episodes little shows")
     if np.isnan(gap).all():
         advice = "--cql_alpha above 0: nothing here shows what the values of unseen actions are worth"
+        if config.get("target") == "sarsa":
+            advice = "if average_qf is near data_discounted_return, another --target; else look for a fault in the data"
         return Verdict("healthy", evidence, step, advice)
     excess, distance = smooth(holdout - train), smooth(c["holdout_gap"] - gap)
     if not learning and excess[-1] - excess.min() < math.log(NO_EXCESS) and distance[-1] < RISE:
@@ -341,7 +347,7 @@ def choose_alpha(runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> Cho
         advice = "no alpha makes both small: try a larger network, or alphas between these"
         return Choice(None, int(compared[-1]), table, advice)
     alphas, advice = [row[0] for row in table], "both are small there"
-    if best[0] in (alphas[0], alphas[-1]):
+    if best[0] in (alphas[0], alphas[-1]) and best[0] > 0:
         advice = f"it is the end of the sweep: try {'smaller' if best[0] == alphas[0] else 'larger'} ones too"
     return Choice(best[0], int(compared[-1]), table, advice)
 

@@ -185,7 +185,8 @@ def split(data: dict[str, np.ndarray], share: float, seed: int) -> tuple[np.ndar
         data["timeouts"] = data["timeouts"] | cuts
         first, last = episode_rows(data)
         if len(first) > found:
-            words = f"{found} episode{'s' * (found > 1)} cut into {len(first)} pieces of at most {length} steps; "
+            words = f"{found} episode{'s' * (found > 1)} cut into {len(first)} pieces of at most {length} steps, "
+            words += "so values are those at the starts of pieces; "
     if share == 1:
         all_rows = np.ones(n, bool)
         return all_rows, all_rows, words + "fitted and reported on the same episodes (--fit_share 1)"
@@ -401,7 +402,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     fitted, reported, words = split(data, args.fit_share, args.seed)
     print(f"{args.env}: {n:,} transitions, {words}")
     updates = f"{args.updates:,} updates of {args.seeds} network{'s' * (args.seeds > 1)} each"
-    print(f"discount {args.discount:g}; {updates}; intervals of {args.resamples:,} resamples; --seed {args.seed}")
+    clip = f"; weights up to {args.clip:g} (--clip)" if "propensities" in data else ""
+    print(f"discount {args.discount:g}; {updates}; intervals of {args.resamples:,} resamples; --seed {args.seed}{clip}")
     with prefix(f"{policies[0].path} does not fit --env {args.env}"):  # its script reads such data
         discrete = is_discrete(answers(policies[0], *(data[key][:1] for key in ["observations", *masks])))
     _, data["action_low"], data["action_high"] = (cql_dqn if discrete else cql).encode_actions(data, args.env)
@@ -485,19 +487,21 @@ def judge(
         lines.append(f"support: {what}")
     if unsupported:
         few = f"{len(unsupported)} of {len(policies)} policies take actions that the data hold too rarely"
-        lines.append(f"WARNING: {few}, so their values are guesses and get no rank")
+        cure = "try policies nearer to the data (a larger --cql_alpha), or more data"
+        lines.append(f"WARNING: {few}, so their values are guesses and get no rank; {cure}")
     ranked = [row for row in policies if agree and row not in unbounded + unsupported]
     ranked.sort(key=lambda row: -row["estimate"])
     rest = sorted((row for row in policies if row not in ranked), key=lambda row: -row["estimate"])
+    equal = len(ranked) > 1 and len({row["estimate"] for row in ranked}) == 1
     for i, row in enumerate(ranked):
-        row["rank"] = i + 1
+        row["rank"] = "" if equal else i + 1
     if "ips" in policies[0]:
         lines += judge_weights(policies)
     if not agree:
         lines.append("best: none, since the check failed")
     elif not ranked:
         lines.append("best: none, since no policy has a fit that is bounded and supported")
-    elif len(ranked) > 1 and len({row["estimate"] for row in ranked}) == 1:
+    elif equal:
         lines.append("best: none, since all estimates are equal")
     else:
         best, *others = ranked

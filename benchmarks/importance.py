@@ -70,6 +70,11 @@ def episode_samples(
     ends = np.ones(n, bool) if terminals is None and timeouts is None else cut
     if terminals is not None:
         ends, cut = np.asarray(terminals, bool) | cut, cut & ~np.asarray(terminals, bool)
+    cut = cut & (discount > 0)  # else nothing that follows counts
+    if not clip > 0:
+        raise DataError(f"clip is {clip}: it must be above 0")
+    if not n or not ends[-1]:
+        raise DataError("the last row must end an episode, by a terminal state or a time-out")
     if cut.any() and not has_model:
         raise DataError("episodes that end by a time-out need a model's values of the last states")
     rewarded = int((agrees & (rewards != 0)).sum())

@@ -87,6 +87,10 @@ HISTORIES = {
     "over-fitting, and data Q falls too": history(8 * np.minimum(2 * T, 1.5 - T), **TEXTBOOK),
     "over-fitting, the held-out gap alone": history(holdout_gap=3 + 0.3 * late),
     "over-fitting, in eight rows": [history(**TEXTBOOK)[i] for i in np.linspace(0, N - 1, 8).astype(int)],
+    "over-fitting, in eight rows, held-out TD error falls at first": [
+        history(td=0.12 + 0.04 * T, holdout_td=np.interp(T, [0, 0.4, 1], [0.5, 0.18, 0.68]), holdout_gap=3 - T)[i]
+        for i in np.linspace(0, N - 1, 8).astype(int)
+    ],
     "over-fitting, in two hundred rows": long(
         td=lambda t: 0.12 + 0.04 * t, holdout_td=lambda t: 0.18 + 0.5 * t**2, holdout_gap=lambda t: 2.5 + 0.5 * t
     ),
@@ -220,6 +224,15 @@ def test_a_single_episode_cannot_be_held_out():
 
 
 # Which cql_alpha
+
+
+def test_no_advice_is_a_cql_alpha_below_0():
+    rows = history(T, gap=np.ones(N) * math.nan)
+    assert "cql_alpha" in diagnose.judge(rows, {}).advice
+    assert "cql_alpha" not in diagnose.judge(rows, {"cql_alpha": 0.0, "hidden_dim": 256}).advice
+    healthy = history(gap=np.ones(N) * math.nan)
+    assert "data_discounted_return" in diagnose.judge(healthy, {"cql_alpha": 0.0, "target": "sarsa"}).advice
+    assert diagnose.judge(healthy, {"cql_alpha": 0.0, "target": "double"}).advice.startswith("--cql_alpha above 0")
 
 
 def sweep(alphas, td, gap, **config):

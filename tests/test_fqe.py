@@ -414,7 +414,8 @@ def test_a_plant_that_never_ends_is_cut():
     fitted, reported, words = fqe.split(data, 0.5, seed=0)
     assert fitted[:500].all() and reported[500:].all() and not (fitted & reported).any()
     assert (np.flatnonzero(data["timeouts"]) == np.arange(49, 1000, 50)).all() and not data["terminals"].any()
-    assert words.startswith("1 episode cut into 20 pieces of at most 50 steps; fitted on the first 10 of 20 pieces")
+    assert words.startswith("1 episode cut into 20 pieces of at most 50 steps, so values are those at the starts of p")
+    assert "; fitted on the first 10 of 20 pieces" in words
     data = log_of(n=12, length=3)  # too short to gain from it
     fitted, _, words = fqe.split(data, 0.5, seed=0)
     assert fitted.sum() == 6 and data["terminals"].sum() == 4 and "cut into 8 pieces of at most 2" in words

@@ -111,3 +111,21 @@ def test_propensities_that_cannot_be(wrong):
         importance.estimate(np.ones(3), np.array([0.5, wrong, 0.5]), np.ones(3, bool))
     with pytest.raises(importance.DataError, match="each row needs one"):
         importance.estimate(np.ones(3), np.full(2, 0.5), np.ones(3, bool))
+
+
+def test_what_follows_does_not_count_with_discount_0():
+    """So steps that end by a time-out are like those that end in a terminal state."""
+    rng, n = np.random.default_rng(0), 50
+    known = rng.normal(size=n), rng.uniform(0.1, 1, n), rng.random(n) < 0.5, rng.normal(size=n), rng.normal(size=n)
+    ends = [np.ones(n, bool), np.zeros(n, bool)]
+    found = [importance.episode_samples(*known, *pair, discount=0.0) for pair in (ends, ends[::-1])]
+    for first, second in zip(*found):
+        assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "options", [{"terminals": np.array([0, 1, 0])}, {"terminals": np.zeros(3)}, {"clip": -1.0}, {"clip": np.nan}]
+)
+def test_rows_without_an_end_and_clips_that_are_none_are_refused(options):
+    with pytest.raises(importance.DataError, match="must"):
+        importance.episode_samples(np.ones(3), np.full(3, 0.5), np.ones(3), **options)
