@@ -533,3 +533,11 @@ def test_as_a_program(root):
     assert " ± " in done.stdout and str(root / "lander" / "medium-v0") in done.stdout
     assert not done.stderr  # the progress bar is for a terminal
     assert minari.load_dataset("lander/medium-v0").total_steps == 2000
+
+
+def test_a_policy_with_masks_records_nothing(capsys):
+    network = cql_dqn.QNetwork(4, [2], 16, 1, "dqn", 1)
+    state = {"sizes": list(network.sizes), "weights": network.state_dict()}
+    cql_dqn.save(Path("policy.pt"), state | {"encoding": {"observations": [], "actions": [], "masks": ["a", "b"]}})
+    code, line = refusal(capsys, env="CartPole-v1", policy="policy.pt", id="test/masks-v0")
+    assert code == 1 and "policy.pt was trained with masks" in line

@@ -229,6 +229,14 @@ def test_user_errors_are_one_line_and_write_nothing(options, named, code, words,
     assert contents(folder) == before and not Path("videos").exists()
 
 
+def test_a_policy_with_masks_is_not_played(capsys):
+    store_policy("masked.pt", (4, [2]), discrete=True)
+    state = torch.load("masked.pt") | {"encoding": {"observations": [], "actions": [], "masks": ["a", "b"]}}
+    torch.save(state, "masked.pt")
+    code, line = refusal(capsys, env="CartPole-v1", policy="masked.pt", output=None)
+    assert code == 1 and "masked.pt was trained with masks" in line
+
+
 @pytest.mark.parametrize(
     ("env", "output", "words"),
     [

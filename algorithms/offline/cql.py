@@ -888,7 +888,7 @@ class Task:
         self.value_limit = 100 * largest_reward / max(1 - config.discount, 1e-4)
         self.encoding = json.loads(json.dumps(data.get("encoding")))
         if self.envs:
-            columns = sum(((self.encoding or {}).get(part, []) for part in ("observations", "actions")), [])
+            columns = self.encoding["observations"] + self.encoding["actions"] if self.encoding else []
             if "masks" in data or any(x.get("offset") for x in columns):
                 unknown = "masks" if "masks" in data else "offsets"
                 raise ConfigError(f"an environment does not know the {unknown} of {config.env}: give --eval_env none")
