@@ -47,7 +47,7 @@ from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
 
 # Chosen by how soon FQE of the behaviour agrees with its returns on LunarLander; no policy's return was used.
-HIDDEN_SIZES = (64, 2)  # width and number of hidden layers
+HIDDEN_SIZES = [64, 64]  # widths of the hidden layers
 BATCH_SIZE = 256
 LEARNING_RATE = 1e-3
 TARGET_RATE = 0.1  # Polyak rate of the target networks, which also give the estimates
@@ -102,8 +102,8 @@ class FittedQ:
         self.next_actions = tensor(np.concatenate([next_actions, own]), None)
 
         torch.manual_seed(seed)
-        sizes = self.observations.shape[1], self.actions.shape[1], *HIDDEN_SIZES
-        self.critic = cql.EnsembleCritic(*sizes, n_critics=n_seeds)
+        sizes = self.observations.shape[1], self.actions.shape[1]
+        self.critic = cql.EnsembleCritic(*sizes, HIDDEN_SIZES, n_critics=n_seeds)
         for parameter in self.critic.parameters():
             parameter.data = parameter.data.repeat_interleave(self.shape[1], dim=0).to(device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -231,8 +231,7 @@ def behaviour_model(data: dict[str, np.ndarray], sizes: list[int], n_updates: in
     [T, A] that gives the logarithms of their probabilities [T]."""
     mean, std = data["observations"].mean(axis=0, dtype=np.float64).astype(np.float32), cql.scale(data["observations"])
     torch.manual_seed(seed)
-    width, n_layers = HIDDEN_SIZES
-    *hidden, last = cql.linear_layers([len(mean), *[width] * n_layers, sum(sizes)], True)
+    *hidden, last = cql.linear_layers([len(mean), *HIDDEN_SIZES, sum(sizes)], True)
     network = nn.Sequential(*[module for layer in hidden for module in (layer, nn.ReLU())], last).to(device)
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, fused=True)
 

@@ -19,7 +19,7 @@ DISCOUNT = 0.8
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """Networks and targets that learn tiny problems in seconds."""
-    for name, value in {"HIDDEN_SIZES": (32, 1), "BATCH_SIZE": 64, "LEARNING_RATE": 3e-3, "TARGET_RATE": 0.1}.items():
+    for name, value in {"HIDDEN_SIZES": [32], "BATCH_SIZE": 64, "LEARNING_RATE": 3e-3, "TARGET_RATE": 0.1}.items():
         monkeypatch.setattr(fqe, name, value)
     monkeypatch.setattr(fqe, "MIN_ROWS", 5)
     monkeypatch.chdir(tmp_path)

@@ -337,7 +337,7 @@ def test_weight_decay_shrinks_the_critics_alone():
 
 def test_layer_norm_is_that_of_each_critic_and_layer():
     critic, (observations, actions) = (
-        cql.EnsembleCritic(2, 1, 5, 2, layer_norm=True),
+        cql.EnsembleCritic(2, 1, [5, 5], layer_norm=True),
         (torch.randn(7, 2), torch.randn(7, 3, 1)),
     )
     values = critic(observations, actions)

@@ -767,19 +767,18 @@ def check_masks(data: dict[str, Any], actions: np.ndarray, n_actions: int, name:
         data[key] = flags.astype(np.uint8)
 
 
-def with_next_actions(data: dict[str, np.ndarray], config: Any, part: str = "training") -> dict[str, np.ndarray]:
-    """With target sarsa, adds the action of the following row, and drops, and counts, the last rows before a time-out:
-    what follows them in the data belongs to another episode, so they only lend their action. Raises DataError."""
-    if config.target != "sarsa" or config.bc_only:
-        return data
+def with_next_actions(data: dict[str, np.ndarray], name: str, option: str, part: str = "training") -> dict:
+    """Adds the action of the following row, which `option` needs, and drops, and counts, the last rows before a
+    time-out: what follows them in the data belongs to another episode, so they only lend their action. Raises
+    DataError."""
     ends, n = data["terminals"] | data["timeouts"], len(data["actions"])
     ends[-1:] = True
     known = ~ends | data["terminals"]
     if part == "training" and not known.any():
-        raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
+        raise DataError(f"--env {name} lacks transitions with a known next action, as {option} needs")
     if not known.all():
         told = f"{n - known.sum():,} of {n:,} {part} transitions are dropped"
-        print(f"--target sarsa: {told}, since their next action is not known")
+        print(f"{option}: {told}, since their next action is not known")
     more = {"next_actions": np.roll(data["actions"], -1, axis=0)}
     more["timeouts"] = data["timeouts"] | np.append(~known[1:], False)[:n]
     return {key: column[known] for key, column in (data | more).items()}
@@ -787,7 +786,8 @@ def with_next_actions(data: dict[str, np.ndarray], config: Any, part: str = "tra
 
 def td_columns(data: dict[str, np.ndarray], config: TrainConfig, part: str = "training") -> dict[str, np.ndarray]:
     """The columns of a Batch, with n-step rewards that end with the episode."""
-    data = with_next_actions(data, config, part)
+    if config.target == "sarsa" and not config.bc_only:
+        data = with_next_actions(data, config.env, "--target sarsa", part)
     ends = data["terminals"] | data["timeouts"]
     ends[-1:] = True
     rows = np.arange(len(ends))
@@ -1257,7 +1257,7 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
                     compiled(batch, *phase)
                 agent.compute_gradients = compiled
                 if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
-                    eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
+                    eager_until = agent.n_updates + 3  # 3 make Adam's moments
             except Exception as error:  # no compiler, no Triton, too old a GPU
                 reason = f"--compile False avoids this ({name_error(error)})"
                 print(f"warning: not compiled, so slower; {reason}", file=sys.stderr)
@@ -1272,8 +1272,8 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
         nonlocal graph, eager_until
         started = time.perf_counter()
         while agent.n_updates < step and not Signals.received:
-            before = agent.n_updates
-            graphed = before >= eager_until and step - before >= GRAPH_UPDATES
+            before, alike = agent.n_updates, len({*agent.phases()}) == 1
+            graphed = alike and before >= eager_until and step - before >= GRAPH_UPDATES
             if graphed and not graph:
                 graph = torch.cuda.CUDAGraph()
                 try:

@@ -186,14 +186,14 @@ class EnsembleCritic(nn.Module):
     max_rows = 1000  # states x actions at once, on a CPU without gradients: a layer's activations stay in the cache
 
     def __init__(
-        self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
+        self, observation_dim: int, action_dim: int, hidden_dims: list[int],
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
         layer_norm: bool = False, dropout: float = 0.0,
     ):  # fmt: skip
         """dtype: that of the hidden layers' products. The last layer keeps the parameters': values need digits."""
         super().__init__()
         self.dtype, self.layer_norm, self.dropout = dtype, layer_norm, dropout
-        sizes = [observation_dim + action_dim, *[hidden_dim] * n_hidden_layers, 1]
+        sizes = [observation_dim + action_dim, *hidden_dims, 1]
         members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
         self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
         self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
@@ -345,12 +345,12 @@ class CQL(nn.Module):
     def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
         super().__init__()
         self.config, self.cql_alpha = config, config.cql_alpha
-        sizes = (observation_dim, action_dim, config.hidden_dim)
-        self.actor = TanhGaussianActor(
-            *sizes, config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init
-        )
+        sizes = (observation_dim, action_dim)
+        shape = (config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init)
+        self.actor = TanhGaussianActor(*sizes, config.hidden_dim, *shape)
         dtype = torch.bfloat16 if config.precision == "bfloat16" else None
-        self.critic = EnsembleCritic(*sizes, config.q_n_hidden_layers, config.orthogonal_init, dtype)
+        hidden_dims = [config.hidden_dim] * config.q_n_hidden_layers
+        self.critic = EnsembleCritic(*sizes, hidden_dims, config.orthogonal_init, dtype)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
@@ -1588,7 +1588,7 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
                     compiled(batch, *phase)
                 agent.compute_gradients = compiled
                 if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
-                    eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
+                    eager_until = agent.n_updates + 3  # 3 make Adam's moments
             except Exception as error:  # no compiler, no Triton, too old a GPU
                 reason = f"--compile False avoids this ({name_error(error)})"
                 print(f"warning: not compiled, so slower; {reason}", file=sys.stderr)
@@ -1603,8 +1603,8 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
         nonlocal graph, eager_until
         started = time.perf_counter()
         while agent.n_updates < step and not Signals.received:
-            before = agent.n_updates
-            graphed = before >= eager_until and step - before >= GRAPH_UPDATES
+            before, alike = agent.n_updates, len({*agent.phases()}) == 1
+            graphed = alike and before >= eager_until and step - before >= GRAPH_UPDATES
             if graphed and not graph:
                 graph = torch.cuda.CUDAGraph()
                 try:

@@ -170,14 +170,14 @@ class EnsembleCritic(nn.Module):
     max_rows = 1000  # states x actions at once, on a CPU without gradients: a layer's activations stay in the cache
 
     def __init__(
-        self, observation_dim: int, action_dim: int, hidden_dim: int, n_hidden_layers: int,
+        self, observation_dim: int, action_dim: int, hidden_dims: list[int],
         orthogonal_init: bool = True, dtype: Optional[torch.dtype] = None, n_critics: int = 2,
         layer_norm: bool = False, dropout: float = 0.0,
     ):  # fmt: skip
         """dtype: that of the hidden layers' products. The last layer keeps the parameters': values need digits."""
         super().__init__()
         self.dtype, self.layer_norm, self.dropout = dtype, layer_norm, dropout
-        sizes = [observation_dim + action_dim, *[hidden_dim] * n_hidden_layers, 1]
+        sizes = [observation_dim + action_dim, *hidden_dims, 1]
         members = [linear_layers(sizes, orthogonal_init) for _ in range(n_critics)]
         self.weights = nn.ParameterList(torch.stack([x.weight.T for x in layer]) for layer in zip(*members))
         self.biases = nn.ParameterList(torch.stack([x.bias for x in layer]).unsqueeze(1) for layer in zip(*members))
@@ -241,12 +241,13 @@ class CQL(nn.Module):
         if config.dropout > 0 and config.cql_backprop_actions > 0:
             raise ConfigError("--dropout takes --cql_backprop_actions 0: two passes would drop different outputs")
         self.config, self.cql_alpha = config, config.cql_alpha
-        sizes = (observation_dim, action_dim, config.hidden_dim)
+        sizes = (observation_dim, action_dim)
         shape = (config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init)
-        self.actor = TanhGaussianActor(*sizes, *shape)
+        self.actor = TanhGaussianActor(*sizes, config.hidden_dim, *shape)
         dtype = torch.bfloat16 if config.precision == "bfloat16" else None
-        shape = (config.q_n_hidden_layers, config.orthogonal_init, dtype, 2, config.critic_layer_norm, config.dropout)
-        self.critic = EnsembleCritic(*sizes, *shape)
+        hidden_dims = [config.hidden_dim] * config.q_n_hidden_layers
+        shape = (config.orthogonal_init, dtype, 2, config.critic_layer_norm, config.dropout)
+        self.critic = EnsembleCritic(*sizes, hidden_dims, *shape)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
@@ -489,7 +490,9 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     data, holdout, scaling = prepare_data(config, data, task, run.checkpoint)
     torch.manual_seed(config.seed)
     agent = CQL(config, data["observations"].shape[1], data["actions"].shape[1])
-    data, holdout = with_next_actions(data, config), with_next_actions(holdout, config, "held-out")
+    if config.target == "sarsa" and not config.bc_only:
+        data = with_next_actions(data, config.env, "--target sarsa")
+        holdout = with_next_actions(holdout, config.env, "--target sarsa", "held-out")
     buffer, holdout = ReplayBuffer(data, config.device), holdout_batch(config, holdout)
     run.restore(agent, task)
     agent.actor.load_state_dict(scaling, strict=False)
@@ -802,19 +805,18 @@ def encode_actions(data: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndar
     return scaled.clip(-1, 1).astype(np.float32), low, high
 
 
-def with_next_actions(data: dict[str, np.ndarray], config: Any, part: str = "training") -> dict[str, np.ndarray]:
-    """With target sarsa, adds the action of the following row, and drops, and counts, the last rows before a time-out:
-    what follows them in the data belongs to another episode, so they only lend their action. Raises DataError."""
-    if config.target != "sarsa" or config.bc_only:
-        return data
+def with_next_actions(data: dict[str, np.ndarray], name: str, option: str, part: str = "training") -> dict:
+    """Adds the action of the following row, which `option` needs, and drops, and counts, the last rows before a
+    time-out: what follows them in the data belongs to another episode, so they only lend their action. Raises
+    DataError."""
     ends, n = data["terminals"] | data["timeouts"], len(data["actions"])
     ends[-1:] = True
     known = ~ends | data["terminals"]
     if part == "training" and not known.any():
-        raise DataError(f"--env {config.env} lacks transitions with a known next action, as --target sarsa needs")
+        raise DataError(f"--env {name} lacks transitions with a known next action, as {option} needs")
     if not known.all():
         told = f"{n - known.sum():,} of {n:,} {part} transitions are dropped"
-        print(f"--target sarsa: {told}, since their next action is not known")
+        print(f"{option}: {told}, since their next action is not known")
     more = {"next_actions": np.roll(data["actions"], -1, axis=0)}
     more["timeouts"] = data["timeouts"] | np.append(~known[1:], False)[:n]
     return {key: column[known] for key, column in (data | more).items()}
@@ -1243,7 +1245,7 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
                     compiled(batch, *phase)
                 agent.compute_gradients = compiled
                 if on_gpu and config.target_update_period == 1:  # so that all updates of a graph are alike
-                    eager_until = max(agent.n_updates + 3, getattr(config, "bc_steps", 0))  # 3 make Adam's moments
+                    eager_until = agent.n_updates + 3  # 3 make Adam's moments
             except Exception as error:  # no compiler, no Triton, too old a GPU
                 reason = f"--compile False avoids this ({name_error(error)})"
                 print(f"warning: not compiled, so slower; {reason}", file=sys.stderr)
@@ -1258,8 +1260,8 @@ def updater(config: Any, agent: Any, sample: Callable, run: Any = None) -> Calla
         nonlocal graph, eager_until
         started = time.perf_counter()
         while agent.n_updates < step and not Signals.received:
-            before = agent.n_updates
-            graphed = before >= eager_until and step - before >= GRAPH_UPDATES
+            before, alike = agent.n_updates, len({*agent.phases()}) == 1
+            graphed = alike and before >= eager_until and step - before >= GRAPH_UPDATES
             if graphed and not graph:
                 graph = torch.cuda.CUDAGraph()
                 try:
