@@ -440,7 +440,7 @@ ACTS = {
     "bc_steps": ({}, 4), "cql_n_actions": ({}, 3), "cql_backprop_actions": ({}, 1),
     "cql_importance_sample": ({}, False), "cql_temp": ({}, 0.5), "cql_max_target_backup": ({}, True),
     "cql_clip_diff_min": ({}, 3.0), "cql_clip_diff_max": ({}, 2.0), "cql_lagrange": ({}, True),
-    "cql_target_action_gap": ({"cql_lagrange": True}, 2.0),
+    "cql_target_action_gap": ({"cql_lagrange": True}, 2.0), "cql_variant": ({}, "rho"),
     # of algorithms/finetune/cql.py
     "offline_iterations": ({}, 11), "online_iterations": ({}, 3), "n_online_envs": ({"online_iterations": 8}, 2),
     "utd_ratio": ({"online_iterations": 8}, 2), "warmup_steps": ({"online_iterations": 8}, 3),

@@ -6,9 +6,8 @@ actions that the policy may choose and raises those of data actions. At arxiv.or
 returns 233.5 ± 15.6 after 8,000 updates (five seeds; two minutes each on 2 CPU cores) on data that return -38.5.
 
 Differs from the paper
-1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
+1. The TD loss is the squared error without 1/2 (the paper's alpha is cql_alpha / 2), and the entropy term is tuned.
 2. The log-integral of exp Q is estimated from N uniform, N current and N next-state policy actions, without log(3N).
-3. The entropy coefficient is tuned, and all losses use the same parameters, as in later public code.
 
 Known failures: scores depend on cql_alpha and the critics' depth; cloning may be better. docs/cql.md explains options.
 """
@@ -99,10 +98,11 @@ class TrainConfig:
     bc_steps: int = 0  # number of first updates in which the policy clones the data's actions
     bc_only: bool = False  # behaviour cloning: the policy's likelihood of the data's actions alone, no critics
 
+    cql_variant: str = "H"  # regulariser of the pushed-down actions, H: entropy; rho: nearness to the current policy
     cql_alpha: float = 10.0  # weight of the penalty; 0 is offline SAC
-    cql_n_actions: int = 10  # actions sampled from each of the three proposals
+    cql_n_actions: int = 10  # actions sampled from each of the three proposals; with rho 3 times as many, of the policy
     cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all (exact)
-    cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
+    cql_importance_sample: bool = True  # False: logsumexp without densities, which public code calls CQL(rho)
     cql_temp: float = 1.0  # temperature T of T logsumexp(Q / T - log p)
     cql_max_target_backup: bool = False  # the TD target takes the largest value of cql_n_actions next actions
     cql_clip_diff_min: float = -math.inf  # lower limit of each state's gap
@@ -240,6 +240,8 @@ class CQL(nn.Module):
             raise ConfigError("--target sarsa takes neither --backup_entropy nor --cql_max_target_backup")
         if config.dropout > 0 and config.cql_backprop_actions > 0:
             raise ConfigError("--dropout takes --cql_backprop_actions 0: two passes would drop different outputs")
+        if config.cql_variant != "H" and not config.cql_importance_sample:
+            raise ConfigError(f"--cql_variant {config.cql_variant} takes --cql_importance_sample True")
         self.config, self.cql_alpha = config, config.cql_alpha
         sizes = (observation_dim, action_dim, config.hidden_dim)
         shape = (config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init)
@@ -353,18 +355,24 @@ class CQL(nn.Module):
         q_drawn = self.bound(batch, q[..., 1:], places[..., 1:]).mean(dim=-1)  # [E, B]
         return q[..., 0], log_sum_exp + (q_drawn - q_drawn.detach())
 
+    # local: the variants of CQL
     @torch.no_grad()
     def penalty_metrics(self, batch: Batch, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
         """Metrics of the penalty: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B] -> scalars."""
         config = self.config
-        # Without importance sampling the first score is the data's, and the shares do not add up to 1.
-        shares = scores.softmax(dim=-1)[..., 1 - q.shape[-1] :].mean(dim=(0, 1)).chunk(3)
         metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
-        for source, values, share in zip(("rand", "next_actions", "current_actions"), q[..., 1:].chunk(3, -1), shares):
-            metrics |= per_critic(f"cql_q{{}}_{source}", values.mean(dim=(1, 2)))
-            metrics[f"cql_weight_{source}"] = share.sum()
-        log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
-        constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
+        if config.cql_variant == "rho":
+            metrics |= per_critic("cql_q{}_current_actions", q[..., 1:].mean(dim=(1, 2)))
+            constant_q_gap = 0.0
+        else:
+            # Without importance sampling the first score is the data's, and the shares do not add up to 1.
+            shares = scores.softmax(dim=-1)[..., 1 - q.shape[-1] :].mean(dim=(0, 1)).chunk(3)
+            sources = ("rand", "next_actions", "current_actions")
+            for source, values, share in zip(sources, q[..., 1:].chunk(3, -1), shares):
+                metrics |= per_critic(f"cql_q{{}}_{source}", values.mean(dim=(1, 2)))
+                metrics[f"cql_weight_{source}"] = share.sum()
+            log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
+            constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
         clipped = (state_gap < config.cql_clip_diff_min) | (state_gap > config.cql_clip_diff_max)
         metrics |= {"cql_net_gap": state_gap.mean() - constant_q_gap, "cql_clipped_share": clipped.float().mean()}
         return metrics | {"cql_effective_weight": self.penalty_weight()}
@@ -374,19 +382,25 @@ class CQL(nn.Module):
         excess = gap.mean() - self.config.cql_target_action_gap
         return -self.log_alpha_prime.exp() * self.cql_alpha * excess
 
+    # local: the variants of CQL
     @torch.no_grad()
     def td_target_and_proposals(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mean and log_std [2B, A] of the actor at observations and next observations -> TD target [B], and N random, N
         next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions are used
-        twice: in the target, and as proposals at s, with their density at s' (as in the authors' code)."""
+        twice: in the target, and as proposals at s, with their density at s' (as in the authors' code). CQL(rho) has 3N
+        current actions; in the place of log-densities log 3N makes the sum over them a mean."""
         config = self.config
-        n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
+        three = self.cql_alpha > 0 and config.cql_variant == "H"
+        n = config.cql_n_actions if three or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
         (current_actions, next_actions), (current_log_prob, next_log_prob) = actions.chunk(2), log_prob.chunk(2)
         n_backup = n if config.cql_max_target_backup else 1
         td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
         if self.cql_alpha == 0:
             return td_target, current_actions[:, :0], current_log_prob[:, :0]
+        if config.cql_variant == "rho":
+            proposals, log_prob = sample_actions(mean.chunk(2)[0], log_std.chunk(2)[0], 3 * config.cql_n_actions)
+            return td_target, proposals, torch.full_like(log_prob, math.log(log_prob.shape[1]))
         random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
         random_log_prob = torch.full_like(current_log_prob, -batch.actions.shape[1] * math.log(2))
         proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
@@ -573,6 +587,7 @@ LIMITS = {
     "cql_clip_diff_max": (-1e12, math.inf),
     "precision": ("float32", "tf32", "bfloat16"),
     "target": ("policy", "sarsa"),
+    "cql_variant": ("H", "rho"),
 }
 
 
