@@ -88,19 +88,19 @@ def datasets(path):
 def test_configurations_say_only_what_differs_and_how_to_run_them(monkeypatch):
     bodies = []
     for path, text in CONFIGURATIONS.items():
-        _, setting, method, _ = path.split("/")
-        program = f"algorithms/{setting}/{'cql' if setting == 'finetune' else method}.py"
+        _, setting, script, *_ = path.split("/")
+        program = f"algorithms/{setting}/{'cql' if setting == 'finetune' else script}.py"
         config, stated = parse(program, ["--config_path", path], monkeypatch), yaml.safe_load(text)
         defaults = type(config)()
         assert "env" in stated and "group" not in stated, path
         assert {x for x in stated if getattr(config, x) == getattr(defaults, x)} <= {"env"}, path
         assert all(isinstance(getattr(config, name), type(value)) for name, value in stated.items()), path
-        bodies.append((setting, method, {name: value for name, value in stated.items() if name != "env"}))
+        bodies.append((setting, script, {name: value for name, value in stated.items() if name != "env"}))
         assert bodies.count(bodies[-1]) == 1, f"{path} has the settings of another file"
-        assert f"python {program} --config_path {path}" in text, path
-        assert (config.env == "none") == (method == "sac") and {config.env} - {"none"} <= datasets(path), path
+        assert f"python {program} --config_path {path}" in text.replace(" \\\n#      ", ""), path
+        assert (config.env == "none") == (script == "sac") and {config.env} - {"none"} <= datasets(path), path
         if setting == "finetune":
-            assert (config.calibrate, config.cql_alpha_online == 0) == (method == "cal_ql", method == "sac"), path
+            assert (config.calibrate, config.cql_alpha_online == 0) == (script == "cal_ql", script == "sac"), path
     assert len(bodies) > 25
 
 
@@ -137,7 +137,8 @@ def test_every_script_has_its_sweeps():
         program = f"algorithms/{setting}/{method}.py"
         names = {name for name, sweep in SWEEPS.items() if sweep["program"] == program}
         assert names == {name for name in SWEEPS if name.startswith(f"{setting}/{method}/")}
-        wanted = {"alpha", "bayes"} | ({"lagrange"} if method == "cql" else set())
+        wanted = {"weight" if method == "policy_constraint" else "alpha", "bayes"}
+        wanted |= {"lagrange"} if method == "cql" else set()
         assert {f"{setting}/{method}/{name}.yaml" for name in wanted} <= names
     assert len(SWEEPS) > 30
 
