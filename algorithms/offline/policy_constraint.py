@@ -268,11 +268,12 @@ class Policy(nn.Module):
     def choose(self, observations: Tensor) -> Tensor:
         """The action to take: the best one, by the first critic, of those that the fixed noise draws: [B, O] -> [B, A].
         Where that noise is a single zero, it is the mean action."""
-        actions = self.draw(observations, self.noise.expand(len(observations), -1, -1))[0]  # [B, N, A]
+        # `len` and `take_along_dim` would fix the size of the batch when this is exported to ONNX.
+        actions = self.draw(observations, self.noise.expand(observations.shape[0], -1, -1))[0]  # [B, N, A]
         if actions.shape[1] == 1:
             return actions.squeeze(1)
-        best = self.critic(observations, actions)[0].argmax(dim=-1)  # [B]
-        return actions.take_along_dim(best.view(-1, 1, 1), dim=1).squeeze(1)
+        best = self.critic(observations, actions)[0].argmax(dim=-1).view(-1, 1, 1)  # [B, 1, 1]
+        return actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)
 
     def normalise(self, observations: Tensor) -> Tensor:
         """Raw observations as the networks take them: [..., O] -> [..., O]."""
