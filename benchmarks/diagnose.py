@@ -176,17 +176,23 @@ def judge(rows: list[dict[str, Any]], config: dict[str, Any]) -> Verdict:
     if (c["weighted_gap"] == 0).all():  # with cql_alpha 0 the gap is not trained
         c["gap"][:] = c["holdout_gap"][:] = math.nan
     c = complete(c, ["td", "q"], "holdout_td")
-    return divergence(c) or shortness(c, config, last) or over_fitting(c, config) or fitting(c, config)
+    return divergence(c, config) or shortness(c, config, last) or over_fitting(c, config) or fitting(c, config)
 
 
-def divergence(c: Curves) -> Verdict | None:
+def has_penalty(config: dict[str, Any]) -> bool:
+    """Whether --cql_alpha is an option of the run's script; those of policy_constraint.py have a divergence instead."""
+    return "divergence_weight" not in config
+
+
+def divergence(c: Curves, config: dict[str, Any]) -> Verdict | None:
     td = np.where(np.isfinite(c["q"]), c["td"], np.inf)
     lowest = np.minimum.accumulate(td)
     if not len(td) or not td[-1] > max(DIVERGENCE * lowest[-1], td[0]):  # a tiny error may well grow a hundredfold
         return None
     row = max(int((td > math.sqrt(DIVERGENCE) * lowest).argmax()) - 1, 0)
     evidence = f"TD error {td[-1]:.3g}, at its lowest {lowest[-1]:.3g}; data Q {c['q'][-1]:.4g}"
-    return Verdict("diverging", evidence, int(c["step"][row]), "a larger --cql_alpha, or a smaller --qf_lr")
+    weight = "--cql_alpha" if has_penalty(config) else "--divergence_weight"
+    return Verdict("diverging", evidence, int(c["step"][row]), f"a larger {weight}, or a smaller --qf_lr")
 
 
 def shortness(c: Curves, config: dict[str, Any], last: int) -> Verdict | None:
@@ -229,7 +235,8 @@ def over_fitting(c: Curves, config: dict[str, Any]) -> Verdict | None:
     if (row := decline(c["q"], least(c["q"], c["data_return"][-1]))) is not None:
         # Kumar et al. (2021) found this where critics over-fit, and take the policy of the peak.
         evidence = f"data Q fell from {smooth(c['q'])[row]:.3g} at {step[row]:,} to {c['q'][-1]:.3g}"
-        return Verdict("over-fitting", evidence, int(step[row]), f"{advice}, a smaller --cql_alpha")
+        advice += ", a smaller --cql_alpha" * has_penalty(config)
+        return Verdict("over-fitting", evidence, int(step[row]), advice)
     return None
 
 
@@ -244,7 +251,7 @@ def fitting(c: Curves, config: dict[str, Any]) -> Verdict:
         evidence += f", gap {gap[-1]:.3g}" + f" (held out {c['holdout_gap'][-1]:.3g})" * held_out
     evidence += f"; still falling: {' and '.join(learning) or 'neither'}"
     larger = resized(config, 2)
-    if number(config.get("cql_alpha", 1)) > 0:
+    if has_penalty(config) and number(config.get("cql_alpha", 1)) > 0:
         larger += ", or a smaller --cql_alpha"
     # What a time-out cuts off is missing from the data's return, and adds to it only if returns are positive.
     if data_return > 0 and data_return - q[-1] > least(q, data_return):
@@ -252,7 +259,7 @@ def fitting(c: Curves, config: dict[str, Any]) -> Verdict:
         return Verdict("under-fitting", evidence, step, f"a longer run, {larger}")
     if not held_out:
         return Verdict("healthy", evidence, step, f"{hold_out(config)}: without held-out episodes little shows")
-    if np.isnan(gap).all():
+    if np.isnan(gap).all() and has_penalty(config):
         advice = "--cql_alpha above 0: nothing here shows what the values of unseen actions are worth"
         if config.get("target") == "sarsa":
             advice = "if average_qf is near data_discounted_return, another --target; else look for a fault in the data"
@@ -304,6 +311,8 @@ def hold_out(config: dict[str, Any]) -> str:
 
 def resized(config: dict[str, Any], factor: float) -> str:
     words = "a smaller" if factor < 1 else "a larger"
+    if not has_penalty(config):
+        return f"{words} network (--q_hidden_dims)"
     width = number(config.get("hidden_dim"))
     return f"{words} network (--hidden_dim {max(1, round(width * factor))})" if width > 0 else f"{words} --hidden_dim"
 

@@ -216,6 +216,14 @@ def test_remedies_are_options_of_the_script(script):
     assert named(cloned, bc_only=True) == [x for x in options if script == "discrete"]
 
 
+@pytest.mark.parametrize("name", [x for x in HISTORIES if "clone" not in x])
+def test_advice_for_policy_constraints_names_their_options(name):
+    """Their critics have no gap."""
+    rows = [{key: x for key, x in row.items() if "cql" not in key and "gap" not in key} for row in HISTORIES[name]]
+    advice = diagnose.judge(rows, {"divergence_weight": 1.0, "q_hidden_dims": "256-256"}).advice
+    assert "cql_alpha" not in advice and "hidden_dim " not in advice and "dropout" not in advice, advice
+
+
 def test_a_single_episode_cannot_be_held_out():
     rows = HISTORIES["healthy, no held-out episodes"]
     assert "--holdout_fraction 0.1" in diagnose.judge(rows, CONFIG).advice

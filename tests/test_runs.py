@@ -520,6 +520,40 @@ def test_another_network_is_one_line_that_says_so(new_dataset, script, tiny, run
     assert status == 1 and "half" in line and "network" in line and len(line) < 400
 
 
+@constrained
+def test_a_checkpoint_of_another_method_is_refused(script, tiny, run):
+    """By the policy's sizes, or else by the other networks; another start of a run by its options."""
+    paths = {x: run(**METHODS[x], run_id=x) / "checkpoint.pt" for x in ("TD3+BC", "BRAC-p", "BCQ")}
+    for old, new in (("TD3+BC", "BCQ"), ("BCQ", "BEAR"), ("BRAC-p", "BEAR"), ("BRAC-p", "wasserstein")):
+        config = tiny(load_model=str(paths[old]), run_id="next", **METHODS[new])
+        status, line = refusal(script.train, config)
+        assert status == 1 and str(paths[old]) in line and "network" in line and len(line) < 500
+        assert not Path(config.checkpoints_path, "next").exists()
+    status, line = refusal(script.train, tiny(run_id="TD3+BC", **METHODS["BCQ"]))
+    assert status == 2 and "policy was deterministic, is perturbation" in line
+
+
+@constrained
+def test_metrics_of_a_loaded_policy_do_not_stand_beside_a_clone_that_learns_alone(run, capsys):
+    """The line of such a row shows the clone's loss where nothing is played."""
+    path = run(**METHODS["BRAC-p"], eval_env="none") / "checkpoint.pt"
+    capsys.readouterr()
+    first, *_ = table(run(**METHODS["BRAC-p"], eval_env="none", load_model=str(path), run_id="next"))
+    assert first["behaviour_loss"] and not first["policy_loss"] and not first["divergence"]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("update 5:")]
+    assert line.startswith(f"update 5: behaviour_loss {float(first['behaviour_loss']):.4g}, ")
+
+
+@constrained
+def test_metrics_are_means_of_every_update_though_the_policy_learns_in_some(run):
+    """From an odd number of updates of the clone on; an update that a new set of metrics drops would be missing."""
+    options = METHODS["BRAC-p"] | {"target_update_period": 2, "max_timesteps": 12}
+    single, grouped = table(run(**options, eval_freq=1, run_id="one")), table(run(**options, eval_freq=12))
+    assert [row["step"] for row in grouped] == ["5", "12"]
+    for name in ("qf1_loss", "policy_loss"):
+        assert float(grouped[1][name]) == pytest.approx(np.mean([float(x[name]) for x in single[5:]]), rel=1e-4)
+
+
 @kinds
 def test_sarsa_trains_with_held_out_episodes(script, run, capsys):
     row = table(run(target="sarsa", holdout_fraction=0.3))[-1]
@@ -1012,6 +1046,8 @@ def test_diverging_run_stops_and_keeps_what_was_good(metric, value, log_interval
     status, line = refusal(script.train, tiny(**options, max_timesteps=30))
     step = 24 if log_interval == 2 else 30
     assert status == 1 and f"{metric} is " in line and f"at update {step}" in line and "learning rates" in line
+    weight = "cql_alpha" if "cql_alpha" in option_names(script.__name__) else "divergence_weight"
+    assert line.endswith(f"or a larger {weight}")
     now = contents(tiny(**options).checkpoints_path + "/run")
     for files in (now, good):  # a resume writes the configuration again, and a model with the same content
         files["config.yaml"] = None

@@ -1256,7 +1256,8 @@ class Task:
             limit = self.value_limit if name.startswith(("average_", "eval_predicted")) else sys.float_info.max
             if value is not None and not abs(value) <= limit:
                 place = f"{name} is {value:.4g} at update {agent.n_updates:,}; what was saved before is intact"
-                raise DataError(f"training diverged: {place}; try smaller learning rates or a larger cql_alpha")
+                weight = "cql_alpha" if hasattr(self.config, "cql_alpha") else "divergence_weight"
+                raise DataError(f"training diverged: {place}; try smaller learning rates or a larger {weight}")
         return metrics
 
     def evaluate(self, agent: Any, holdout: Any) -> dict[str, Any]:
@@ -1390,7 +1391,7 @@ def describe(row: dict[str, Any]) -> str:
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
-    others = ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf", "policy_loss"]
+    others = "qf1_loss qf_loss cql_qf1_diff cql_qf_diff average_qf1 average_qf policy_loss behaviour_loss".split()
     shown = [name for name in row if name.startswith("holdout_")] or others
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 
