@@ -477,7 +477,8 @@ class PolicyConstraint(nn.Module):
         """E[weight (D(s) - threshold) - Q(s, a)], [B, N, A], [B] -> []. The threshold is 0 unless the weight is tuned.
         Q, which may be scaled by its mean size, is the smaller one for a Gaussian, else that of the first critic."""
         config = self.config
-        loss = self.divergence_weight() * (divergence.mean() - config.divergence_threshold * config.divergence_lagrange)
+        threshold = config.divergence_threshold if config.divergence_lagrange else 0.0
+        loss = self.divergence_weight() * (divergence.mean() - threshold)
         if not with_q:
             return loss
         q = self.critic(batch.observations, actions[:, :1]).squeeze(-1)  # [E, B]
