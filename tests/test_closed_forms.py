@@ -81,9 +81,14 @@ def minimise(agent, problem, mu=None, n_steps=1):
     proposals = torch.arange(A).view(1, A, 1).expand(len(log_prob), A, 1)
     n = A if agent.config.cql_alpha else 0
     td_target = agent.td_target(batch, problem.next_actions, torch.zeros(len(log_prob), 1))
+    return newton(agent, n_steps, batch, td_target, proposals[:, :n], log_prob[:, :n])
+
+
+def newton(agent, n_steps, *arguments):
+    """Newton steps down the critic loss of these arguments. Returns Q of the first critic."""
     for _ in range(n_steps):
         values = agent.critic.values = agent.critic.values.detach().requires_grad_()
-        loss, _, _ = agent.critic_loss(batch, td_target, proposals[:, :n], log_prob[:, :n])
+        loss, _, _ = agent.critic_loss(*arguments)
         (gradient,) = torch.autograd.grad(loss, values, create_graph=True)
         rows = [torch.autograd.grad(gradient[..., a].sum(), values, retain_graph=True)[0] for a in range(A)]
         agent.critic.values = (values - torch.linalg.solve(torch.stack(rows, dim=2), gradient)).detach()
@@ -168,6 +173,64 @@ def test_without_importance_sampling_the_data_action_counts_twice():
     doubled = softmax(q[:, None] + np.log1p(np.eye(A)))  # [S, data action, action]
     mu = np.einsum("sd,sda->sa", problem.beta, doubled)
     assert_equal(q, problem.backup(q) - (mu / problem.beta - 1))
+
+
+class Bandit:
+    """Transitions that end, with six actions per state by counts; their mean rewards r. The proposals of CQL(rho) and
+    CQL(var) are six actions by counts too: those of a policy, and those of the data, of which the clone is exact."""
+
+    def __init__(self, seed, monkeypatch, variant, **options):
+        rng = np.random.default_rng(seed)
+        beta, rho = 1 + rng.multinomial(6 - A, np.full(A, 1 / A), size=(2, S))
+        self.beta, self.rho, states = beta / 6, rho / 6, np.repeat(np.arange(S), 6)
+        actions = np.concatenate([np.repeat(np.arange(A), n) for n in beta])
+        rewards = 5 * actions + rng.normal(size=S)[states] + rng.normal(size=S * 6)
+        self.rewards = np.bincount(A * states + actions, weights=rewards).reshape(S, A) / beta
+        columns = np.eye(S)[states], actions[:, None], rewards, np.eye(S)[states], np.ones(S * 6)
+        batch = cql.Batch(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+        proposer = np.array([np.repeat(np.arange(A), n) for n in (beta if variant == "var" else rho)])
+
+        def sample(states, _, n):  # the actor and the clone hand on the states
+            found = torch.tensor(proposer)[states.argmax(dim=1), :n].unsqueeze(-1)
+            assert n in (1, 6) and len(found) == len(states)
+            return found, torch.full(found.shape[:2], np.nan)
+
+        monkeypatch.setattr(cql, "sample_actions", sample)
+        config = cql.TrainConfig(device="cpu", cql_variant=variant, cql_n_actions=2, **options)
+        self.agent = cql.CQL(config, S, 1)
+        self.agent.critic, self.agent.target_critic = Table(), Table()
+        if variant == "var":
+            self.agent.behaviour.forward = lambda states: (states, states)
+        both = torch.cat([batch.observations, batch.next_observations])
+        self.arguments = batch, *self.agent.td_target_and_proposals(batch, both, both)
+
+    def solve(self):
+        return newton(self.agent, 12, *self.arguments)
+
+
+@EACH
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+def test_variant_of_the_previous_policy(seed, alpha, temperature, monkeypatch):
+    """CQL(rho): mu is the policy's probability times exp(Q / T), normalised."""
+    bandit = Bandit(seed, monkeypatch, "rho", cql_alpha=2 * alpha, cql_temp=temperature)
+    q = bandit.solve()
+    mu = bandit.rho * np.exp(q / temperature)
+    mu /= mu.sum(axis=1, keepdims=True)
+    assert np.abs(q - (bandit.rewards - alpha * (mu / bandit.beta - 1))).max() < 1e-8
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_variance_variant_shrinks_the_spread_alone(seed, monkeypatch):
+    """CQL(var): Q = mean r + s (r - mean r), s = 1 - cql_alpha / (2 std r); the value under the behaviour is unchanged.
+    The variance of six samples is that of the distribution times 6 / 5."""
+    bandit = Bandit(seed, monkeypatch, "var", cql_alpha=1.0)
+    mean = (bandit.beta * bandit.rewards).sum(axis=1, keepdims=True)
+    std = np.sqrt((bandit.beta * (bandit.rewards - mean) ** 2).sum(axis=1, keepdims=True))
+    shrunk = 1 - np.sqrt(6 / 5) / (2 * std)
+    assert ((shrunk > 0.5) & (shrunk < 0.95)).all()
+    expected = mean + shrunk * (bandit.rewards - mean)
+    bandit.agent.critic.values = torch.tensor(expected) + 0.01 * torch.randn(2, S, A)
+    assert np.abs(bandit.solve() - expected).max() < 2e-9
 
 
 @EACH

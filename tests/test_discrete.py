@@ -209,13 +209,24 @@ def expected(critic, output):
 
 def slow_loss(agent, batch):
     """One transition, action and output at a time."""
-    config, critic, total = agent.config, agent.critic, 0
+    config, critic, total, zero = agent.config, agent.critic, 0, torch.zeros(())
     masks = [torch.ones(len(batch.rewards), A) if mask is None else mask for mask in (batch.masks, batch.next_masks)]
     for s, a, reward, s_next, terminal, discount, a_next, mask, next_mask in zip(*batch[:7], *masks):
         features, following = critic.features(s), critic.features(s_next)
         output, next_output = critic.outputs(features), agent.target_critic(s_next).detach()
         q = [expected(critic, x) for x in output]
-        total = total + config.cql_alpha * (sum(x.exp() for x, may in zip(q, mask) if may).log() - q[a])
+        may = [i for i in range(A) if mask[i]]
+        if config.cql_variant == "var":
+            logits = [agent.behaviour(s)[i, 0].detach() for i in may]
+            weights = [(x - max(logits)).exp() / sum((y - max(logits)).exp() for y in logits) for x in logits]
+            mean = sum(w * q[i] for w, i in zip(weights, may))
+            gap = (sum(w * (q[i] - mean) ** 2 for w, i in zip(weights, may)) + 1e-8).sqrt()
+        else:
+            target_q = [expected(critic, x).item() for x in agent.target_critic(s)]
+            rho = [config.cql_rho_epsilon / len(may) for _ in range(A)]
+            rho[max(may, key=lambda i: target_q[i])] += 1 - config.cql_rho_epsilon
+            gap = sum((q[i].exp() * (1 if config.cql_variant == "H" else rho[i]) for i in may), zero).log() - q[a]
+        total = total + config.cql_alpha * gap
         chooser = {"double": critic(s_next), "max": next_output}.get(config.target)
         if chooser is not None:
             a_next = max(next_mask.nonzero().flatten(), key=lambda i: expected(critic, chooser[i]).item())
@@ -237,6 +248,9 @@ def slow_loss(agent, batch):
         {"td_error": "squared", "target": "max", "cql_alpha": 0.3},
         {"dr3_coefficient": 0.7, "target": "sarsa", "cql_alpha": 0.0},
         {"dr3_coefficient": 0.7, "normalize_features": True},
+        {"cql_variant": "rho"},
+        {"cql_variant": "rho", "cql_rho_epsilon": 0.0},
+        {"cql_variant": "var", "cql_alpha": 3.0},
     ],
     ids=str,
 )
@@ -250,7 +264,7 @@ def test_loss_and_gradient_are_those_of_slow_loops(head, masked, options):
     assert close(agent.loss(batch)[0], slow)
     expected = flat(torch.autograd.grad(slow, list(agent.critic.parameters())))
     gradients, metrics = agent.gradients(batch)
-    assert gradients.keys() == {"critic"} and close(flat(gradients["critic"]), expected)
+    assert gradients.keys() == agent.parameter_groups.keys() and close(flat(gradients["critic"]), expected)
     assert ("dr3_loss" in metrics) == ("dr3_coefficient" in options)
     if head != "c51":
         pairs = (
@@ -308,6 +322,77 @@ def test_clone_is_cross_entropy_alone(head):
     assert close(loss, -q.softmax(dim=1)[torch.arange(B), batch.actions].log().mean())
     assert metrics.keys() == {"cql_qf_diff", *agent.action_metrics(q, batch.actions)}
     assert agent.holdout_metrics(batch).keys() == {"holdout_gap", "holdout_q"}
+
+
+# CQL(rho) and CQL(var).
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@HEADS
+def test_limits_of_rho(head, masked):
+    """All random: CQL(H), less the log of the number of allowed actions. None: the target network's best of them minus
+    the data's. The gap of a constant Q is 0, with the entropy variant that number."""
+    batch, gaps = make_batch(masked=masked), {}
+    for name, options in (("H", {}), (1, {"cql_variant": "rho"}), (0, {"cql_variant": "rho"})):
+        agent = make_agent(head=head, **options, **({"cql_rho_epsilon": float(name)} if options else {}))
+        gaps[name] = agent.loss(batch)[1]["cql_qf_diff"]
+    n_allowed = torch.full((B,), A) if batch.masks is None else batch.masks.sum(dim=1)
+    assert close(gaps[1], gaps["H"] - n_allowed.log().mean())
+    q, target_q = (agent.critic.values(x(batch.observations)) for x in (agent.critic, agent.target_critic))
+    best = cql.allowed(target_q, batch.masks).argmax(dim=1)
+    assert (best != cql.allowed(q, batch.masks).argmax(dim=1)).any()  # another network's best would show
+    rows = torch.arange(B)
+    assert close(gaps[0], (q[rows, best] - q[rows, batch.actions]).mean())
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("variant, gap", (("rho", 0.0), ("var", 1e-4)))
+@HEADS
+def test_a_constant_q_has_no_gap(head, variant, gap, masked):
+    """But for the root of what is added to the variance."""
+    batch, agent = make_batch(masked=masked), make_agent(head=head, cql_variant=variant)
+    for network in (agent.critic, agent.target_critic):
+        nn.init.zeros_(network.last.weight)
+        nn.init.constant_(network.last.bias, 0.3)
+    assert abs(agent.loss(batch)[1]["cql_qf_diff"] - gap) < 1e-12
+
+
+@pytest.mark.parametrize("head", ("dqn", "qr"))
+@pytest.mark.parametrize("variant", ("rho", "var"))
+def test_gradient_vanishes_at_the_closed_form_of_a_bandit(variant, head):
+    """CQL(rho): Q = r - alpha (mu / beta - 1) with mu = rho exp Q, normalised. CQL(var), where the clone is exact:
+    Q = mean r + s (r - mean r), s = 1 - alpha / std r, the same value under the behaviour. Without a future the target
+    network's values, which rho comes from, are any."""
+    problem, alpha, target_q = Problem(0, scale=3.0, discount=0.0), 0.3, torch.randn(S, A, 1)
+    rewards = (np.bincount(problem.pairs, weights=problem.rewards) / problem.counts).reshape(S, A)
+    mean = (problem.beta * rewards).sum(axis=1, keepdims=True)
+    std = np.sqrt((problem.beta * (rewards - mean) ** 2).sum(axis=1, keepdims=True))
+    rho = 0.2 / A + 0.8 * np.eye(A)[target_q[:, :, 0].argmax(dim=1)]
+    q = mean + (1 - alpha / std) * (rewards - mean)
+    assert (std > 2 * alpha).all()
+    for _ in range(2000 if variant == "rho" else 0):
+        mu = rho * np.exp(q)
+        q = q + 0.1 * (rewards - alpha * (mu / mu.sum(axis=1, keepdims=True) / problem.beta - 1) - q)
+    options = {"head": head, "td_error": "squared", "cql_alpha": 2 * alpha, "cql_rho_epsilon": 0.2}
+    agent = problem.agent(q[:, :, None], cql_variant=variant, **options)
+    set_table(agent.target_critic, target_q)
+    if variant == "var":
+        set_table(agent.behaviour, torch.tensor(problem.beta).log().unsqueeze(-1))
+        agent.parameter_groups["behaviour"] = list(agent.behaviour.parameters())
+    gradients, metrics = agent.gradients(problem.batch)
+    assert gradients["critic"][0].abs().max() < (1e-8 if variant == "var" else 1e-10)
+    if variant == "var":
+        assert gradients["behaviour"][0].abs().max() < 1e-10
+        assert close(metrics["average_qf"], problem.rewards.mean())
+
+
+def test_clone_of_var_follows_the_data():
+    """Whatever the rewards. The norm that gradients are scaled down to is the network's own."""
+    agent = make_agent(cql_variant="var", hidden_dim=32, max_grad_norm=1e-6)
+    batch = make_batch(256)
+    batch = batch._replace(actions=(batch.observations[:, 0] > 0).long())
+    losses = [agent.update(batch)["behaviour_loss"] for _ in range(100)]
+    assert losses[-1] < 0.2 < losses[0]
 
 
 # Features.
@@ -428,10 +513,11 @@ def test_given_ends_of_the_atoms_count():
 # The update.
 
 
-@pytest.mark.parametrize("rate, period", ((1.0, 3), (0.3, 1)))
-def test_update_is_a_step_of_adam_then_of_the_target(rate, period):
-    options = {"soft_target_update_rate": rate, "target_update_period": period, "qf_lr": 0.03}
-    check_updates(lambda: make_agent(**options), make_batch, lambda _: (), {"critic": 0.03}, rate, period)
+@pytest.mark.parametrize("rate, period, variant", ((1.0, 3, "H"), (0.3, 1, "H"), (0.3, 3, "var")))
+def test_update_is_a_step_of_adam_then_of_the_target(rate, period, variant):
+    options = {"soft_target_update_rate": rate, "target_update_period": period, "qf_lr": 0.03, "cql_variant": variant}
+    rates = {"critic": 0.03} | ({"behaviour": 0.03} if variant == "var" else {})
+    check_updates(lambda: make_agent(**options), make_batch, lambda _: (), rates, rate, period)
 
 
 @HEADS
@@ -467,7 +553,12 @@ def test_bfloat16_is_near(head):
     check_bfloat16(agents, batch, batch.observations)
 
 
-TRACED = [{"head": "c51", "dr3_coefficient": 0.1}, {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0}]
+TRACED = [
+    {"head": "c51", "dr3_coefficient": 0.1},
+    {"head": "qr", "precision": "bfloat16", "max_grad_norm": 1.0},
+    {"head": "c51", "cql_variant": "rho"},
+    {"cql_variant": "var"},
+]
 
 
 @pytest.mark.parametrize("options", TRACED, ids=str)
@@ -475,7 +566,7 @@ def test_traced_gradients_are_the_same(options, monkeypatch):
     torch.set_default_dtype(torch.float32)
     agent = make_agent(compile=True, batch_size=B, q_n_hidden_layers=1, **options)
     tolerance = 1e-2 if "precision" in options else 1e-4
-    check_traced(cql, agent, lambda: make_batch(masked="dr3_coefficient" in options), tolerance, monkeypatch)
+    check_traced(cql, agent, lambda: make_batch(masked="precision" not in options), tolerance, monkeypatch)
 
 
 # Acting.

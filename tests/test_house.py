@@ -22,10 +22,10 @@ PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
 # Lines and tokens of the method with `train` (above the comment "# Common to all files"), and of the file, at most.
 BUDGETS = {
-    "offline/cql.py": (520, 4_950, 1_505, 14_740),
+    "offline/cql.py": (555, 5_430, 1_540, 15_230),
     "offline/combo.py": (875, 9_500, 1_850, 19_150),
     "finetune/cql.py": (815, 8_490, 1_765, 17_900),
-    "discrete/cql_dqn.py": (460, 4_300, 1_515, 14_550),
+    "discrete/cql_dqn.py": (485, 4_370, 1_550, 14_975),
 }
 # Agents for continuous actions: the smallest number of methods that several have and that share one text.
 SHARED_METHODS = 13

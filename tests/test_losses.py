@@ -49,8 +49,8 @@ def make_agent(observation_dim=S, action_dim=A, fresh=False, **options):
     options = {"device": "cpu", "hidden_dim": 8, "cql_n_actions": N, "policy_lr": 0.01, "qf_lr": 0.01} | options
     agent = cql.CQL(cql.TrainConfig(**options), observation_dim, action_dim)
     with torch.no_grad():
-        for network in () if fresh else (agent.actor, agent.critic, agent.target_critic):
-            for parameter in network.parameters():
+        for network in () if fresh else (agent.actor, agent.critic, agent.target_critic, agent.behaviour):
+            for parameter in network.parameters() if network else ():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return agent
 
@@ -274,6 +274,125 @@ def test_clip_acts_on_each_state(low, high, moves):
     assert close(4 * agent.critic.values.grad, torch.tensor(moves).view(4, 1) * torch.tensor([-1, *[1 / 3] * 3]))
 
 
+# CQL(rho), CQL(var), and the mixture density.
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
+def test_gap_of_rho_is_a_mean_over_samples_of_the_policy(temperature):
+    """Its gradient is the soft-max's mean gradient of the samples, minus that of the data; no constant is left out, so
+    the net gap is the gap. One sample is the paper's equation 2 with mu = pi."""
+    values, options = torch.randn(2, B, 7), {"cql_variant": "rho", "cql_temp": temperature, "cql_alpha": 1.0}
+    agent, loss, gap, metrics = critic_loss(values, torch.full((B, 6), math.log(6)), **options)
+    log_mean = temperature * (values[..., 1:] / temperature).exp().mean(dim=2).log()
+    assert close(gap, (log_mean - values[..., 0]).mean(dim=1)) and close(metrics["cql_net_gap"], gap.mean())
+    td_loss = (agent.critic.values[..., 0] - values[0, :, 0]).square().mean(dim=1).sum()
+    (gradient,) = torch.autograd.grad(loss - td_loss, agent.critic.values)
+    weights = (values[..., 1:] / temperature).softmax(dim=2)
+    assert close(B * gradient, torch.cat([-torch.ones(2, B, 1), weights], dim=2))
+    penalty = {x for x in metrics if x.startswith("cql_q1_") or x.startswith("cql_weight")}
+    assert penalty == {"cql_q1_current_actions"} and close(metrics["cql_q1_current_actions"], values[0, :, 1:].mean())
+    _, _, gap, metrics = critic_loss(values[..., :2], torch.zeros(B, 1), **options)
+    assert close(gap, (values[..., 1] - values[..., 0]).mean(dim=1)) and close(metrics["cql_net_gap"], gap.mean())
+
+
+def penalty(formula, states, **options):
+    """Metrics of a minibatch for Q = formula(s, a [B, N, A]), and its data's actions."""
+    agent, batch = make_agent(1, A, **options), make_batch(1, A, len(states))
+    agent.critic.forward = agent.target_critic.forward = lambda s, a: formula(s, a).expand(2, -1, -1)
+    proposed = agent.td_target_and_proposals(batch, *agent.actor(torch.cat([states, states])))
+    return agent.critic_loss(batch._replace(observations=states), *proposed)[2], batch.actions
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0))
+def test_a_constant_q_has_no_gap(temperature):
+    for options in ({"cql_variant": "rho", "cql_temp": temperature}, {"cql_variant": "var"}):
+        metrics, _ = penalty(lambda s, a: 5 + 0 * a[..., 0], torch.randn(B, 1), **options)
+        tolerance = 1e-4 if options["cql_variant"] == "var" else 1e-12  # the root of what is added to the variance
+        assert abs(metrics["cql_net_gap"]) <= 1.001 * tolerance and metrics["cql_qf1_diff"] == metrics["cql_net_gap"]
+
+
+def test_rho_of_uniform_actions_is_the_entropy_variant_less_the_volume(monkeypatch):
+    """The policy's samples are a grid here: log of the integral of exp Q, minus Q of the data, minus A log 2."""
+
+    def formula(s, a):
+        return torch.sin(3 * a[..., 0]) + s * a[..., 1]
+
+    n, sample, states = 300, cql.sample_actions, torch.tensor([[-1.0], [0.0], [2.0]])
+    line = (torch.arange(n) + 0.5) * 2 / n - 1
+    grid = torch.cartesian_prod(line, line).expand(len(states), -1, -1)
+    monkeypatch.setattr(
+        cql, "sample_actions", lambda *x: (grid, torch.zeros(len(x[0]), n**2)) if x[2] > 1 else sample(*x)
+    )
+    metrics, actions = penalty(formula, states, cql_variant="rho", cql_n_actions=n**2 // 3)
+    q_data = formula(states, actions.unsqueeze(1)).squeeze(1)
+    a = torch.linspace(-1, 1, 20_001)
+    integrals = torch.trapezoid(torch.sin(3 * a).exp(), a), torch.trapezoid((states * a).exp(), a)
+    expected = integrals[0].log() + integrals[1].log() - q_data - A * math.log(2)
+    assert close(metrics["cql_net_gap"], expected.mean(), 1e-4)
+
+
+@pytest.mark.parametrize("action_dim", (3, 6))
+def test_mixture_density_finds_the_integral_that_own_densities_miss(action_dim):
+    """With a narrow policy, whose samples see a small part of the box. Scored by their own density they miss the
+    integral, in nearly all minibatches: two of three proposals count for nothing, and log 3 is lost. The mixture's
+    terms are bounded, and their mean is the integral."""
+
+    def formula(s, a):
+        return -1.18 * a.square().sum(dim=-1) + 0 * s
+
+    grid = torch.linspace(-1, 1, 20_001)
+    truth = action_dim * torch.trapezoid((-1.18 * grid.square()).exp(), grid).log()
+    found, states, log_std = {}, torch.zeros(20_000, 1), torch.full((40_000, action_dim), math.log(0.05))
+    for density in ("own", "mixture"):
+        agent = make_agent(1, action_dim, cql_n_actions=10, cql_density=density)
+        agent.critic.forward = agent.target_critic.forward = lambda s, a: formula(s, a).expand(2, -1, -1)
+        batch = make_batch(1, action_dim, len(states))._replace(observations=states)
+        _, *proposed = agent.td_target_and_proposals(batch, torch.full_like(log_std, 0.3), log_std)
+        assert proposed[0].shape[1] == (20 if density == "mixture" else 30)
+        found[density] = agent.log_sum_exp(batch, *proposed)[1][0] - math.log(proposed[0].shape[1])
+    assert abs(truth / action_dim - 1.07 / 3) < 0.01
+    assert abs(found["own"].mean() - (truth - math.log(3))) < 0.1 and abs(found["mixture"].mean() - truth) < 0.06
+    integrals = found["mixture"].exp()
+    assert abs(integrals.mean() - truth.exp()) < 5 * integrals.std() / math.sqrt(len(integrals)) < 0.01 * truth.exp()
+
+
+def test_mixture_density_is_finite_at_the_ends(monkeypatch):
+    """In float32, where a uniform action may be -1 and the policy's density there is infinite."""
+    torch.set_default_dtype(torch.float32)
+    agent, batch = make_agent(cql_density="mixture"), make_batch()
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda x, low, high: x.fill_(low))
+    gradients, metrics = agent.gradients(batch, False)
+    assert all(x.isfinite().all() for x in (*gradients["critic"], *metrics.values()))
+
+
+def test_clone_of_var_follows_the_data_and_not_the_policy():
+    agent, batch = make_agent(fresh=True, hidden_dim=32, cql_variant="var"), make_batch(batch_size=256)
+    wanted = (0.8 * batch.observations[:, :A].sin()).atanh()
+    batch = batch._replace(actions=(wanted + 0.2 * torch.randn_like(wanted)).tanh())
+    losses = [agent.update(batch)["behaviour_loss"] for _ in range(200)]
+    mean, log_std = agent.behaviour(batch.observations)
+    assert (mean.tanh() - wanted.tanh()).square().mean() < 0.1 * wanted.tanh().square().mean()
+    assert abs(log_std.mean() - math.log(0.2)) < 0.7 and losses[-1] < losses[0] - 1
+
+
+ALONE = [{"cql_variant": "rho"}, {"cql_variant": "var"}, {"cql_density": "mixture"}, {"cql_importance_sample": False}]
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        *(({**x, **y}, "--cql_variant --cql_density --cql_importance_sample") for x in ALONE[:2] for y in ALONE[2:]),
+        ({**ALONE[2], **ALONE[3]}, "--cql_density --cql_importance_sample"),
+        ({"cql_variant": "var", "cql_n_actions": 1}, "--cql_n_actions"),
+        ({"cql_variant": "var", "cql_backprop_actions": 1}, "--cql_backprop_actions"),
+        ({"cql_variant": "var", "cql_temp": 2.0}, "--cql_temp"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused(options, names):
+    status, message = refusal(make_agent, **options)
+    assert status == 2 and all(name in message for name in names.split())
+
+
 # The policy: density and cloning.
 
 
@@ -456,8 +575,9 @@ def test_predicted_values_are_the_least_of_the_mean_action():
     assert agent.start_values(np.array([[5.0], [7.0]])) == pytest.approx([10 - math.tanh(0.5), 20 - math.tanh(1)])
 
 
-def test_holdout_metrics_are_those_of_the_losses():
-    agent, batch = make_agent(), make_batch()
+@pytest.mark.parametrize("variant", ("H", "rho", "var"))
+def test_holdout_metrics_are_those_of_the_losses(variant):
+    agent, batch = make_agent(cql_variant=variant), make_batch()
     before = copy.deepcopy(agent)
     torch.manual_seed(3)
     metrics = agent.holdout_metrics(batch)
@@ -485,12 +605,15 @@ def slow_losses(agent, batch, cloning):
     alpha = config.alpha_multiplier * (agent.log_alpha.exp().item() if config.use_automatic_entropy_tuning else 1)
     weight = config.cql_alpha * (agent.log_alpha_prime.exp().item() if config.cql_lagrange else 1)
     target_gap = config.cql_target_action_gap if config.cql_lagrange else 0
-    noise = torch.randn(2 * B, config.cql_n_actions if config.cql_alpha or config.cql_max_target_backup else 1, A)
-    random = torch.empty(B, config.cql_n_actions, A).uniform_(-1, 1) if config.cql_alpha else torch.empty(B, 0, A)
+    is_h = config.cql_alpha > 0 and config.cql_variant == "H"
+    noise = torch.randn(2 * B, config.cql_n_actions if is_h or config.cql_max_target_backup else 1, A)
+    sampled = torch.randn(B, 3 * config.cql_n_actions if config.cql_alpha and not is_h else 0, A)
+    random = torch.empty(B, config.cql_n_actions if is_h else 0, A).uniform_(-1, 1)
     policy_noise = torch.randn(B, A)
+    proposer = agent.behaviour if config.cql_variant == "var" else agent.actor
 
-    def act(s, noise):
-        mean, log_std = agent.actor(s)
+    def act(s, noise, actor=agent.actor):
+        mean, log_std = actor(s)
         z = mean + log_std.exp() * noise
         return z.tanh(), (Normal(mean, log_std.exp()).log_prob(z) - (1 - z.tanh() ** 2).log()).sum()
 
@@ -506,6 +629,11 @@ def slow_losses(agent, batch, cloning):
         value = value - alpha * log_prob if config.backup_entropy else value
         y = r + config.discount * (1 - terminal) * value
         proposals = [(x, torch.tensor(-A * math.log(2))) for x in random[b]] + following + current
+        if config.cql_density == "mixture":
+            both = [x for x, _ in proposals[:N] + current]
+            proposals = [(x, (density(*agent.actor(s), x).exp() / 2 + 0.5**A / 2).log().detach()) for x in both]
+        if not is_h:
+            proposals = [(act(s, x, proposer)[0].detach(), torch.tensor(len(sampled[b])).log()) for x in sampled[b]]
         for e in (0, 1):
             q_data = q_values(agent.critic, s, a)[e]
             critic_loss += (q_data - y.detach()) ** 2 / B
@@ -514,7 +642,12 @@ def slow_losses(agent, batch, cloning):
             else:
                 terms = [(q_values(agent.critic, s, x)[e] / temperature).exp() for x in [a] + [x for x, _ in proposals]]
             if config.cql_alpha:
-                gap = (temperature * sum(terms).log() - q_data).clamp(low, high)
+                gap = temperature * sum(terms).log() - q_data
+                if config.cql_variant == "var":
+                    values = [q_values(agent.critic, s, x)[e] for x, _ in proposals]
+                    mean = sum(values) / len(values)
+                    gap = (sum((x - mean) ** 2 for x in values) / (len(values) - 1) + 1e-8).sqrt()
+                gap = gap.clamp(low, high)
                 critic_loss += weight * (gap - target_gap) / B
                 mean_gap += gap.item() / (2 * B)
 
@@ -530,6 +663,9 @@ def slow_losses(agent, batch, cloning):
         losses["alpha"] = -agent.log_alpha * (mean_log_prob - A)
     if config.cql_lagrange:
         losses["alpha_prime"] = -agent.log_alpha_prime.exp() * config.cql_alpha * (mean_gap - target_gap)
+    if config.cql_variant == "var" and config.cql_alpha:
+        likelihoods = [density(*agent.behaviour(s), a.clamp(-0.999, 0.999)) for s, a in zip(*batch[:2])]
+        losses["behaviour"] = -sum(likelihoods) / B
     return losses
 
 
@@ -544,6 +680,15 @@ CHOICES = {
 @settings(max_examples=50)
 @example(options={}, cloning=False)
 @example(options={"cql_lagrange": True, "cql_target_action_gap": 3.0}, cloning=False)
+@example(options={"cql_variant": "rho"}, cloning=False)
+@example(options={"cql_variant": "rho", "cql_temp": 2.0, "cql_lagrange": True, "cql_clip_diff_max": 0.1}, cloning=True)
+@example(options={"cql_variant": "rho", "cql_max_target_backup": True, "backup_entropy": True}, cloning=False)
+@example(options={"cql_variant": "rho", "cql_alpha": 0.0}, cloning=False)
+@example(options={"cql_variant": "var"}, cloning=False)
+@example(options={"cql_variant": "var", "cql_lagrange": True, "cql_target_action_gap": 0.2}, cloning=True)
+@example(options={"cql_variant": "var", "cql_alpha": 0.0, "cql_max_target_backup": True}, cloning=False)
+@example(options={"cql_density": "mixture"}, cloning=False)
+@example(options={"cql_density": "mixture", "cql_temp": 0.5, "cql_max_target_backup": True}, cloning=False)
 @given(
     options=st.fixed_dictionaries({}, optional={name: st.sampled_from(x) for name, x in CHOICES.items()}),
     cloning=st.booleans(),
@@ -563,6 +708,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(options, cloning):
         expected = torch.autograd.grad(loss, agent.parameter_groups[name], retain_graph=True)
         assert all(close(*pair) for pair in zip(gradients[name], expected)), name
     logged = {"actor": "policy_loss", "alpha": "alpha_loss", "alpha_prime": "alpha_prime_loss"}
+    logged["behaviour"] = "behaviour_loss"
     assert {name for name in logged.keys() & losses.keys() if not close(metrics[logged[name]], losses[name])} == set()
     for name, key in (("actor", "policy_grad_norm"), ("critic", "critic_grad_norm")):
         assert close(metrics[key], flat(gradients[name]).norm())
@@ -570,10 +716,13 @@ def test_losses_and_gradients_are_those_of_the_formulas(options, cloning):
 
 
 @pytest.mark.parametrize("cloning", (False, True))
-def test_other_parameters_are_constants_of_each_loss(cloning):
+@pytest.mark.parametrize(
+    "options", ({"cql_backprop_actions": 1}, {"cql_variant": "rho"}, {"cql_variant": "var"}, {"cql_density": "mixture"})
+)
+def test_other_parameters_are_constants_of_each_loss(options, cloning):
     """The multiplier sees the gap as a constant, the critics the multiplier and what the actor proposes, all of them
-    the target critics. Only the policy's loss has a gradient, which nobody asks for, in the critics."""
-    agent = make_agent(cql_lagrange=True, backup_entropy=True, cql_backprop_actions=1)
+    the target critics and the clone. Only the policy's loss has a gradient, which nobody asks for, in the critics."""
+    agent = make_agent(cql_lagrange=True, backup_entropy=True, **options)
     agent.target_critic.requires_grad_(True)
     losses, metrics = agent.losses(make_batch(), cloning)
     groups = agent.parameter_groups | {"target": list(agent.target_critic.parameters())}
@@ -587,16 +736,18 @@ def test_other_parameters_are_constants_of_each_loss(cloning):
         )
     }  # fmt: skip
     assert reached == {(name, name) for name in losses} | (set() if cloning else {("actor", "critic")})
-    light, heavy = (make_agent(cql_alpha=x).gradients(make_batch(), cloning)[0] for x in (0.1, 10))
+    light, heavy = (make_agent(cql_alpha=x, **options).gradients(make_batch(), cloning)[0] for x in (0.1, 10))
     assert close(flat(light["actor"]), flat(heavy["actor"])) and close(flat(light["alpha"]), flat(heavy["alpha"]))
-    assert (flat(light["critic"]) - flat(heavy["critic"])).norm() > 0.1 * flat(heavy["critic"]).norm()
+    assert (flat(light["critic"]) - flat(heavy["critic"])).norm() > 0.05 * flat(heavy["critic"]).norm()
 
 
-def test_update_is_a_step_of_adam_then_of_the_targets():
+@pytest.mark.parametrize("variant", ("H", "var"))
+def test_update_is_a_step_of_adam_then_of_the_targets(variant):
     """It clones in the first updates."""
-    options = {"policy_lr": 0.03, "qf_lr": 0.02, "cql_lagrange": True, "bc_steps": 2}
+    options = {"policy_lr": 0.03, "qf_lr": 0.02, "cql_lagrange": True, "bc_steps": 2, "cql_variant": variant}
     options |= {"soft_target_update_rate": 0.25, "target_update_period": 3}
     rates = {"actor": 0.03, "alpha": 0.03, "critic": 0.02, "alpha_prime": 0.02}
+    rates |= {"behaviour": 0.02} if variant == "var" else {}
     check_updates(lambda: make_agent(**options), make_batch, lambda i: (i < 2,), rates, 0.25, 3)
 
 
@@ -617,7 +768,8 @@ def test_multiplier_stays_below_a_million_and_comes_down_again(target, change):
     "options",
     (
         {}, {"cql_temp": 0.5, "cql_importance_sample": False, "cql_lagrange": True}, {"cql_temp": 2.0},
-        {"cql_clip_diff_min": 2.3, "cql_clip_diff_max": 3.0},
+        {"cql_clip_diff_min": 2.3, "cql_clip_diff_max": 3.0}, {"cql_variant": "rho", "cql_temp": 0.5},
+        {"cql_density": "mixture"},
     ),
     ids=str,
 )  # fmt: skip
@@ -674,8 +826,13 @@ def test_bfloat16_is_near(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", ({"cql_backprop_actions": 2, "cql_lagrange": True}, {"precision": "bfloat16"}), ids=str
-)
+    "options",
+    (
+        {"cql_backprop_actions": 2, "cql_lagrange": True}, {"precision": "bfloat16"}, {"cql_variant": "var"},
+        {"cql_variant": "rho", "cql_backprop_actions": 2}, {"cql_density": "mixture"},
+    ),
+    ids=str,
+)  # fmt: skip
 def test_traced_gradients_are_the_same(options, monkeypatch):
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(cql.EnsembleCritic, "max_rows", 20)  # so that there are pieces

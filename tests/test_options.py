@@ -440,7 +440,8 @@ ACTS = {
     "bc_steps": ({}, 4), "cql_n_actions": ({}, 3), "cql_backprop_actions": ({}, 1),
     "cql_importance_sample": ({}, False), "cql_temp": ({}, 0.5), "cql_max_target_backup": ({}, True),
     "cql_clip_diff_min": ({}, 3.0), "cql_clip_diff_max": ({}, 2.0), "cql_lagrange": ({}, True),
-    "cql_target_action_gap": ({"cql_lagrange": True}, 2.0),
+    "cql_target_action_gap": ({"cql_lagrange": True}, 2.0), "cql_variant": ({}, "rho"),
+    "cql_density": ({}, "mixture"), "cql_rho_epsilon": ({"cql_variant": "rho"}, 0.5),
     # of algorithms/finetune/cql.py
     "offline_iterations": ({}, 11), "online_iterations": ({}, 3), "n_online_envs": ({"online_iterations": 8}, 2),
     "utd_ratio": ({"online_iterations": 8}, 2), "warmup_steps": ({"online_iterations": 8}, 3),
@@ -554,6 +555,10 @@ INERT = {
     "algorithms.offline.cql": [
         ({}, {"reward_scale": 4.0, "reward_bias": 4.0, "cql_target_action_gap": 4.0, "buffer_size": 100}),
         ({"cql_alpha": 0}, {"cql_temp": 0.5, "cql_n_actions": 5}),
+        ({"cql_alpha": 0}, {"cql_variant": "rho"}),
+        ({"cql_alpha": 0}, {"cql_variant": "var"}),
+        ({"cql_alpha": 0}, {"cql_density": "mixture"}),
+        ({"bc_only": True, "cql_alpha": 0}, {"cql_variant": "var"}),
         ({"bc_only": True}, {"cql_alpha": 5.0, "qf_lr": 0.1, "discount": 0.99, "cql_lagrange": True}),
     ],
     "algorithms.offline.combo": [
@@ -569,6 +574,9 @@ INERT = {
         ({}, {"n_atoms": 11, "v_min": 0.0}),
         ({"head": "c51"}, {"td_error": "squared", "n_quantiles": 11}),
         ({"bc_only": True}, {"cql_alpha": 5.0, "td_error": "squared"}),
+        ({}, {"cql_rho_epsilon": 0.5}),
+        ({"bc_only": True}, {"cql_variant": "rho"}),
+        ({"bc_only": True}, {"cql_variant": "var"}),
     ],
 }
 
@@ -591,8 +599,9 @@ def section(page, title):
 
 
 def documented(page):
-    """The names in the first cells of the table below "## Metrics"."""
-    cells = re.findall(r"^\| (`.*?) \|", section(page, "Metrics"), re.MULTILINE)
+    """The names in the first cells of the table below "## Metrics", or another title that follows a #."""
+    page, _, title = page.partition("#")
+    cells = re.findall(r"^\| (`.*?) \|", section(page, title or "Metrics"), re.MULTILINE)
     names = [name for cell in cells for name in re.findall("`(.+?)`", cell)]
     assert len(names) == len(set(names))
     return set(names)
@@ -601,13 +610,16 @@ def documented(page):
 # Pages of a script (its own, and one it builds on), and configurations that together write all its metrics.
 PAGES = {
     "algorithms.offline.cql": (
-        ["cql.md"],
+        ["cql.md", "cql.md#Variants"],
         [
             {},
             {"cql_lagrange": True, "holdout_fraction": 0.2, "bc_steps": 3},
             {"cql_alpha": 0},
             {"use_automatic_entropy_tuning": False, "eval_env": "none"},
             {"cql_importance_sample": False},
+            {"cql_variant": "rho"},
+            {"cql_variant": "var"},
+            {"cql_density": "mixture"},
             {"bc_only": True, "holdout_fraction": 0.2},
         ],
     ),
@@ -627,7 +639,14 @@ PAGES = {
     ),
     "algorithms.discrete.cql_dqn": (
         ["discrete_cql.md"],
-        [{}, {"head": "c51", "holdout_fraction": 0.2}, {"head": "qr", "dr3_coefficient": 0.1}, {"bc_only": True}],
+        [
+            {},
+            {"head": "c51", "holdout_fraction": 0.2},
+            {"head": "qr", "dr3_coefficient": 0.1},
+            {"bc_only": True},
+            {"cql_variant": "rho"},
+            {"cql_variant": "var"},
+        ],
     ),
 }
 

@@ -567,11 +567,16 @@ VARIANTS = {
         {"cql_lagrange": True, "target_update_period": 3, "normalize_reward": True, "cql_backprop_actions": 1},
         {"cql_alpha": 0, "normalize": False},
         {"bc_only": True, "holdout_fraction": 0.2},
+        {"cql_variant": "var", "holdout_fraction": 0.2, "cql_lagrange": True, "cql_target_action_gap": 1.0},
+        {"cql_variant": "rho", "holdout_fraction": 0.2, "cql_backprop_actions": 1},
+        {"cql_density": "mixture", "holdout_fraction": 0.2},
     ],
     "algorithms.discrete.cql_dqn": [
         {"head": "qr", "normalize_features": True, "dr3_coefficient": 0.1, "max_grad_norm": 1.0},
         {"head": "c51", "target": "max", "normalize_reward": True, "reward_clip": 9.0},
         {"bc_only": True, "soft_target_update_rate": 1.0, "target_update_period": 3},
+        {"cql_variant": "var", "head": "c51", "holdout_fraction": 0.2},
+        {"cql_variant": "rho", "head": "qr", "holdout_fraction": 0.2},
     ],
 }
 

@@ -104,6 +104,8 @@ class TrainConfig:
     soft_target_update_rate: float = 5e-3  # Polyak rate of the target network; 1 with a longer period: hard updates
     target_update_period: int = 1  # updates between two target updates
 
+    cql_variant: str = "H"  # lowers Q's soft maximum over all actions (H) or the policy's (rho), or Q's spread (var)
+    cql_rho_epsilon: float = 0.1  # share of random actions in rho's policy, which is else greedy in the target network
     cql_alpha: float = 1.0  # weight of the penalty; 0 is offline DQN
     bc_only: bool = False  # behaviour cloning: the penalty alone, cross-entropy with Q as logits
     dr3_coefficient: float = 0.0  # weight of DR3: the dot product of features at states and next states
@@ -250,11 +252,17 @@ class DiscreteCQL(nn.Module):
         self.critic = QNetwork(*sizes, *switches)
         self.critic.epsilon = config.eval_epsilon
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.behaviour = None  # clones the data's actions
+        if config.cql_variant == "var" and not config.bc_only:
+            self.behaviour = QNetwork(*sizes[:4], "dqn", 1, orthogonal_init=config.orthogonal_init)
         self.to(config.device)
         self.parameter_groups = {"critic": list(self.critic.parameters())}
+        if self.behaviour:
+            self.parameter_groups["behaviour"] = list(self.behaviour.parameters())
         on_gpu = "cuda" in config.device  # steps are recorded in CUDA graphs there
         options = {"weight_decay": config.weight_decay, "fused": True, "capturable": on_gpu}
-        self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=config.qf_lr, **options)
+        parameters = itertools.chain(*self.parameter_groups.values())
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.qf_lr, **options)
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 
@@ -286,9 +294,30 @@ class DiscreteCQL(nn.Module):
             return -(td_target * outputs.log_softmax(dim=1)).sum(dim=1).mean()
         return quantile_loss(outputs, td_target, self.config.td_error == "huber").mean()
 
-    def gap(self, q: Tensor, actions: Tensor) -> Tensor:
-        """CQL(H)'s gap log sum_a exp Q(s, a) - Q(s, a_data), a cross-entropy with Q as logits: [B, A], [B] -> []."""
-        return F.cross_entropy(q, actions)
+    def gap(self, batch: Batch, q: Tensor) -> Tensor:
+        """CQL(H)'s gap log sum_a exp Q(s, a) - Q(s, a_data), a cross-entropy with Q as logits; CQL(rho)'s, with rho as
+        weights in the sum; or CQL(var)'s, the standard deviation of Q under the clone: [B, A] -> []."""
+        if self.config.bc_only or self.config.cql_variant == "H":
+            return F.cross_entropy(q, batch.actions)
+        if self.config.cql_variant == "rho":
+            q_data = q.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+            return ((q + self.rho(batch).log()).logsumexp(dim=1) - q_data).mean()
+        probabilities = self.behaviour_logits(batch).detach().softmax(dim=1)
+        q = q.masked_fill(probabilities == 0, 0)  # not -inf
+        deviations = q - (probabilities * q).sum(dim=1, keepdim=True)
+        return ((probabilities * deviations.square()).sum(dim=1) + 1e-8).sqrt().mean()  # its gradient is finite at 0
+
+    @torch.no_grad()
+    def rho(self, batch: Batch) -> Tensor:
+        """The policy of the target network, with cql_rho_epsilon of random allowed actions: -> [B, A]."""
+        q = allowed(self.critic.values(self.target_critic(batch.observations)), batch.masks)
+        uniform = allowed(torch.zeros_like(q), batch.masks).softmax(dim=1)
+        greedy = F.one_hot(q.argmax(dim=1), q.shape[1])
+        return (1 - self.config.cql_rho_epsilon) * greedy + self.config.cql_rho_epsilon * uniform
+
+    def behaviour_logits(self, batch: Batch) -> Tensor:
+        """The clone's logits, -inf where not allowed: -> [B, A]."""
+        return allowed(self.behaviour(batch.observations).squeeze(-1), batch.masks)
 
     def dr3(self, batch: Batch, features: Tensor) -> Tensor:
         """Mean dot product of the features of (s, a) and (s', a'), which all actions share; s' is n_step steps later:
@@ -302,7 +331,7 @@ class DiscreteCQL(nn.Module):
         features = self.critic.features(batch.observations)  # [B, H]
         outputs = self.critic.outputs(features)  # [B, A, Z]
         q = allowed(self.critic.values(outputs), batch.masks)  # [B, A]
-        gap = self.gap(q, batch.actions)
+        gap = self.gap(batch, q)
         metrics = {"cql_qf_diff": gap, **self.action_metrics(q, batch.actions, batch.masks)}
         if config.bc_only:
             return gap, metrics
@@ -342,11 +371,14 @@ class DiscreteCQL(nn.Module):
 
     # local: one network, one loss
     def gradients(self, batch: Batch) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
-        """Returns gradients of the loss, and metrics. Changes nothing."""
+        """Returns gradients of the losses of the network and of the clone, and metrics. Changes nothing."""
         loss, metrics = self.loss(batch)
-        gradients = torch.autograd.grad(loss, self.parameter_groups["critic"])
-        metrics["critic_grad_norm"] = nn.utils.get_total_norm(gradients)
-        return {"critic": gradients}, {name: value.detach() for name, value in metrics.items()}
+        gradients = {"critic": torch.autograd.grad(loss, self.parameter_groups["critic"])}
+        metrics["critic_grad_norm"] = nn.utils.get_total_norm(gradients["critic"])
+        if self.behaviour:
+            metrics["behaviour_loss"] = loss = F.cross_entropy(self.behaviour_logits(batch), batch.actions)
+            gradients["behaviour"] = torch.autograd.grad(loss, self.parameter_groups["behaviour"])
+        return gradients, {name: value.detach() for name, value in metrics.items()}
 
     # local: the policy is the network itself, and clones from the first update on
     def phases(self) -> list[tuple]:
@@ -357,8 +389,9 @@ class DiscreteCQL(nn.Module):
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Takes a step of the network, then of its target."""
         gradients, metrics = self.compute_gradients(batch)
-        for parameter, gradient in zip(self.parameter_groups["critic"], gradients["critic"]):
-            parameter.grad = gradient
+        for name, values in gradients.items():
+            for parameter, gradient in zip(self.parameter_groups[name], values):
+                parameter.grad = gradient
         if self.config.max_grad_norm < math.inf:
             factor = (self.config.max_grad_norm / metrics["critic_grad_norm"]).clamp(max=1)
             torch._foreach_mul_([parameter.grad for parameter in self.parameter_groups["critic"]], factor)
@@ -504,13 +537,14 @@ LIMITS = {
     "target_update_period hidden_dim q_n_hidden_layers n_step n_quantiles": (1, 1e6),
     "n_atoms": (2, 1e6),
     "reward_scale reward_bias v_min v_max": (-1e12, 1e12),
-    "discount soft_target_update_rate eval_epsilon": (0, 1),
+    "discount soft_target_update_rate eval_epsilon cql_rho_epsilon": (0, 1),
     "holdout_fraction dropout": (0, 0.9),
     "reward_clip max_grad_norm": (1e-6, math.inf),
     "precision": ("float32", "tf32", "bfloat16"),
     "head": ("dqn", "c51", "qr"),
     "target": ("double", "max", "sarsa"),
     "td_error": ("squared", "huber"),
+    "cql_variant": ("H", "rho", "var"),
 }
 
 

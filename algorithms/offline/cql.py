@@ -6,12 +6,10 @@ actions that the policy may choose and raises those of data actions. At arxiv.or
 returns 233.5 ± 15.6 after 8,000 updates (five seeds; two minutes each on 2 CPU cores) on data that return -38.5.
 
 Differs from the paper
-1. The TD loss is the squared error without 1/2: the paper's alpha is cql_alpha / 2.
+1. The TD loss is the squared error without 1/2 (the paper's alpha is cql_alpha / 2), and the entropy term is tuned.
 2. The log-integral of exp Q is estimated from N uniform, N current and N next-state policy actions, without log(3N).
-3. The entropy coefficient is tuned, and all losses use the same parameters, as in later public code.
 
-Known failures: scores depend on cql_alpha and the critics' depth; cloning may be better. docs/cql.md explains options.
-"""
+Known failures: scores depend on cql_alpha and the critics' depth; cloning may be better. Options: docs/cql.md."""
 
 import contextlib
 import copy
@@ -99,10 +97,12 @@ class TrainConfig:
     bc_steps: int = 0  # number of first updates in which the policy clones the data's actions
     bc_only: bool = False  # behaviour cloning: the policy's likelihood of the data's actions alone, no critics
 
+    cql_variant: str = "H"  # lowers Q's soft maximum over all actions (H) or the policy's (rho), or Q's spread (var)
     cql_alpha: float = 10.0  # weight of the penalty; 0 is offline SAC
-    cql_n_actions: int = 10  # actions sampled from each of the three proposals
+    cql_n_actions: int = 10  # N, actions from each of H's proposals (three, or two of the mixture); rho and var take 3N
     cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all (exact)
-    cql_importance_sample: bool = True  # True: CQL(H); False: the plain logsumexp known as CQL(rho) in public code
+    cql_importance_sample: bool = True  # False: logsumexp without densities, which public code calls CQL(rho)
+    cql_density: str = "own"  # density of H's actions, own: that of their proposal; mixture: half uniform, half policy
     cql_temp: float = 1.0  # temperature T of T logsumexp(Q / T - log p)
     cql_max_target_backup: bool = False  # the TD target takes the largest value of cql_n_actions next actions
     cql_clip_diff_min: float = -math.inf  # lower limit of each state's gap
@@ -240,6 +240,12 @@ class CQL(nn.Module):
             raise ConfigError("--target sarsa takes neither --backup_entropy nor --cql_max_target_backup")
         if config.dropout > 0 and config.cql_backprop_actions > 0:
             raise ConfigError("--dropout takes --cql_backprop_actions 0: two passes would drop different outputs")
+        is_var, is_plain = config.cql_variant == "var", not config.cql_importance_sample
+        if [config.cql_variant != "H", config.cql_density != "own", is_plain].count(True) > 1:
+            choices = "--cql_variant rho or var, --cql_density mixture, --cql_importance_sample False"
+            raise ConfigError(f"{choices} exclude one another")
+        if is_var and (config.cql_n_actions < 2 or config.cql_backprop_actions > 0 or config.cql_temp != 1):
+            raise ConfigError("--cql_variant var takes --cql_n_actions from 2, --cql_backprop_actions 0, --cql_temp 1")
         self.config, self.cql_alpha = config, config.cql_alpha
         sizes = (observation_dim, action_dim)
         shape = (config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init)
@@ -249,13 +255,16 @@ class CQL(nn.Module):
         shape = (config.orthogonal_init, dtype, 2, config.critic_layer_norm, config.dropout)
         self.critic = EnsembleCritic(*sizes, hidden_dims, *shape)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.behaviour = copy.deepcopy(self.actor) if is_var and config.cql_alpha > 0 else None  # clones the data
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
         self.to(config.device)
         self.parameter_groups = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
         self.parameter_groups |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
-        rates = (config.policy_lr, config.qf_lr, config.policy_lr, config.qf_lr)
+        if self.behaviour:
+            self.parameter_groups["behaviour"] = list(self.behaviour.parameters())
+        rates = (config.policy_lr, config.qf_lr, config.policy_lr, config.qf_lr, config.qf_lr)
         groups = [{"params": group, "lr": rate} for group, rate in zip(self.parameter_groups.values(), rates)]
         groups[1]["weight_decay"] = config.weight_decay
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True, capturable=self.log_alpha.is_cuda)
@@ -300,9 +309,11 @@ class CQL(nn.Module):
             next_q = next_q - self.alpha() * next_log_prob.gather(1, best.unsqueeze(1)).squeeze(1)
         return batch.rewards + self.config.discount * (1 - batch.terminals) * next_q
 
+    # local: the variants of CQL
     def critic_loss(self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor) -> tuple:
-        """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state,
-        clipped; the target gap is 0 without Lagrange. Offline SAC has neither proposals nor a penalty.
+        """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state, or
+        in CQL(var) the standard deviation of Q over the proposals; it is clipped. The target gap is 0 without Lagrange.
+        Offline SAC has neither proposals nor a penalty.
         td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics."""
         config = self.config
         q_data, log_sum_exp, q, scores = self.log_sum_exp(batch, proposals, proposal_log_prob)
@@ -312,6 +323,8 @@ class CQL(nn.Module):
         if proposals.shape[1] == 0:
             return td_loss.sum(), torch.zeros_like(td_loss), metrics
         state_gap = log_sum_exp - q_data  # [E, B]
+        if config.cql_variant == "var":
+            state_gap = (q[..., 1:].var(dim=-1) + 1e-8).sqrt()  # whose gradient is finite at 0
         gap = state_gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(dim=1)  # [E]
         target_gap = config.cql_target_action_gap if config.cql_lagrange else 0.0
         penalty = self.penalty_weight() * (gap - target_gap)  # [E]
@@ -354,18 +367,25 @@ class CQL(nn.Module):
         q_drawn = self.bound(batch, q[..., 1:], places[..., 1:]).mean(dim=-1)  # [E, B]
         return q[..., 0], log_sum_exp + (q_drawn - q_drawn.detach())
 
+    # local: the variants of CQL
     @torch.no_grad()
     def penalty_metrics(self, batch: Batch, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
         """Metrics of the penalty: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B] -> scalars."""
-        config = self.config
+        config, sources = self.config, ("rand", "next_actions", "current_actions")
+        if config.cql_density == "mixture":
+            sources = ("rand", "current_actions")
+        elif config.cql_variant != "H":
+            sources = ("cloned_actions" if self.behaviour else "current_actions",)
         # Without importance sampling the first score is the data's, and the shares do not add up to 1.
-        shares = scores.softmax(dim=-1)[..., 1 - q.shape[-1] :].mean(dim=(0, 1)).chunk(3)
-        metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
-        for source, values, share in zip(("rand", "next_actions", "current_actions"), q[..., 1:].chunk(3, -1), shares):
+        shares = scores.softmax(dim=-1)[..., 1 - q.shape[-1] :].mean(dim=(0, 1)).chunk(len(sources))
+        metrics, constant_q_gap = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1)), 0.0
+        for source, values, share in zip(sources, q[..., 1:].chunk(len(sources), dim=-1), shares):
             metrics |= per_critic(f"cql_q{{}}_{source}", values.mean(dim=(1, 2)))
-            metrics[f"cql_weight_{source}"] = share.sum()
-        log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
-        constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
+            if config.cql_variant == "H":
+                metrics[f"cql_weight_{source}"] = share.sum()
+        if config.cql_variant == "H":
+            log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
+            constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
         clipped = (state_gap < config.cql_clip_diff_min) | (state_gap > config.cql_clip_diff_max)
         metrics |= {"cql_net_gap": state_gap.mean() - constant_q_gap, "cql_clipped_share": clipped.float().mean()}
         return metrics | {"cql_effective_weight": self.penalty_weight()}
@@ -375,21 +395,35 @@ class CQL(nn.Module):
         excess = gap.mean() - self.config.cql_target_action_gap
         return -self.log_alpha_prime.exp() * self.cql_alpha * excess
 
+    # local: the variants of CQL
     @torch.no_grad()
     def td_target_and_proposals(self, batch: Batch, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mean and log_std [2B, A] of the actor at observations and next observations -> TD target [B], and N random, N
         next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions are used
-        twice: in the target, and as proposals at s, with their density at s' (as in the authors' code)."""
+        twice: in the target, and as proposals at s, with their density at s' (as in the authors' code). The mixture
+        density leaves them out of the proposals: [B, 2N, A]. CQL(rho) takes 3N current actions, and CQL(var) 3N of the
+        clone. Instead of log-densities these have log 3N, which makes a mean of the sum."""
         config = self.config
-        n = config.cql_n_actions if self.cql_alpha > 0 or config.cql_max_target_backup else 1
+        all_three = self.cql_alpha > 0 and config.cql_variant == "H"
+        n = config.cql_n_actions if all_three or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
         (current_actions, next_actions), (current_log_prob, next_log_prob) = actions.chunk(2), log_prob.chunk(2)
         n_backup = n if config.cql_max_target_backup else 1
         td_target = self.td_target(batch, next_actions[:, :n_backup], next_log_prob[:, :n_backup])
         if self.cql_alpha == 0:
             return td_target, current_actions[:, :0], current_log_prob[:, :0]
+        mean, log_std = mean.chunk(2)[0], log_std.chunk(2)[0]  # [B, A], at the observations
+        if config.cql_variant != "H":
+            policy = self.behaviour(batch.observations) if self.behaviour else (mean, log_std)
+            proposals, log_prob = sample_actions(*policy, 3 * config.cql_n_actions)
+            return td_target, proposals, torch.full_like(log_prob, math.log(log_prob.shape[1]))
         random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
         random_log_prob = torch.full_like(current_log_prob, -batch.actions.shape[1] * math.log(2))
+        if config.cql_density == "mixture":
+            pre_tanh, mean, log_std = random_actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh(), mean[:, None], log_std[:, None]
+            log_prob = tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
+            log_prob = torch.cat([log_prob, current_log_prob], dim=1).logaddexp(random_log_prob.repeat(1, 2))
+            return td_target, torch.cat([random_actions, current_actions], dim=1), log_prob - math.log(2)
         proposals = torch.cat([random_actions, next_actions, current_actions], dim=1)
         return td_target, proposals, torch.cat([random_log_prob, next_log_prob, current_log_prob], dim=1)
 
@@ -416,6 +450,9 @@ class CQL(nn.Module):
         if config.cql_lagrange:
             metrics["alpha_prime"] = self.log_alpha_prime.exp()
             metrics["alpha_prime_loss"] = losses["alpha_prime"] = self.alpha_prime_loss(gap)
+        if self.behaviour:
+            losses["behaviour"] = -self.data_log_prob(batch, *self.behaviour(batch.observations)).mean()
+            metrics["behaviour_loss"] = losses["behaviour"]
         return losses, metrics
 
     def gradients(self, batch: Batch, *phase: bool) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
@@ -576,6 +613,8 @@ LIMITS = {
     "cql_clip_diff_max": (-1e12, math.inf),
     "precision": ("float32", "tf32", "bfloat16"),
     "target": ("policy", "sarsa"),
+    "cql_variant": ("H", "rho", "var"),
+    "cql_density": ("own", "mixture"),
 }
 
 
