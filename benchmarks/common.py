@@ -21,8 +21,10 @@ if str(ROOT) not in sys.path:
 
 SCRIPTS = (
     "algorithms.discrete.cql_dqn",
+    "algorithms.offline.policy_constraint",
     "algorithms.offline.cql",
 )  # between them they open the policies of all scripts
+READERS = SCRIPTS[0], SCRIPTS[-1]  # of datasets: one for each kind of actions
 INTERFACE = ("load_policy", "load_dataset", "evaluate")  # all that programs use of the script of a policy
 MODULE_PATH = "PYTHONPATH=. lets Python import a module of the current folder"
 LUNAR_LANDER = {"LunarLander": (-180.0, 250.0), "LunarLanderContinuous": (-200.0, 280.0)}  # see reference_scores
@@ -146,7 +148,7 @@ def read_dataset(name: str) -> dict[str, Any]:
     """Returns what load_dataset does, by the script that takes such actions, in columns that it has checked. Raises
     DataError."""
     reasons = []
-    for module in map(importlib.import_module, SCRIPTS):
+    for module in map(importlib.import_module, READERS):
         try:
             data = module.load_dataset(name)
             module.check_dataset(data, SimpleNamespace(env=name, buffer_size=math.inf))

@@ -51,6 +51,7 @@ TINY = {
     "hidden_dim": 16, "policy_n_hidden_layers": 1, "q_n_hidden_layers": 1, "cql_n_actions": 2, "run_id": "run",
     "rollout_freq": 10, "rollout_batch_size": 8, "rollout_length": 2, "dynamics_members": 3, "dynamics_elites": 2,
     "dynamics_hidden_dim": 8, "dynamics_n_hidden_layers": 1, "dynamics_max_epochs": 1,
+    "policy_hidden_dims": "16", "q_hidden_dims": "16", "behaviour_hidden_dims": "16",
 }  # fmt: skip
 
 
@@ -155,13 +156,27 @@ CONTINUOUS = World(
 WORLDS = {
     "algorithms.offline.cql": CONTINUOUS,
     "algorithms.offline.combo": CONTINUOUS,
+    "algorithms.offline.policy_constraint": CONTINUOUS._replace(agent="PolicyConstraint"),
     "algorithms.finetune.cql": CONTINUOUS._replace(unit="step"),
     "algorithms.discrete.cql_dqn": World(
         gym.spaces.MultiDiscrete([4, 3], start=[-2, 0]), "Fine-v0", ("CartPole-v1", "MountainCar-v0"), "DiscreteCQL",
         [4, 3],
     ),
 }  # fmt: skip
+# What makes each method of policy_constraint.py, besides TD3+BC, its defaults.
+GAUSSIAN = {"policy": "gaussian", "q_scale": 0.0, "policy_noise": 0.0, "target_policy": False}
+BEST = {"n_acting_samples": 5, "n_target_actions": 3, "target_min_weight": 0.75, "behaviour": "vae"}
+METHODS = {
+    "TD3+BC": {},
+    "BRAC-p": GAUSSIAN | {"behaviour": "gaussian", "divergence": "kl", "behaviour_steps": 5, "divergence_steps": 4},
+    "BRAC-v": GAUSSIAN
+    | {"behaviour": "gaussian", "divergence": "mmd", "value_penalty": True, "n_divergence_samples": 2},
+    "BEAR": GAUSSIAN | BEST | {"divergence": "raw_mmd", "divergence_lagrange": True, "n_divergence_samples": 2},
+    "BCQ": BEST | {"policy": "perturbation", "divergence": "none", "q_scale": 0.0, "policy_noise": 0.0},
+    "wasserstein": GAUSSIAN | {"divergence": "wasserstein", "value_penalty": True},
+}
 continuous = pytest.mark.parametrize("script", ["algorithms.offline.cql"], indirect=True)
+constrained = pytest.mark.parametrize("script", ["algorithms.offline.policy_constraint"], indirect=True)
 discrete = pytest.mark.parametrize("script", ["algorithms.discrete.cql_dqn"], indirect=True)
 finetune = pytest.mark.parametrize("script", ["algorithms.finetune.cql"], indirect=True)
 # The scripts whose runs max_timesteps lengthens; one script; and one script of each kind of actions.

@@ -20,7 +20,6 @@ SAME = [  # in all scripts
     ("add_row", "self.means(1)", "self.mean(1)"),
 ]
 CONTINUOUS = [
-    ("network", "self.head(self.hidden(", "self.heads(self.hidden("),
     (
         "network",
         "torch.cat([observations, actions], dim=-1).flatten",
@@ -28,25 +27,37 @@ CONTINUOUS = [
     ),
     ("network", "q.view(-1, leading[-1], n_actions)", "q.view(-1, leading[-1] + 1, n_actions)"),
     ("loss", "- td_target).square()", "- td_target.unsqueeze(1)).square()"),
-    ("loss", "next_actions).amin(dim=0)", "next_actions).amin(dim=4)"),
-    (
-        "loss",
-        "torch.full_like(self.log_alpha_prime, self.cql_alpha)",
-        "torch.full_like(self.log_alpha_prime, self.cql_alfa)",
-    ),
     ("loss", "self.parameter_groups[name]) for", 'self.parameter_groups[name + "s"]) for'),
-    ("loss", "self.config.cql_temp * scores", "self.config.cql_temperature * scores"),
-    ("start_values", "self.actor(observations)[0].tanh()", "self.actors(observations)[0].tanh()"),
     (
         "start_values",
         "unsqueeze(1)).min(dim=0).values\n        return",
         "unsqueeze(1)).min(dim=1).values\n        return",
     ),
     ("start_values", "values.view(len(observations))", "values.view(len(observations), 2)"),
-    ("actions", "self.action_low + (mean.tanh() + 1)", "self.action_lows + (mean.tanh() + 1)"),
-    ("actions", "mean, _ = self(self.", "mean, _, _ = self(self."),
     ("actions", "torch.clamp(actions, self", "torch.clamp(actions.sum(dim=7), self"),
     ("holdout", 'metrics["qf1_loss"] +', 'metrics["qf1_los"] +'),
+]
+CQL = [
+    ("network", "self.head(self.hidden(", "self.heads(self.hidden("),
+    ("loss", "next_actions).amin(dim=0)", "next_actions).amin(dim=4)"),
+    (
+        "loss",
+        "torch.full_like(self.log_alpha_prime, self.cql_alpha)",
+        "torch.full_like(self.log_alpha_prime, self.cql_alfa)",
+    ),
+    ("loss", "self.config.cql_temp * scores", "self.config.cql_temperature * scores"),
+    ("start_values", "self.actor(observations)[0].tanh()", "self.actors(observations)[0].tanh()"),
+    ("actions", "self.action_low + (mean.tanh() + 1)", "self.action_lows + (mean.tanh() + 1)"),
+    ("actions", "mean, _ = self(self.", "mean, _, _ = self(self."),
+]
+CONSTRAINED = [
+    ("network", "network(observations).tanh().unsqueeze(1)", "network(observations).tanh().unsqueeze(7)"),
+    ("loss", "q.amin(dim=0), config.target_min_weight", "q.amin(dim=4), config.target_min_weight"),
+    ("loss", "(actions - data_actions.unsqueeze(1)).square()", "(actions - data_actions.unsqueeze(4)).square()"),
+    ("loss", "q * (config.q_scale /", "q * (config.q_scales /"),
+    ("start_values", "self.actor.choose(observations).unsqueeze(1)", "self.actor.chose(observations).unsqueeze(1)"),
+    ("actions", "self.action_low + (actions + 1)", "self.action_lows + (actions + 1)"),
+    ("actions", "self.choose(self.normalise(", "self.choose(self.normalize("),
 ]
 DISCRETE = [
     ("network", "self.last(features)", "self.final(features)"),
@@ -86,7 +97,9 @@ def edited(script, tmp_path, monkeypatch):
 
 
 def slips(name):
-    return SAME + (DISCRETE if "discrete" in name else CONTINUOUS)
+    if "discrete" in name:
+        return SAME + DISCRETE
+    return SAME + CONTINUOUS + (CONSTRAINED if "constraint" in name else CQL)
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,7 @@ LONG = {
     "eval_env": "none",
     "holdout_fraction": 0.2,
     "soft_target_update_rate": 0.2,
+    "target_update_period": 1,
 }
 
 

@@ -22,13 +22,14 @@ PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
 # Lines and tokens of the method with `train` (above the comment "# Common to all files"), and of the file, at most.
 BUDGETS = {
-    "offline/cql.py": (555, 5_430, 1_540, 15_230),
-    "offline/combo.py": (875, 9_500, 1_850, 19_150),
-    "finetune/cql.py": (815, 8_490, 1_765, 17_900),
-    "discrete/cql_dqn.py": (485, 4_370, 1_550, 14_975),
+    "offline/cql.py": (556, 5_450, 1_542, 15_240),
+    "offline/combo.py": (875, 9_505, 1_850, 19_150),
+    "offline/policy_constraint.py": (680, 6_550, 1_665, 16_350),
+    "finetune/cql.py": (815, 8_500, 1_765, 17_900),
+    "discrete/cql_dqn.py": (485, 4_370, 1_550, 14_980),
 }
-# Agents for continuous actions: the smallest number of methods that several have and that share one text.
-SHARED_METHODS = 13
+# Agents for continuous actions: the smallest number of methods of which several have the same text.
+SHARED_METHODS = 17
 
 
 class Block(NamedTuple):
@@ -227,7 +228,7 @@ def test_budgets(path):
     train = next(node for node in functions(tree) if node.name == "train")
     assert length(train) <= (60 if "finetune" in path.parts or path.stem == "combo" else 45)
     networks = [x.lineno for x in tree.body if isinstance(x, ast.ClassDef) and "nn.Module" in map(ast.unparse, x.bases)]
-    assert networks[0] < (145 if path.stem == "combo" else 125)  # it has 65 options
+    assert networks[0] < {"combo": 145, "policy_constraint": 140}.get(path.stem, 125)  # with 65 and 61 options
 
 
 def agent_methods(path):
@@ -256,7 +257,7 @@ def test_methods_of_the_agents_have_one_text_or_say_why_not():
         continuous = [
             found[name] for path, found in methods.items() if name in found and path.parent.name != "discrete"
         ]
-        of_one_text += len(continuous) > 1 and len({text for text, _ in continuous}) == 1
+        of_one_text += len({text for text, _ in continuous}) < len(continuous)
         versions = [found[name] for found in methods.values() if name in found]
         versions.sort(key=lambda x: "# local: " in x[1])  # of two that are equally common, the one without a comment
         commonest = max(versions, key=lambda x: sum(x[0] == y[0] for y in versions))[0]

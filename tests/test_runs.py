@@ -23,12 +23,14 @@ import torch
 import yaml
 from conftest import (
     DATASET,
+    METHODS,
     ONLINE,
     SCRIPTS,
     SPEEDS,
     SURPLUS,
     WORLDS,
     Counter,
+    constrained,
     contents,
     continuous,
     discrete,
@@ -160,7 +162,9 @@ def test_training_metrics_are_means_since_the_last_row(run):
 
 
 def test_training_moves_every_parameter_and_metrics_are_finite(script, tiny, run):
-    options = {"bc_steps": 5, "cql_lagrange": True, "holdout_fraction": 0.2}
+    options = {"bc_steps": 5, "cql_lagrange": True, "divergence_lagrange": True, "holdout_fraction": 0.2}
+    if "policy_constraint" in script.__name__:
+        options |= METHODS["BRAC-p"] | {"behaviour_steps": 0}  # which has all parts
     config = tiny(**options)
     torch.manual_seed(config.seed)
     before = {f"/agent/{name}": x.detach().clone() for name, x in make_agent(script, config).named_parameters()}
@@ -588,6 +592,24 @@ def test_every_variant_goes_on_where_it_was(options, run):
     run(max_timesteps=10, **options)
     folder, whole = run(max_timesteps=20, **options), run(max_timesteps=20, run_id="whole", **options)
     assert equal(weights(folder, "checkpoint.pt"), weights(whole, "checkpoint.pt")) and table(folder) == table(whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "updates"),
+    [("TD3+BC", 7), ("BRAC-p", 3), ("BRAC-p", 8), *((x, 8) for x in ("BRAC-v", "BEAR", "BCQ", "wasserstein"))],
+)
+@constrained
+def test_every_method_goes_on_where_it_was(method, updates, script, tiny, run):
+    """TD3+BC trains its policy every other update; BRAC-p stops while its clone learns alone, and later."""
+    options = METHODS[method] | {"max_timesteps": 12, "eval_freq": 6, "log_interval": 5, "holdout_fraction": 0.2}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        at_call(patch, script.ReplayBuffer, "sample", updates, lambda: setattr(script.Signals, "received", 15))
+        script.train(tiny(**options))
+    script.Signals.received = 0
+    folder, whole = Path(tiny().checkpoints_path, "run"), run(**options, run_id="whole")
+    assert torch.load(folder / "checkpoint.pt")["agent"]["_extra_state"]["n_updates"] == updates
+    script.train(tiny(**options))
+    check_end(folder, whole)
 
 
 STOPS = [

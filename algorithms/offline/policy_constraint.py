@@ -124,6 +124,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_config(self)
+        check_switches(self)
 
 
 # Shapes: B batch, E critics, N sampled actions, O observation, A action, Z noise. Actions of the networks lie in
@@ -269,11 +270,12 @@ class Policy(nn.Module):
     def choose(self, observations: Tensor) -> Tensor:
         """The action to take: the best one, by the first critic, of those that the fixed noise draws: [B, O] -> [B, A].
         Where that noise is a single zero, it is the mean action."""
-        actions = self.draw(observations, self.noise.expand(len(observations), -1, -1))[0]  # [B, N, A]
+        # `len` and `take_along_dim` would fix the size of the batch when this is exported to ONNX.
+        actions = self.draw(observations, self.noise.expand(observations.shape[0], -1, -1))[0]  # [B, N, A]
         if actions.shape[1] == 1:
             return actions.squeeze(1)
-        best = self.critic(observations, actions)[0].argmax(dim=-1)  # [B]
-        return actions.take_along_dim(best.view(-1, 1, 1), dim=1).squeeze(1)
+        best = self.critic(observations, actions)[0].argmax(dim=-1).view(-1, 1, 1)  # [B, 1, 1]
+        return actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)
 
     def normalise(self, observations: Tensor) -> Tensor:
         """Raw observations as the networks take them: [..., O] -> [..., O]."""
@@ -310,10 +312,8 @@ def mlp(sizes: list[int], orthogonal: bool) -> nn.Sequential:
     return nn.Sequential(*[module for layer in hidden for module in (layer, nn.ReLU())], last)
 
 
-def widths(name: str, text: str) -> list[int]:
-    """Widths of hidden layers from an option such as 400-300. Raises ConfigError."""
-    if not re.fullmatch(r"[1-9]\d{0,5}(-[1-9]\d{0,5})*", text, re.ASCII):
-        raise ConfigError(f"--{name} takes the widths of hidden layers, such as 256-256, not {text!r}")
+def widths(text: str) -> list[int]:
+    """Widths of hidden layers from an option such as 400-300."""
     return [int(x) for x in text.split("-")]
 
 
@@ -348,11 +348,10 @@ class PolicyConstraint(nn.Module):
 
     def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
         super().__init__()
-        check_switches(config)
         self.config, self.target_entropy, self.n_updates = config, -float(action_dim), 0
         sizes, orthogonal = (observation_dim, action_dim), config.orthogonal_init
-        options = ("policy_hidden_dims", "behaviour_hidden_dims", "q_hidden_dims")
-        dims, behaviour_dims, q_dims = (widths(name, getattr(config, name)) for name in options)
+        dims, q_dims = widths(config.policy_hidden_dims), widths(config.q_hidden_dims)
+        behaviour_dims = widths(config.behaviour_hidden_dims)
         gaussian = [config.log_std_min, config.log_std_max], config.log_std_tanh
         shape = (config.policy, config.n_acting_samples, config.max_perturbation, *gaussian)
         self.actor = Policy(*sizes, *shape, dims, behaviour_dims, q_dims, orthogonal)
@@ -452,6 +451,7 @@ class PolicyConstraint(nn.Module):
         excess = ((slope.square().sum(dim=-1) + 1e-8).sqrt() - 1).clamp(min=0)
         return (values[:, 1] - values[:, 0]).mean() + self.slope_penalty * excess.square().mean()
 
+    # local: the best of several actions, and BRAC-v's divergence
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:
         """r + gamma (1 - terminal) (max_n Q'(s', a'_n) - weight D(s')) -> [B]. Q' is the smaller one of the target
@@ -469,6 +469,7 @@ class PolicyConstraint(nn.Module):
             next_q = next_q - self.divergence_weight() * self.divergence(observations, batch.next_actions, drawn)
         return batch.rewards + config.discount * (1 - batch.terminals) * next_q
 
+    # local: no penalty
     def critic_loss(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared TD errors of the critics, added: [B] -> [], metrics."""
         q = self.critic(batch.observations, batch.actions.unsqueeze(1)).squeeze(-1)  # [E, B]
@@ -476,6 +477,7 @@ class PolicyConstraint(nn.Module):
         metrics = per_critic("qf{}_loss", td_loss) | per_critic("average_qf{}", q.mean(dim=1))
         return td_loss.sum(), metrics | {"average_target_q": td_target.mean()}
 
+    # local: a divergence in place of the entropy
     def policy_loss(self, batch: Batch, actions: Tensor, divergence: Tensor, with_q: bool) -> Tensor:
         """E[weight (D(s) - threshold) - Q(s, a)], [B, N, A], [B] -> []. The threshold is 0 unless the weight is tuned.
         Q, which may be scaled by its mean size, is the smaller one for a Gaussian, else that of the first critic."""
@@ -489,6 +491,7 @@ class PolicyConstraint(nn.Module):
             q = q * (config.q_scale / q.detach().abs().mean().clamp(min=1e-6))
         return loss - q.mean()
 
+    # local: what is trained depends on the phase
     def losses(
         self, batch: Batch, behaviour: bool, critic: bool, policy: bool, with_q: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -526,19 +529,21 @@ class PolicyConstraint(nn.Module):
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
     def phase(self, step: int) -> tuple[bool, ...]:
-        """What an update trains, see `losses`: first the behaviour alone; then the critics, and the policy with each
-        update of the targets."""
+        """Returns what an update trains, see `losses`: first the behaviour alone; then the critics, and the policy with
+        each update of the targets."""
         config = self.config
         if step < config.behaviour_steps:
             return True, False, False, False
         joint = self.behaviour is not None and config.behaviour_steps == 0
-        due = step % config.target_update_period == 0
+        due = (step - config.behaviour_steps) % config.target_update_period == 0
         return joint, True, due, due and step >= config.behaviour_steps + config.divergence_steps
 
+    # local: its own phases
     def phases(self) -> list[tuple]:
         """Further arguments of `gradients`, now and later."""
-        switches = (0, self.config.behaviour_steps, self.config.behaviour_steps + self.config.divergence_steps)
-        steps = [max(self.n_updates, x) + i for x in switches for i in range(min(self.config.target_update_period, 2))]
+        start, period = self.config.behaviour_steps, self.config.target_update_period
+        steps = [max(self.n_updates, x) for x in (0, start, start + self.config.divergence_steps)]
+        steps = [x + (start - x) % period + i for x in steps for i in range(min(period, 2))]  # due, and not
         extra = [(False,) * 4] if self.discriminator and self.config.wasserstein_steps > 1 else []
         return [self.phase(x) for x in (self.n_updates, *steps)] + extra
 
@@ -608,7 +613,10 @@ def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
 
 
 def check_switches(config: TrainConfig) -> None:
-    """Raises ConfigError for switches that do not go together."""
+    """Raises ConfigError for widths that are not numbers, and for switches that do not go together."""
+    for name in ("policy_hidden_dims", "behaviour_hidden_dims", "q_hidden_dims"):
+        if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", getattr(config, name), re.ASCII):
+            raise ConfigError(f"--{name} takes widths of layers, such as 256-256, not {getattr(config, name)[:100]!r}")
     behaviours = {"kl": ("gaussian",), "mmd": ("gaussian", "vae"), "raw_mmd": ("gaussian", "vae")}
     behaviours = ("vae",) if config.policy == "perturbation" else behaviours.get(config.divergence, ("data",))
     if config.behaviour not in behaviours:
