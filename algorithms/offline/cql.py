@@ -99,7 +99,7 @@ class TrainConfig:
 
     cql_variant: str = "H"  # lowers Q's soft maximum over all actions (H) or the policy's (rho), or Q's spread (var)
     cql_alpha: float = 10.0  # weight of the penalty; 0 is offline SAC
-    cql_n_actions: int = 10  # N, actions from each of H's proposals (three, or two of the mixture); rho and var take 3N
+    cql_n_actions: int = 10  # N: actions from each of H's proposals (three; mixture: two); rho and var take 3N
     cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all (exact)
     cql_importance_sample: bool = True  # False: logsumexp without densities, which public code calls CQL(rho)
     cql_density: str = "own"  # density of H's actions, own: that of their proposal; mixture: half uniform, half policy
