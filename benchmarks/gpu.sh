@@ -55,6 +55,8 @@ step speed-discrete 70 $speed --script discrete/cql_dqn --observation 8 --action
 step speed-combo 70 $speed --script offline/combo --variants real_ratio=1 -
 step speed-model 50 $speed --script offline/combo --part model --variants dynamics_members=1,dynamics_elites=1 -
 step speed-rollouts 30 $speed --script offline/combo --part rollouts
+step speed-constraint 70 $speed --script offline/policy_constraint --layers 2 --variants target_update_period=1 \
+    policy=perturbation,behaviour=vae,divergence=none,n_target_actions=10,target_update_period=1
 nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu --format=csv,nounits -l 1 >"$out/memory.csv" 2>/dev/null &
 watcher=$!
 step alone 60 bash -c 'train 0'

@@ -6,6 +6,7 @@
     python benchmarks/speed.py --script offline/combo --variants real_ratio=1 real_ratio=0.5
     python benchmarks/speed.py --script offline/combo --part model --variants dynamics_members=1,dynamics_elites=1 -
     python benchmarks/speed.py --script offline/combo --part rollouts
+    python benchmarks/speed.py --script offline/policy_constraint --layers 2 --variants - divergence=wasserstein
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
     OMP_NUM_THREADS=1 python benchmarks/speed.py --copies 1 2 --variants - compile=True --peer ../CORL
 
@@ -52,9 +53,12 @@ from torch.utils.flop_counter import FlopCounterMode
 # The scripts' insides are what is timed.
 from algorithms.discrete import cql_dqn
 from algorithms.finetune import cql as finetune_cql
-from algorithms.offline import combo, cql
+from algorithms.offline import combo, cql, policy_constraint
 
-SCRIPTS = {"offline/cql": cql, "offline/combo": combo, "discrete/cql_dqn": cql_dqn, "finetune/cql": finetune_cql}
+SCRIPTS = {
+    "offline/cql": cql, "offline/combo": combo, "offline/policy_constraint": policy_constraint,
+    "discrete/cql_dqn": cql_dqn, "finetune/cql": finetune_cql,
+}  # fmt: skip
 N_ROWS = 100_000
 COLUMNS = (
     "script", "variant", "beside", "device", "threads", "observation", "action", "batch", "layers", "actions",
@@ -103,6 +107,7 @@ def make_config(job, variant):
     options = {name: script.convert(name, value, kinds[name]) for name, value in options.items()}
     never = dict.fromkeys(("eval_freq", "log_interval", "max_timesteps"), 10**9)
     sizes = {"batch_size": job.batch, "cql_n_actions": job.actions, "q_n_hidden_layers": job.layers}
+    sizes["q_hidden_dims"] = "-".join(job.layers * ["256"])
     defaults = {name: value for name, value in (never | sizes).items() if name in kinds}
     return script.TrainConfig(device=job.device, **defaults | options), variables, constants
 
@@ -125,6 +130,10 @@ def prepare_script(job, variant):
         agent, data = script.DiscreteCQL(config, job.observation, [job.action]), script.td_columns(data, config)
         if config.head == "c51":
             agent.critic.atoms.copy_(torch.linspace(-10, 10, config.n_atoms))
+    elif script is policy_constraint:
+        agent = script.PolicyConstraint(config, job.observation, job.action)
+        if config.value_penalty and config.behaviour == "data":
+            data["next_actions"] = data["actions"]
     else:
         agent = script.CQL(config, job.observation, job.action)
     buffer, run = script.ReplayBuffer(data, job.device), script.Run(config, 10**9)

@@ -6,15 +6,14 @@ from pathlib import Path
 import common
 import numpy as np
 import pytest
-from conftest import DATASET, once, suited, table
+from conftest import DATASET, METHODS, once, suited, table
 
 from benchmarks import collect, export, fqe, record
 
 LAYERS = ("(layer, nn.ReLU())", "(layer, activation)")
 OTHER_LAYERS = "(layer, nn.LayerNorm(layer.out_features), nn.ReLU(), nn.Dropout(0.5))"
-copied = pytest.mark.parametrize(
-    "script", ["algorithms.offline.cql", "algorithms.finetune.cql", "algorithms.discrete.cql_dqn"], indirect=True
-)
+COPIED = ("offline.cql", "offline.policy_constraint", "finetune.cql", "discrete.cql_dqn")
+copied = pytest.mark.parametrize("script", [f"algorithms.{x}" for x in COPIED], indirect=True)
 
 
 @pytest.fixture
@@ -26,7 +25,8 @@ def copy(script, new_dataset, tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_text(text.replace(layers, OTHER_LAYERS))
     module = common.load_script(path)
-    module.train(module.TrainConfig(**suited(script, checkpoints_path="runs", n_episodes=5)))
+    method = METHODS["BCQ"] if "constraint" in script.__name__ else {}
+    module.train(module.TrainConfig(**suited(script, checkpoints_path="runs", n_episodes=5, **method)))
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import contents
 
 from algorithms.discrete import cql_dqn
-from algorithms.offline import cql
+from algorithms.offline import cql, policy_constraint
 from benchmarks import export
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -117,6 +117,20 @@ def test_discrete_actions(sizes, head, n_outputs, packages):
     assert export.largest_difference(export.to_onnx(actor), actor) == 0
 
 
+@pytest.mark.parametrize(("kind", "n_samples"), [("deterministic", 1), ("gaussian", 100), ("perturbation", 100)])
+def test_policies_that_choose_among_actions(kind, n_samples, packages):
+    """With batches of 1 and 1,000; the critics split large ones outside the file."""
+    torch.manual_seed(0)
+    sizes = (kind, n_samples, 0.05, [-5.0, 2.0], False, [16], [8, 16], [16, 8])
+    actor = policy_constraint.Policy(4, 3, *sizes).eval()
+    actor.action_low.copy_(torch.tensor(LOW))
+    actor.action_high.copy_(torch.tensor(HIGH))
+    for parameter in actor.parameters():
+        parameter.data *= 5
+    assert np.ptp(actor.act(np.random.default_rng(0).normal(size=(1000, 4))), axis=0).min() > 0.1
+    assert export.largest_difference(export.to_onnx(actor), actor) < 1e-6
+
+
 def test_policy_and_checkpoint_of_a_run_go_to_any_place(policy, without_packages, capsys, monkeypatch):
     def weights(actor):
         assert not actor.training
@@ -134,6 +148,10 @@ def test_policy_and_checkpoint_of_a_run_go_to_any_place(policy, without_packages
 def test_policies_of_all_scripts_act_in_eval_mode(tmp_path):
     for script, network in (
         (cql, cql.TanhGaussianActor(3, 2, 8, 1)),
+        (
+            policy_constraint,
+            policy_constraint.Policy(3, 2, "perturbation", 5, 0.05, [-5.0, 2.0], False, [8], [8], [8]),
+        ),
         (cql_dqn, cql_dqn.QNetwork(3, [2], 8, 1, "dqn", 1)),
     ):
         script.save(tmp_path / "policy.pt", {"sizes": list(network.sizes), "weights": network.train().state_dict()})

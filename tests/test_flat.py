@@ -325,6 +325,8 @@ def test_one_episode_cannot_be_held_out_and_a_line_says_so(script, tiny, capsys)
 
 # Encodings
 
+READERS = [f"algorithms.{x}" for x in ("offline.cql", "offline.policy_constraint", "discrete.cql_dqn")]
+
 
 @pytest.fixture
 def policy(script, tiny, tmp_path):
@@ -332,7 +334,7 @@ def policy(script, tiny, tmp_path):
     return script.load_policy(tmp_path / "runs/run/policy.pt")
 
 
-@kinds
+@pytest.mark.parametrize("script", READERS, indirect=True)
 def test_a_policy_acts_by_name_in_the_tables_own_values(script, policy):
     row = {"country": "DE", "time": 1_700_000_123.5, "unused": "x"}
     action = policy(np.array([123.5, 0, 1, 0]))
@@ -550,7 +552,7 @@ def test_programs_refuse_data_that_are_encoded_otherwise(kind, script, write, po
         assert status == 1 and err.count("\n") == 1 and "differ in" in err and "--like" in err
 
 
-@kinds
+@pytest.mark.parametrize("script", READERS, indirect=True)
 def test_fqe_takes_data_that_are_encoded_alike(script, write, policy, tmp_path, capsys):
     write(as_stored(arrays(script)))
     fqe.main([str(tmp_path / "runs/run/policy.pt"), "--env", ID, "--updates", "5", "--seeds", "1"])

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import make_agent, offline, table, weights
+from conftest import METHODS, make_agent, offline, table, weights
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 GRAPHS = "cuda" in DEVICE
@@ -20,7 +20,9 @@ CONTINUOUS = [
     {"precision": "tf32", "cql_lagrange": True, "cql_max_target_backup": True},
 ]  # fmt: skip
 DISCRETE = [{}, {"precision": "bfloat16", "head": "c51"}, {"head": "qr", "max_grad_norm": 0.1}]
+CONSTRAINED = [METHODS[x] | {"target_update_period": 1} for x in ("TD3+BC", "BEAR", "BCQ")]
 VARIANTS = [("algorithms.offline.cql", x) for x in CONTINUOUS] + [("algorithms.discrete.cql_dqn", x) for x in DISCRETE]
+VARIANTS += [("algorithms.offline.policy_constraint", x) for x in CONSTRAINED]
 
 
 def make_buffer(script, config):

@@ -299,6 +299,43 @@ def test_policy_acts_on_raw_observations_in_the_units_of_the_environment(script,
     assert np.ptp(evaluated[:, 2:]) > 0.01
 
 
+PROCESS = """
+import sys
+import numpy as np
+sys.path.insert(0, {root!r})
+from algorithms.offline import policy_constraint
+np.save({to!r}, policy_constraint.load_policy({policy!r})(np.load({observations!r})))
+"""
+
+
+@pytest.mark.parametrize("method", ["BRAC-p", "BEAR", "BCQ"])
+@constrained
+def test_a_policy_is_a_function_of_the_observation(method, script, run, program, tmp_path, monkeypatch):
+    """Alone, in any batch, in another process, and in the evaluation, though the critics of training are bfloat16."""
+    step, log, rng = Counter.step, [], np.random.default_rng(0)
+
+    def logged(self, action):
+        if self.number != SURPLUS:
+            log.append((*self.observe(), *action))
+        return step(self, action)
+
+    monkeypatch.setattr(Counter, "step", logged)
+    options = {"precision": "bfloat16", "qf_lr": 1e-2, "n_episodes": 8, "behaviour_steps": 0, "eval_freq": 99}
+    folder = run(**METHODS[method] | options)
+    policy, seen = script.load_policy(folder / "policy.pt"), np.array(log)
+    observations = np.concatenate([seen[:, :3], rng.normal([110, 3, 0], [5, 2, 2], (200, 3))]).astype(np.float32)
+    actions = policy(observations)
+    assert seen[:, 3:] == pytest.approx(actions[: len(seen)], abs=1e-6) and np.ptp(actions, axis=0).min() > 1e-3
+    for size in (1, 7):
+        parts = np.split(observations[:98], range(size, 98, size))
+        assert np.concatenate([policy(x) for x in parts]) == pytest.approx(actions[:98], abs=1e-6)
+    assert policy(observations[5]) == pytest.approx(actions[5], abs=1e-6)
+    paths = {name: str(tmp_path / f"{name}.npy") for name in ("observations", "to")}
+    np.save(paths["observations"], observations)
+    program(PROCESS.format(root=str(Path(__file__).parents[1]), policy=str(folder / "policy.pt"), **paths)).join()
+    assert np.load(paths["to"]) == pytest.approx(actions, abs=1e-6), (tmp_path / "err").read_text()
+
+
 @discrete
 @pytest.mark.parametrize("epsilon", [0, 0.3, 1])
 def test_share_of_random_actions_in_evaluation_and_their_seed(epsilon, script, tiny, monkeypatch):

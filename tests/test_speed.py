@@ -13,6 +13,7 @@ import pytest
 from algorithms.offline import cql
 from benchmarks import speed
 
+SPEEDS = ("discrete", "combo", "model", "rollouts", "constraint")  # of gpu.sh
 TINY = ["--observation=3", "--action=2", "--batch=8", "--layers=1", "--actions=2", "--windows=1", "--seconds=0.05"]
 
 
@@ -76,6 +77,12 @@ def test_parts_of_combo(part, measure, here):
     variant = "rollout_batch_size=9,rollout_length=2,dynamics_hidden_dim=64,dynamics_members=5"
     (row,) = measure("--script=offline/combo", f"--variants={variant}", *([f"--part={part}"] if part else []))
     assert row["part"] == (part or "") and float(row["updates_per_second"]) > 0 and float(row["gflop_per_update"]) > 0
+
+
+@pytest.mark.parametrize("variant", ["-", "policy=gaussian,divergence=wasserstein,value_penalty=True"])
+def test_policy_constraints(variant, measure, here):
+    (row,) = measure("--script=offline/policy_constraint", f"--variants={variant}")
+    assert float(row["updates_per_second"]) > 0 and float(row["gflop_per_update"]) > 0
 
 
 def test_profile_counts_the_products_of_an_update(measure, here, capsys):
@@ -157,5 +164,5 @@ def test_gpu_script_goes_on_after_a_step_that_fails(device, tmp_path):
         return
     with open(tmp_path / "runs/gpu/steps.csv", newline="") as file:
         rows = {row["step"]: row["status"] for row in csv.DictReader(file)}
-    names = {"collect", "tests", "alone", "speed", *(f"speed-{x}" for x in ("discrete", "combo", "model", "rollouts"))}
+    names = {"collect", "tests", "alone", "speed", *(f"speed-{x}" for x in SPEEDS)}
     assert rows == dict.fromkeys(names, "3") | {"four": "123"}

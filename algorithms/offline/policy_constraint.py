@@ -355,7 +355,8 @@ class PolicyConstraint(nn.Module):
         gaussian = [config.log_std_min, config.log_std_max], config.log_std_tanh
         shape = (config.policy, config.n_acting_samples, config.max_perturbation, *gaussian)
         self.actor = Policy(*sizes, *shape, dims, behaviour_dims, q_dims, orthogonal)
-        self.critic = self.actor.critic or EnsembleCritic(*sizes, q_dims, orthogonal)
+        # The actor's has the same weights, but always chooses in float32.
+        self.critic = copy.copy(self.actor.critic) or EnsembleCritic(*sizes, q_dims, orthogonal)
         self.critic.dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         self.behaviour = self.discriminator = self.target_network = None
         if config.behaviour == "vae":
@@ -576,7 +577,7 @@ class PolicyConstraint(nn.Module):
                     sources += self.actor.network.parameters()
                 torch._foreach_lerp_(targets, sources, self.config.soft_target_update_rate)
         self.n_updates += 1
-        return self.policy_metrics | metrics
+        return self.policy_metrics | metrics if critic else metrics
 
     # local: what acts may choose
     @torch.no_grad()
