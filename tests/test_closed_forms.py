@@ -291,7 +291,6 @@ class Trajectories:
 def test_sarsa_learns_the_value_of_the_behaviour(seed, capsys):
     """Whatever the policy does: its next actions are all the same here."""
     problem = Trajectories(seed)
-    config = cql.TrainConfig(device="cpu", target="sarsa")
     data = cql.with_next_actions(problem.data, "none", "--target sarsa")
     n_dropped = sum(row[5] for row in problem.rows)
     assert n_dropped > 5 and f"{n_dropped} of {len(problem.rows)} training transitions" in capsys.readouterr().out

@@ -387,12 +387,16 @@ def test_gradient_vanishes_at_the_closed_form_of_a_bandit(variant, head):
 
 
 def test_clone_of_var_follows_the_data():
-    """Whatever the rewards. The norm that gradients are scaled down to is the network's own."""
-    agent = make_agent(cql_variant="var", hidden_dim=32, max_grad_norm=1e-6)
-    batch = make_batch(256)
+    """It alone follows its loss. The norm that gradients are scaled down to is the network's own."""
+    agents, batch = (
+        [make_agent(cql_variant="var", hidden_dim=32, max_grad_norm=x) for x in (1e-6, math.inf)],
+        make_batch(256),
+    )
     batch = batch._replace(actions=(batch.observations[:, 0] > 0).long())
-    losses = [agent.update(batch)["behaviour_loss"] for _ in range(100)]
-    assert losses[-1] < 0.2 < losses[0]
+    parameters = agents[0].parameter_groups["behaviour"]
+    assert {*torch.autograd.grad(agents[0].loss(batch)[0], parameters, allow_unused=True)} == {None}
+    losses = [[agent.update(batch)["behaviour_loss"] for _ in range(100)] for agent in agents]
+    assert losses[0] == losses[1] and losses[0][-1] < 0.2 < losses[0][0]
 
 
 # Features.

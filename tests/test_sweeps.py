@@ -88,20 +88,26 @@ def datasets(path):
 def test_configurations_say_only_what_differs_and_how_to_run_them(monkeypatch):
     bodies = []
     for path, text in CONFIGURATIONS.items():
-        _, setting, script, *_ = path.split("/")
-        program = f"algorithms/{setting}/{'cql' if setting == 'finetune' else script}.py"
+        _, setting, method, *_ = path.split("/")
+        program = f"algorithms/{setting}/{'cql' if setting == 'finetune' else method}.py"
         config, stated = parse(program, ["--config_path", path], monkeypatch), yaml.safe_load(text)
         defaults = type(config)()
         assert "env" in stated and "group" not in stated, path
         assert {x for x in stated if getattr(config, x) == getattr(defaults, x)} <= {"env"}, path
         assert all(isinstance(getattr(config, name), type(value)) for name, value in stated.items()), path
-        bodies.append((setting, script, {name: value for name, value in stated.items() if name != "env"}))
+        bodies.append((setting, method, {name: value for name, value in stated.items() if name != "env"}))
         assert bodies.count(bodies[-1]) == 1, f"{path} has the settings of another file"
-        assert f"python {program} --config_path {path}" in text.replace(" \\\n#      ", ""), path
-        assert (config.env == "none") == (script == "sac") and {config.env} - {"none"} <= datasets(path), path
+        assert re.search(rf"python {program} (\\\n# +)?--config_path {path}( |\n)", text), path
+        assert (config.env == "none") == (method == "sac") and {config.env} - {"none"} <= datasets(path), path
         if setting == "finetune":
-            assert (config.calibrate, config.cql_alpha_online == 0) == (script == "cal_ql", script == "sac"), path
-    assert len(bodies) > 25
+            assert (config.calibrate, config.cql_alpha_online == 0) == (method == "cal_ql", method == "sac"), path
+    assert len(bodies) > 35
+
+
+def test_presets_of_policy_constraint_name_the_authors_code():
+    form = r"# Settings: [\w-]+/[\w-]+, [\w/-]+\.(py|sh)( and [\w/-]+\.(py|md))? at commit [0-9a-f]{7}(; .+)?\."
+    firsts = {path: text.partition("\n")[0] for path, text in CONFIGURATIONS.items() if "policy_constraint" in path}
+    assert {path for path, line in firsts.items() if not re.fullmatch(form, line)} == set() and len(firsts) > 12
 
 
 def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark():
@@ -137,8 +143,7 @@ def test_every_script_has_its_sweeps():
         program = f"algorithms/{setting}/{method}.py"
         names = {name for name, sweep in SWEEPS.items() if sweep["program"] == program}
         assert names == {name for name in SWEEPS if name.startswith(f"{setting}/{method}/")}
-        wanted = {"weight" if method == "policy_constraint" else "alpha", "bayes"}
-        wanted |= {"lagrange"} if method == "cql" else set()
+        wanted = {"alpha", "bayes"} | ({"lagrange"} if method == "cql" else set())
         assert {f"{setting}/{method}/{name}.yaml" for name in wanted} <= names
     assert len(SWEEPS) > 30
 

@@ -105,7 +105,7 @@ class TrainConfig:
     target_update_period: int = 1  # updates between two target updates
 
     cql_variant: str = "H"  # lowers Q's soft maximum over all actions (H) or the policy's (rho), or Q's spread (var)
-    cql_rho_epsilon: float = 0.1  # share of random actions in rho's policy, which is else greedy in the target network
+    cql_rho_epsilon: float = 0.1  # share of random actions in rho, which else is the target network's greedy policy
     cql_alpha: float = 1.0  # weight of the penalty; 0 is offline DQN
     bc_only: bool = False  # behaviour cloning: the penalty alone, cross-entropy with Q as logits
     dr3_coefficient: float = 0.0  # weight of DR3: the dot product of features at states and next states
@@ -1079,7 +1079,8 @@ def describe(row: dict[str, Any]) -> str:
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
-    others = "qf1_loss qf_loss cql_qf1_diff cql_qf_diff average_qf1 average_qf policy_loss behaviour_loss".split()
+    others = ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf"]
+    others += ["policy_loss", "behaviour_loss"]
     shown = [name for name in row if name.startswith("holdout_")] or others
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 

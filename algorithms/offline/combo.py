@@ -1391,7 +1391,8 @@ def describe(row: dict[str, Any]) -> str:
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
-    others = "qf1_loss qf_loss cql_qf1_diff cql_qf_diff average_qf1 average_qf policy_loss behaviour_loss".split()
+    others = ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf"]
+    others += ["policy_loss", "behaviour_loss"]
     shown = [name for name in row if name.startswith("holdout_")] or others
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 

@@ -99,7 +99,7 @@ class TrainConfig:
 
     cql_variant: str = "H"  # lowers Q's soft maximum over all actions (H) or the policy's (rho), or Q's spread (var)
     cql_alpha: float = 10.0  # weight of the penalty; 0 is offline SAC
-    cql_n_actions: int = 10  # N, actions from each of H's proposals (three, or two of the mixture); rho and var take 3N
+    cql_n_actions: int = 10  # N: actions from each of H's proposals (three; mixture: two); rho and var take 3N
     cql_backprop_actions: int = 0  # actions to back-propagate through, drawn by soft-max weight; 0: all (exact)
     cql_importance_sample: bool = True  # False: logsumexp without densities, which public code calls CQL(rho)
     cql_density: str = "own"  # density of H's actions, own: that of their proposal; mixture: half uniform, half policy
@@ -1087,7 +1087,8 @@ def describe(row: dict[str, Any]) -> str:
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
-    others = "qf1_loss qf_loss cql_qf1_diff cql_qf_diff average_qf1 average_qf policy_loss behaviour_loss".split()
+    others = ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf"]
+    others += ["policy_loss", "behaviour_loss"]
     shown = [name for name in row if name.startswith("holdout_")] or others
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 

@@ -219,6 +219,8 @@ class Policy(nn.Module):
     """Everything that acting needs: the policy's network, the scaling of observations and actions and, where the best
     of several actions is taken, the critics and the noise that draws these. A perturbation also needs the VAE."""
 
+    max_rows = 10_000  # states x actions at once, for the memory's sake
+
     def __init__(
         self, observation_dim: int, action_dim: int, kind: str, n_samples: int, max_perturbation: float,
         log_std_range: list[float], log_std_tanh: bool, policy_dims: list[int], vae_dims: list[int], q_dims: list[int],
@@ -288,8 +290,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """Same as `actions`, for arrays. Raises ValueError."""
-        return self.actions(as_observations(observations, self.observation_mean)).cpu().numpy()
+        """Same as `actions`, for arrays, a part of the rows at a time. Raises ValueError."""
+        observations = as_observations(observations, self.observation_mean)
+        rows = observations.reshape(-1, observations.shape[-1]).split(max(1, self.max_rows // len(self.noise)))
+        return torch.cat([self.actions(x) for x in rows]).view(*observations.shape[:-1], -1).cpu().numpy()
 
 
 # local: the columns that the losses take
@@ -388,7 +392,9 @@ class PolicyConstraint(nn.Module):
         return self.actor.draw(observations, noise, network)
 
     def divergence_weight(self) -> Tensor:
-        """Weight of the divergence, a constant in every loss except that of its tuned factor."""
+        """divergence_weight, times its factor if that is tuned; a constant in every loss except the factor's."""
+        if not self.config.divergence_lagrange:
+            return torch.full_like(self.log_multiplier, self.config.divergence_weight)
         return self.config.divergence_weight * self.log_multiplier.detach().exp()
 
     def data_log_prob(self, batch: Batch, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -629,9 +635,10 @@ def check_switches(config: TrainConfig) -> None:
         and config.behaviour == "data",
         "--behaviour_steps takes fewer than --max_timesteps": config.behaviour_steps >= config.max_timesteps,
         "--log_std_min takes less than --log_std_max": config.log_std_min >= config.log_std_max,
-        "--divergence none takes no --value_penalty, --divergence_lagrange or --divergence_steps": config.divergence
-        == "none"
-        and (config.value_penalty or config.divergence_lagrange or config.divergence_steps > 0),
+        "--divergence none takes no --value_penalty, --divergence_lagrange or --divergence_steps": (
+            config.divergence == "none"
+            and (config.value_penalty or config.divergence_lagrange or config.divergence_steps > 0)
+        ),
     }
     for fault, found in faults.items():
         if found:
@@ -1209,7 +1216,8 @@ def describe(row: dict[str, Any]) -> str:
     if row["eval_return"] is not None:
         text, score = f"return {row['eval_return']:.1f} ± {row['eval_return_std']:.1f}", row["d4rl_normalized_score"]
         return text if score is None else f"score {score:.1f} ({text})"
-    others = "qf1_loss qf_loss cql_qf1_diff cql_qf_diff average_qf1 average_qf policy_loss behaviour_loss".split()
+    others = ["qf1_loss", "qf_loss", "cql_qf1_diff", "cql_qf_diff", "average_qf1", "average_qf"]
+    others += ["policy_loss", "behaviour_loss"]
     shown = [name for name in row if name.startswith("holdout_")] or others
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 
