@@ -46,28 +46,29 @@ tuning() { # published values of one option per method, on the lander's data
     python benchmarks/report.py runs/constraints-tuning --out runs/report-constraints-tuning
 }
 
-study() {
+study() { # options other than a preset's were chosen by the tuning
     all() { # dataset, updates, options of all runs
-        shared="--checkpoints_path runs/constraints --seed $seed ${*:3}" n="--max_timesteps $2"
+        shared="--checkpoints_path runs/constraints --seed $seed --max_timesteps $2 ${*:3}"
         # shellcheck disable=SC2086
         {
-            cql quickstart $shared $n --run_id "$1-bc-seed$seed" --name BC --bc_only True
-            cql quickstart $shared $n --run_id "$1-sac-seed$seed" --name SAC --cql_alpha 0
-            cql quickstart $shared $n --run_id "$1-cql_h-seed$seed" --name "CQL(H)"
+            cql quickstart $shared --run_id "$1-bc-seed$seed" --name BC --bc_only True
+            cql quickstart $shared --run_id "$1-sac-seed$seed" --name SAC --cql_alpha 0
+            cql quickstart $shared --run_id "$1-cql_h-seed$seed" --name "CQL(H)"
             for variant in rho var; do
-                cql quickstart $shared $n --run_id "$1-cql_$variant-seed$seed" --name "CQL($variant)" \
-                    --cql_variant $variant --cql_alpha "${alpha[$variant]}"
+                cql quickstart $shared --run_id "$1-cql_$variant-seed$seed" --name "CQL($variant)" \
+                    --cql_variant $variant --cql_alpha 1
             done
-            for method in td3_bc bear; do constraint $method $shared $n --run_id "$1-$method-seed$seed"; done
-            for method in brac_p brac_v; do # after 2,000 of the clone
+            for method in td3_bc bear; do constraint $method $shared --run_id "$1-$method-seed$seed"; done
+            for method in brac_p brac_v; do # after 2,000 updates of the clone
                 constraint $method $shared --max_timesteps $(($2 + 2000)) --run_id "$1-$method-seed$seed"
             done
-            constraint bcq $shared $n --run_id "$1-bcq-seed$seed" --max_perturbation "${perturbation[$1]}"
+            constraint bcq $shared --run_id "$1-bcq-seed$seed" $bcq
         }
     }
-    declare -A alpha=([rho]=5 [var]=5) perturbation=([lander]=0.15 [pendulum]=0.05)
     for seed in 0 1 2; do
+        bcq="--max_perturbation 0.15"
         all lander 8000
+        bcq="--max_perturbation 0.05"
         all pendulum 4000 --env pendulum/replay-v0 --eval_freq 1000
     done
     python benchmarks/report.py runs/constraints --out runs/report-constraints
