@@ -460,7 +460,7 @@ class CQL(nn.Module):
         mean gradient of Q under the soft-max of the scores: k actions are drawn from it for each state and critic.
         actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         *shape, n_scores = scores.shape
-        uniform = torch.rand(*shape, self.config.cql_backprop_actions, dtype=scores.dtype, device=scores.device)
+        uniform = scores.new_empty(*shape, self.config.cql_backprop_actions).uniform_()
         cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
         drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)  # [E, B, k], among the scores
         places = F.pad(drawn + actions.shape[1] - n_scores, (1, 0))  # [E, B, 1 + k], among all; first the data's
@@ -513,10 +513,10 @@ class CQL(nn.Module):
         """Returns the loss of each group of parameters, all at the same parameters, and metrics."""
         config = self.config
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
-        td_target, proposals, proposal_log_prob = self.td_target_and_proposals(batch, mean, log_std)
+        proposed = self.td_target_and_proposals(batch, mean, log_std)
         mean, log_std = mean.chunk(2)[0], log_std.chunk(2)[0]  # [B, A], at the observations
         actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
-        critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob, self.n_real)
+        critic_loss, gap, metrics = self.critic_loss(batch, *proposed, self.n_real)
         policy_loss = self.policy_loss(batch, actions, log_prob)
         losses = {"actor": policy_loss, "critic": critic_loss}
         metrics |= {"policy_loss": policy_loss, "log_pi": log_prob.mean(), "alpha": self.alpha()}
