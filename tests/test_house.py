@@ -22,11 +22,11 @@ PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
 # Lines and tokens of the method with `train` (above the comment "# Common to all files"), and of the file, at most.
 BUDGETS = {
-    "offline/cql.py": (560, 5_460, 1_545, 15_250),
-    "offline/combo.py": (875, 9_510, 1_850, 19_160),
+    "offline/cql.py": (545, 5_310, 1_546, 15_225),
+    "offline/combo.py": (873, 9_485, 1_846, 19_135),
     "offline/policy_constraint.py": (690, 6_650, 1_675, 16_450),
-    "finetune/cql.py": (815, 8_500, 1_765, 17_900),
-    "discrete/cql_dqn.py": (490, 4_380, 1_550, 14_990),
+    "finetune/cql.py": (815, 8_505, 1_766, 17_905),
+    "discrete/cql_dqn.py": (477, 4_300, 1_541, 14_915),
 }
 # Agents for continuous actions: the smallest number of methods of which several have the same text.
 SHARED_METHODS = 17

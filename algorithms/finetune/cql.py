@@ -317,7 +317,7 @@ class CQL(nn.Module):
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
             q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
-            scores = self.bound(batch, q, torch.arange(q.shape[-1], device=q.device)) / self.config.cql_temp
+            scores = self.bound(batch, q) / self.config.cql_temp
             if self.config.cql_importance_sample:
                 scores = scores[..., 1:] - proposal_log_prob
             log_sum_exp = self.config.cql_temp * scores.logsumexp(dim=-1)  # [E, B]
@@ -326,11 +326,13 @@ class CQL(nn.Module):
         return q[..., 0], log_sum_exp, q, scores
 
     # local: Cal-QL's bound
-    def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
+    def bound(self, batch: Batch, q: Tensor, places: Optional[Tensor] = None) -> Tensor:
         """Returns Q as the log-sum-exp takes it: to calibrate, at least the return if the action is the policy's.
-        q [E, B, N]; `places` [..., N] of its actions among all."""
+        q [E, B, N], of the actions at `places` [..., N] among all, or of all."""
         if not self.config.calibrate:
             return q
+        if places is None:
+            places = torch.arange(q.shape[-1], device=q.device)
         return torch.where(places > self.config.cql_n_actions, q.maximum(batch.returns.unsqueeze(1)), q)
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
@@ -338,7 +340,7 @@ class CQL(nn.Module):
         mean gradient of Q under the soft-max of the scores: k actions are drawn from it for each state and critic.
         actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         *shape, n_scores = scores.shape
-        uniform = scores.new_empty(*shape, self.config.cql_backprop_actions).uniform_()
+        uniform = torch.rand(*shape, self.config.cql_backprop_actions, dtype=scores.dtype, device=scores.device)
         cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
         drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)  # [E, B, k], among the scores
         places = F.pad(drawn + actions.shape[1] - n_scores, (1, 0))  # [E, B, 1 + k], among all; first the data's

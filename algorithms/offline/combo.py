@@ -442,7 +442,7 @@ class CQL(nn.Module):
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
             q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
-            scores = self.bound(batch, q, torch.arange(q.shape[-1], device=q.device)) / self.config.cql_temp
+            scores = self.bound(batch, q) / self.config.cql_temp
             if self.config.cql_importance_sample:
                 scores = scores[..., 1:] - proposal_log_prob
             log_sum_exp = self.config.cql_temp * scores.logsumexp(dim=-1)  # [E, B]
@@ -451,8 +451,8 @@ class CQL(nn.Module):
         return q[..., 0], log_sum_exp, q, scores
 
     # local: Cal-QL's bound, see finetune/cql.py
-    def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N]; `places` [..., N] of its actions among all."""
+    def bound(self, batch: Batch, q: Tensor, places: Optional[Tensor] = None) -> Tensor:
+        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N], of all actions or of those at `places`."""
         return q
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
@@ -460,7 +460,7 @@ class CQL(nn.Module):
         mean gradient of Q under the soft-max of the scores: k actions are drawn from it for each state and critic.
         actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         *shape, n_scores = scores.shape
-        uniform = scores.new_empty(*shape, self.config.cql_backprop_actions).uniform_()
+        uniform = torch.rand(*shape, self.config.cql_backprop_actions, dtype=scores.dtype, device=scores.device)
         cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
         drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)  # [E, B, k], among the scores
         places = F.pad(drawn + actions.shape[1] - n_scores, (1, 0))  # [E, B, 1 + k], among all; first the data's

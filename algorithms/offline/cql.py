@@ -303,7 +303,7 @@ class CQL(nn.Module):
     # local: the variants of CQL
     def critic_loss(self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor) -> tuple:
         """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state, or
-        in CQL(var) the deviation of Q over the proposals, clipped; the target gap is 0 without Lagrange. Offline SAC
+        in CQL(var) Q's deviation over the proposals; it is clipped. The target gap is 0 without Lagrange. Offline SAC
         has neither proposals nor a penalty.
         td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics."""
         config = self.config
@@ -331,7 +331,7 @@ class CQL(nn.Module):
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
             q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
-            scores = self.bound(batch, q, torch.arange(q.shape[-1], device=q.device)) / self.config.cql_temp
+            scores = self.bound(batch, q) / self.config.cql_temp
             if self.config.cql_importance_sample:
                 scores = scores[..., 1:] - proposal_log_prob
             log_sum_exp = self.config.cql_temp * scores.logsumexp(dim=-1)  # [E, B]
@@ -340,8 +340,8 @@ class CQL(nn.Module):
         return q[..., 0], log_sum_exp, q, scores
 
     # local: Cal-QL's bound, see finetune/cql.py
-    def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N]; `places` [..., N] of its actions among all."""
+    def bound(self, batch: Batch, q: Tensor, places: Optional[Tensor] = None) -> Tensor:
+        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N], of all actions or of those at `places`."""
         return q
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,7 +349,7 @@ class CQL(nn.Module):
         mean gradient of Q under the soft-max of the scores: k actions are drawn from it for each state and critic.
         actions [B, 1 + 3N, A], scores [E, B, M], log_sum_exp [E, B] -> Q of the data's actions, log_sum_exp: [E, B]."""
         *shape, n_scores = scores.shape
-        uniform = scores.new_empty(*shape, self.config.cql_backprop_actions).uniform_()
+        uniform = torch.rand(*shape, self.config.cql_backprop_actions, dtype=scores.dtype, device=scores.device)
         cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
         drawn = torch.searchsorted(cumulative, uniform).clamp(max=n_scores - 1)  # [E, B, k], among the scores
         places = F.pad(drawn + actions.shape[1] - n_scores, (1, 0))  # [E, B, 1 + k], among all; first the data's
@@ -362,8 +362,8 @@ class CQL(nn.Module):
     @torch.no_grad()
     def penalty_metrics(self, batch: Batch, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
         """Metrics of the penalty: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B] -> scalars."""
-        config, constant_q_gap, sources = self.config, 0.0, ["cloned_actions" if self.behaviour else "current_actions"]
-        metrics = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1))
+        config, sources = self.config, ["cloned_actions" if self.behaviour else "current_actions"]
+        metrics, constant_q_gap = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1)), 0.0
         if config.cql_variant == "H":
             sources = ["rand", "next_actions", "current_actions"]
             if config.cql_density == "mixture":
@@ -408,7 +408,8 @@ class CQL(nn.Module):
         random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
         random_log_prob = torch.full_like(current_log_prob, -batch.actions.shape[1] * math.log(2))
         if config.cql_density == "mixture":
-            pre_tanh, mean, log_std = random_actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh(), mean[:, None], log_std[:, None]
+            mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
+            pre_tanh = random_actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh()  # [B, N, A]
             log_prob = tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
             log_prob = torch.cat([log_prob, current_log_prob], dim=1).logaddexp(random_log_prob.repeat(1, 2))
             return td_target, torch.cat([random_actions, current_actions], dim=1), log_prob - math.log(2)
