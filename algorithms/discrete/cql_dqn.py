@@ -1,6 +1,6 @@
 """Conservative Q-Learning (CQL), offline, for discrete actions: a deep Q-network (double DQN, C51 or QR-DQN) whose
 values are pushed down where they are high and up on the data's actions, by an exact log-sum-exp.
-Papers, at arxiv.org/abs: CQL 2006.04779, C51 1707.06887, QR-DQN 1710.10044, DR3 2112.04716.
+At arxiv.org/abs: CQL 2006.04779, C51 1707.06887, QR-DQN 1710.10044, DR3 2112.04716.
 
     python algorithms/discrete/cql_dqn.py --config_path configs/discrete/cql_dqn/lunarlander.yaml
 
@@ -13,8 +13,7 @@ Differs from the papers
 3. C51's atoms span the data's discounted returns unless v_min and v_max are given.
 
 Known failures: no head learns to land from random actions alone. On mixed data, values exceed the realised returns,
-and the last policy of c51 may crash. docs/discrete_cql.md explains the options and metrics.
-"""
+and the last policy of c51 may crash. Options and metrics: docs/discrete_cql.md."""
 
 import contextlib
 import copy
@@ -192,7 +191,7 @@ class QNetwork(nn.Module):
             masks, shape = np.asarray(masks), (*observations.shape[:-1], math.prod(self.action_sizes))
             if masks.shape != shape or not np.isin(masks, (0, 1)).all():
                 raise DataError(f"a mask takes flags 0 and 1 of shape {shape} (not shape {masks.shape})")
-            if not (masks == 1).any(axis=-1).all():
+            if not masks.any(axis=-1).all():
                 raise DataError("a mask allows no action")
             masks = torch.as_tensor(masks, dtype=torch.uint8, device=observations.device)
         return getattr(self, result)(observations, masks).cpu().numpy()[()]
@@ -217,7 +216,7 @@ def allowed(values: Tensor, masks: Optional[Tensor]) -> Tensor:
 
 
 def of_actions(outputs: Tensor, actions: Tensor) -> Tensor:
-    """Outputs of one action per state: [B, A, Z], [B] -> [B, Z]."""
+    """Outputs of one action per state: [B, A, Z] or [B, A], [B] -> [B, Z] or [B]."""
     return outputs[torch.arange(len(actions), device=actions.device), actions]
 
 
@@ -252,17 +251,15 @@ class DiscreteCQL(nn.Module):
         self.critic = QNetwork(*sizes, *switches)
         self.critic.epsilon = config.eval_epsilon
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.behaviour = None  # clones the data's actions
-        if config.cql_variant == "var" and not config.bc_only:
-            self.behaviour = QNetwork(*sizes[:4], "dqn", 1, orthogonal_init=config.orthogonal_init)
+        has_clone = config.cql_variant == "var" and not config.bc_only  # of the data's actions
+        self.behaviour = QNetwork(*sizes[:4], "dqn", 1, orthogonal_init=config.orthogonal_init) if has_clone else None
         self.to(config.device)
         self.parameter_groups = {"critic": list(self.critic.parameters())}
         if self.behaviour:
             self.parameter_groups["behaviour"] = list(self.behaviour.parameters())
+        parameters, decay = itertools.chain(*self.parameter_groups.values()), config.weight_decay
         on_gpu = "cuda" in config.device  # steps are recorded in CUDA graphs there
-        options = {"weight_decay": config.weight_decay, "fused": True, "capturable": on_gpu}
-        parameters = itertools.chain(*self.parameter_groups.values())
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.qf_lr, **options)
+        self.optimizer = torch.optim.AdamW(parameters, config.qf_lr, weight_decay=decay, fused=True, capturable=on_gpu)
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 
@@ -276,13 +273,10 @@ class DiscreteCQL(nn.Module):
     def td_target(self, batch: Batch) -> Tensor:
         """r + gamma Z'(s', a') as quantiles, or as probabilities of the atoms (c51): -> [B, Z]."""
         critic, next_outputs = self.critic, self.target_critic(batch.next_observations)  # [B, A, Z]
-        if self.config.target == "sarsa":
-            next_actions = batch.next_actions
-        elif self.config.target == "max":
-            next_actions = allowed(critic.values(next_outputs), batch.next_masks).argmax(dim=1)
-        else:
-            next_q = critic.values(critic(batch.next_observations))
-            next_actions = allowed(next_q, batch.next_masks).argmax(dim=1)
+        next_actions = batch.next_actions  # the data's, with sarsa
+        if self.config.target != "sarsa":
+            outputs = next_outputs if self.config.target == "max" else critic(batch.next_observations)
+            next_actions = allowed(critic.values(outputs), batch.next_masks).argmax(dim=1)
         next_outputs = of_actions(next_outputs, next_actions)  # [B, Z]
         if self.config.head == "c51":
             return project(next_outputs.softmax(dim=1), critic.atoms, batch.rewards, batch.discounts)
@@ -300,8 +294,7 @@ class DiscreteCQL(nn.Module):
         if self.config.bc_only or self.config.cql_variant == "H":
             return F.cross_entropy(q, batch.actions)
         if self.config.cql_variant == "rho":
-            q_data = q.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
-            return ((q + self.rho(batch).log()).logsumexp(dim=1) - q_data).mean()
+            return ((q + self.rho(batch).log()).logsumexp(dim=1) - of_actions(q, batch.actions)).mean()
         probabilities = self.behaviour_logits(batch).detach().softmax(dim=1)
         q = q.masked_fill(probabilities == 0, 0)  # not -inf
         deviations = q - (probabilities * q).sum(dim=1, keepdim=True)
@@ -320,8 +313,7 @@ class DiscreteCQL(nn.Module):
         return allowed(self.behaviour(batch.observations).squeeze(-1), batch.masks)
 
     def dr3(self, batch: Batch, features: Tensor) -> Tensor:
-        """Mean dot product of the features of (s, a) and (s', a'), which all actions share; s' is n_step steps later:
-        [B, H] -> []."""
+        """Mean dot product of the features, which all actions share, at s and n_step steps later: [B, H] -> []."""
         next_features = self.critic.features(batch.next_observations)
         return ((features * next_features).sum(dim=1) * (1 - batch.terminals)).mean()
 
@@ -332,7 +324,7 @@ class DiscreteCQL(nn.Module):
         outputs = self.critic.outputs(features)  # [B, A, Z]
         q = allowed(self.critic.values(outputs), batch.masks)  # [B, A]
         gap = self.gap(batch, q)
-        metrics = {"cql_qf_diff": gap, **self.action_metrics(q, batch.actions, batch.masks)}
+        metrics = {"cql_qf_diff": gap} | self.action_metrics(q, batch.actions, batch.masks)
         if config.bc_only:
             return gap, metrics
         outputs, td_target = of_actions(outputs, batch.actions), self.td_target(batch)  # [B, Z]
@@ -354,7 +346,7 @@ class DiscreteCQL(nn.Module):
     @torch.no_grad()
     def action_metrics(self, q: Tensor, actions: Tensor, masks: Optional[Tensor] = None) -> dict[str, Tensor]:
         """Metrics of the values, -inf where not allowed: q [B, A], actions [B], masks [B, A] -> scalars."""
-        best, q_data = q.max(dim=1), q.gather(1, actions.unsqueeze(1))
+        best, q_data = q.max(dim=1), of_actions(q, actions)  # [B]
         if masks is None:
             std = q.std(dim=1, correction=0)
         else:  # of the allowed actions
@@ -365,7 +357,7 @@ class DiscreteCQL(nn.Module):
             "average_qf": q_data.mean(),
             "cql_q_greedy": best.values.mean(),
             "cql_std_q": std.mean(),
-            "cql_data_probability": (q_data - q.logsumexp(dim=1, keepdim=True)).exp().mean(),
+            "cql_data_probability": (q_data - q.logsumexp(dim=1)).exp().mean(),
             "greedy_is_data": (best.indices == actions).to(q.dtype).mean(),
         }
 
@@ -394,7 +386,7 @@ class DiscreteCQL(nn.Module):
                 parameter.grad = gradient
         if self.config.max_grad_norm < math.inf:
             factor = (self.config.max_grad_norm / metrics["critic_grad_norm"]).clamp(max=1)
-            torch._foreach_mul_([parameter.grad for parameter in self.parameter_groups["critic"]], factor)
+            torch._foreach_mul_(gradients["critic"], factor)  # in place: the parameters have them
         self.optimizer.step()
         self.n_updates += 1
         if self.n_updates % self.config.target_update_period == 0:

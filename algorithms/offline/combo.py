@@ -442,7 +442,7 @@ class CQL(nn.Module):
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
             q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
-            scores = self.bound(batch, q, torch.arange(q.shape[-1], device=q.device)) / self.config.cql_temp
+            scores = self.bound(batch, q) / self.config.cql_temp
             if self.config.cql_importance_sample:
                 scores = scores[..., 1:] - proposal_log_prob
             log_sum_exp = self.config.cql_temp * scores.logsumexp(dim=-1)  # [E, B]
@@ -451,8 +451,8 @@ class CQL(nn.Module):
         return q[..., 0], log_sum_exp, q, scores
 
     # local: Cal-QL's bound, see finetune/cql.py
-    def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N]; `places` [..., N] of its actions among all."""
+    def bound(self, batch: Batch, q: Tensor, places: Optional[Tensor] = None) -> Tensor:
+        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N], of all actions or of those at `places`."""
         return q
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
@@ -513,10 +513,10 @@ class CQL(nn.Module):
         """Returns the loss of each group of parameters, all at the same parameters, and metrics."""
         config = self.config
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
-        td_target, proposals, proposal_log_prob = self.td_target_and_proposals(batch, mean, log_std)
+        proposed = self.td_target_and_proposals(batch, mean, log_std)
         mean, log_std = mean.chunk(2)[0], log_std.chunk(2)[0]  # [B, A], at the observations
         actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
-        critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob, self.n_real)
+        critic_loss, gap, metrics = self.critic_loss(batch, *proposed, self.n_real)
         policy_loss = self.policy_loss(batch, actions, log_prob)
         losses = {"actor": policy_loss, "critic": critic_loss}
         metrics |= {"policy_loss": policy_loss, "log_pi": log_prob.mean(), "alpha": self.alpha()}

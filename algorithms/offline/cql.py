@@ -5,9 +5,8 @@ actions that the policy may choose and raises those of data actions. At arxiv.or
 
 returns 233.5 ± 15.6 after 8,000 updates (five seeds; two minutes each on 2 CPU cores) on data that return -38.5.
 
-Differs from the paper
-1. The TD loss is the squared error without 1/2 (the paper's alpha is cql_alpha / 2), and the entropy term is tuned.
-2. The log-integral of exp Q is estimated from N uniform, N current and N next-state policy actions, without log(3N).
+Differs from the paper: 1. the TD loss has no 1/2 (the paper's alpha is cql_alpha / 2), and the entropy term is tuned;
+2. the log-integral of exp Q is estimated from N uniform, N current and N next-state policy actions, without log(3N).
 
 Known failures: scores depend on cql_alpha and the critics' depth; cloning may be better. Options: docs/cql.md."""
 
@@ -116,6 +115,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_config(self)
+        check_switches(self)
 
 
 # Shapes: B batch, E critics, N sampled actions, O observation, A action. Actions of the networks lie in [-1, 1].
@@ -236,16 +236,6 @@ class CQL(nn.Module):
 
     def __init__(self, config: TrainConfig, observation_dim: int, action_dim: int):
         super().__init__()
-        if config.target == "sarsa" and (config.backup_entropy or config.cql_max_target_backup):
-            raise ConfigError("--target sarsa takes neither --backup_entropy nor --cql_max_target_backup")
-        if config.dropout > 0 and config.cql_backprop_actions > 0:
-            raise ConfigError("--dropout takes --cql_backprop_actions 0: two passes would drop different outputs")
-        is_var, is_plain = config.cql_variant == "var", not config.cql_importance_sample
-        if [config.cql_variant != "H", config.cql_density != "own", is_plain].count(True) > 1:
-            choices = "--cql_variant rho or var, --cql_density mixture, --cql_importance_sample False"
-            raise ConfigError(f"{choices} exclude one another")
-        if is_var and (config.cql_n_actions < 2 or config.cql_backprop_actions > 0 or config.cql_temp != 1):
-            raise ConfigError("--cql_variant var takes --cql_n_actions from 2, --cql_backprop_actions 0, --cql_temp 1")
         self.config, self.cql_alpha = config, config.cql_alpha
         sizes = (observation_dim, action_dim)
         shape = (config.policy_n_hidden_layers, config.policy_log_std_multiplier, config.orthogonal_init)
@@ -255,7 +245,8 @@ class CQL(nn.Module):
         shape = (config.orthogonal_init, dtype, 2, config.critic_layer_norm, config.dropout)
         self.critic = EnsembleCritic(*sizes, hidden_dims, *shape)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.behaviour = copy.deepcopy(self.actor) if is_var and config.cql_alpha > 0 else None  # clones the data
+        has_clone = config.cql_variant == "var" and config.cql_alpha > 0
+        self.behaviour = copy.deepcopy(self.actor) if has_clone else None  # clones the data's actions
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))
         self.target_entropy = -float(action_dim)
@@ -264,8 +255,8 @@ class CQL(nn.Module):
         self.parameter_groups |= {"alpha": [self.log_alpha], "alpha_prime": [self.log_alpha_prime]}
         if self.behaviour:
             self.parameter_groups["behaviour"] = list(self.behaviour.parameters())
-        rates = (config.policy_lr, config.qf_lr, config.policy_lr, config.qf_lr, config.qf_lr)
-        groups = [{"params": group, "lr": rate} for group, rate in zip(self.parameter_groups.values(), rates)]
+        rates = {"actor": config.policy_lr, "alpha": config.policy_lr}  # that of all others is qf_lr
+        groups = [{"params": x, "lr": rates.get(name, config.qf_lr)} for name, x in self.parameter_groups.items()]
         groups[1]["weight_decay"] = config.weight_decay
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True, capturable=self.log_alpha.is_cuda)
         self.n_updates = 0
@@ -312,8 +303,8 @@ class CQL(nn.Module):
     # local: the variants of CQL
     def critic_loss(self, batch: Batch, td_target: Tensor, proposals: Tensor, proposal_log_prob: Tensor) -> tuple:
         """TD loss plus alpha' cql_alpha (gap - target gap). The gap is log_sum_exp - Q(s, a_data) of each state, or
-        in CQL(var) the standard deviation of Q over the proposals; it is clipped. The target gap is 0 without Lagrange.
-        Offline SAC has neither proposals nor a penalty.
+        in CQL(var) Q's deviation over the proposals; it is clipped. The target gap is 0 without Lagrange. Offline SAC
+        has neither proposals nor a penalty.
         td_target [B], proposals [B, 3N, A], their log-densities [B, 3N] -> loss [], gap of each critic [E], metrics."""
         config = self.config
         q_data, log_sum_exp, q, scores = self.log_sum_exp(batch, proposals, proposal_log_prob)
@@ -340,7 +331,7 @@ class CQL(nn.Module):
         draw = self.config.cql_backprop_actions > 0 and proposals.shape[1] > 0
         with torch.no_grad() if draw else contextlib.nullcontext():
             q = self.critic(batch.observations, actions)  # [E, B, 1 + 3N]
-            scores = self.bound(batch, q, torch.arange(q.shape[-1], device=q.device)) / self.config.cql_temp
+            scores = self.bound(batch, q) / self.config.cql_temp
             if self.config.cql_importance_sample:
                 scores = scores[..., 1:] - proposal_log_prob
             log_sum_exp = self.config.cql_temp * scores.logsumexp(dim=-1)  # [E, B]
@@ -349,8 +340,8 @@ class CQL(nn.Module):
         return q[..., 0], log_sum_exp, q, scores
 
     # local: Cal-QL's bound, see finetune/cql.py
-    def bound(self, batch: Batch, q: Tensor, places: Tensor) -> Tensor:
-        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N]; `places` [..., N] of its actions among all."""
+    def bound(self, batch: Batch, q: Tensor, places: Optional[Tensor] = None) -> Tensor:
+        """Returns Q as the log-sum-exp takes it: unchanged. q [E, B, N], of all actions or of those at `places`."""
         return q
 
     def redraw(self, batch: Batch, actions: Tensor, scores: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,21 +362,19 @@ class CQL(nn.Module):
     @torch.no_grad()
     def penalty_metrics(self, batch: Batch, q: Tensor, scores: Tensor, state_gap: Tensor) -> dict[str, Tensor]:
         """Metrics of the penalty: q [E, B, 1 + 3N], scores [E, B, 3N or 1 + 3N], state_gap [E, B] -> scalars."""
-        config, sources = self.config, ("rand", "next_actions", "current_actions")
-        if config.cql_density == "mixture":
-            sources = ("rand", "current_actions")
-        elif config.cql_variant != "H":
-            sources = ("cloned_actions" if self.behaviour else "current_actions",)
-        # Without importance sampling the first score is the data's, and the shares do not add up to 1.
-        shares = scores.softmax(dim=-1)[..., 1 - q.shape[-1] :].mean(dim=(0, 1)).chunk(len(sources))
+        config, sources = self.config, ["cloned_actions" if self.behaviour else "current_actions"]
         metrics, constant_q_gap = per_critic("cql_std_q{}", q.std(dim=-1).mean(dim=1)), 0.0
-        for source, values, share in zip(sources, q[..., 1:].chunk(len(sources), dim=-1), shares):
-            metrics |= per_critic(f"cql_q{{}}_{source}", values.mean(dim=(1, 2)))
-            if config.cql_variant == "H":
-                metrics[f"cql_weight_{source}"] = share.sum()
         if config.cql_variant == "H":
+            sources = ["rand", "next_actions", "current_actions"]
+            if config.cql_density == "mixture":
+                sources.remove("next_actions")
+            # Without importance sampling the first score is the data's, and the shares do not add up to 1.
+            shares = scores.softmax(dim=-1)[..., 1 - q.shape[-1] :].mean(dim=(0, 1)).chunk(len(sources))
+            metrics |= {f"cql_weight_{source}": share.sum() for source, share in zip(sources, shares)}
             log_volume = self.actor.sizes[1] * math.log(2) if config.cql_importance_sample else 0.0
             constant_q_gap = config.cql_temp * (math.log(scores.shape[-1]) + log_volume)
+        for source, values in zip(sources, q[..., 1:].chunk(len(sources), dim=-1)):
+            metrics |= per_critic(f"cql_q{{}}_{source}", values.mean(dim=(1, 2)))
         clipped = (state_gap < config.cql_clip_diff_min) | (state_gap > config.cql_clip_diff_max)
         metrics |= {"cql_net_gap": state_gap.mean() - constant_q_gap, "cql_clipped_share": clipped.float().mean()}
         return metrics | {"cql_effective_weight": self.penalty_weight()}
@@ -401,11 +390,10 @@ class CQL(nn.Module):
         """mean and log_std [2B, A] of the actor at observations and next observations -> TD target [B], and N random, N
         next and N current actions as proposals [B, 3N, A] with their log-densities [B, 3N]. The next actions are used
         twice: in the target, and as proposals at s, with their density at s' (as in the authors' code). The mixture
-        density leaves them out of the proposals: [B, 2N, A]. CQL(rho) takes 3N current actions, and CQL(var) 3N of the
-        clone. Instead of log-densities these have log 3N, which makes a mean of the sum."""
-        config = self.config
-        all_three = self.cql_alpha > 0 and config.cql_variant == "H"
-        n = config.cql_n_actions if all_three or config.cql_max_target_backup else 1
+        density leaves them out: [B, 2N, A]. CQL(rho) proposes 3N current actions, and CQL(var) 3N of the clone; log 3N
+        instead of their log-densities makes a mean of the sum."""
+        config, is_h = self.config, self.config.cql_variant == "H"
+        n = config.cql_n_actions if is_h and self.cql_alpha > 0 or config.cql_max_target_backup else 1
         actions, log_prob = sample_actions(mean, log_std, n)
         (current_actions, next_actions), (current_log_prob, next_log_prob) = actions.chunk(2), log_prob.chunk(2)
         n_backup = n if config.cql_max_target_backup else 1
@@ -413,14 +401,15 @@ class CQL(nn.Module):
         if self.cql_alpha == 0:
             return td_target, current_actions[:, :0], current_log_prob[:, :0]
         mean, log_std = mean.chunk(2)[0], log_std.chunk(2)[0]  # [B, A], at the observations
-        if config.cql_variant != "H":
+        if not is_h:
             policy = self.behaviour(batch.observations) if self.behaviour else (mean, log_std)
             proposals, log_prob = sample_actions(*policy, 3 * config.cql_n_actions)
             return td_target, proposals, torch.full_like(log_prob, math.log(log_prob.shape[1]))
         random_actions = torch.empty_like(current_actions).uniform_(-1, 1)
         random_log_prob = torch.full_like(current_log_prob, -batch.actions.shape[1] * math.log(2))
         if config.cql_density == "mixture":
-            pre_tanh, mean, log_std = random_actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh(), mean[:, None], log_std[:, None]
+            mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)  # [B, 1, A]
+            pre_tanh = random_actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh()  # [B, N, A]
             log_prob = tanh_gaussian_log_prob(pre_tanh, (pre_tanh - mean) / log_std.exp(), log_std)
             log_prob = torch.cat([log_prob, current_log_prob], dim=1).logaddexp(random_log_prob.repeat(1, 2))
             return td_target, torch.cat([random_actions, current_actions], dim=1), log_prob - math.log(2)
@@ -435,10 +424,10 @@ class CQL(nn.Module):
             loss = -self.data_log_prob(batch, *self.actor(batch.observations)).mean()
             return {"actor": loss}, {"policy_loss": loss}
         mean, log_std = self.actor(torch.cat([batch.observations, batch.next_observations]))  # [2B, A]
-        td_target, proposals, proposal_log_prob = self.td_target_and_proposals(batch, mean, log_std)
+        proposed = self.td_target_and_proposals(batch, mean, log_std)
         mean, log_std = mean.chunk(2)[0], log_std.chunk(2)[0]  # [B, A], at the observations
         actions, log_prob = (x.squeeze(1) for x in sample_actions(mean, log_std, 1))
-        critic_loss, gap, metrics = self.critic_loss(batch, td_target, proposals, proposal_log_prob)
+        critic_loss, gap, metrics = self.critic_loss(batch, *proposed)
         if cloning:
             policy_loss = (self.alpha() * log_prob - self.data_log_prob(batch, mean, log_std)).mean()
         else:
@@ -616,6 +605,21 @@ LIMITS = {
     "cql_variant": ("H", "rho", "var"),
     "cql_density": ("own", "mixture"),
 }
+
+
+# local: options that exclude one another
+def check_switches(config: Any) -> None:
+    """Raises ConfigError where the choices contradict each other."""
+    if config.target == "sarsa" and (config.backup_entropy or config.cql_max_target_backup):
+        raise ConfigError("--target sarsa takes neither --backup_entropy nor --cql_max_target_backup")
+    if config.dropout > 0 and config.cql_backprop_actions > 0:
+        raise ConfigError("--dropout takes --cql_backprop_actions 0: two passes would drop different outputs")
+    is_var, is_plain = config.cql_variant == "var", not config.cql_importance_sample
+    if [config.cql_variant != "H", config.cql_density != "own", is_plain].count(True) > 1:
+        choices = "--cql_variant rho or var, --cql_density mixture, --cql_importance_sample False"
+        raise ConfigError(f"{choices} exclude one another")
+    if is_var and (config.cql_n_actions < 2 or config.cql_backprop_actions > 0 or config.cql_temp != 1):
+        raise ConfigError("--cql_variant var takes --cql_n_actions from 2, --cql_backprop_actions 0, --cql_temp 1")
 
 
 def check_config(config: Any) -> None:

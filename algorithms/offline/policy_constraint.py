@@ -614,37 +614,6 @@ def per_critic(name: str, values: Tensor) -> dict[str, Tensor]:
     return {name.format(i + 1): value for i, value in enumerate(values)}
 
 
-def check_switches(config: TrainConfig) -> None:
-    """Raises ConfigError for widths that are not numbers, and for switches that do not go together."""
-    for name in ("policy_hidden_dims", "behaviour_hidden_dims", "q_hidden_dims"):
-        if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", getattr(config, name), re.ASCII):
-            raise ConfigError(f"--{name} takes widths of layers, such as 256-256, not {getattr(config, name)[:100]!r}")
-    behaviours = {"kl": ("gaussian",), "mmd": ("gaussian", "vae"), "raw_mmd": ("gaussian", "vae")}
-    behaviours = ("vae",) if config.policy == "perturbation" else behaviours.get(config.divergence, ("data",))
-    if config.behaviour not in behaviours:
-        what = f"--policy {config.policy} with --divergence {config.divergence}"
-        raise ConfigError(f"{what} takes --behaviour {' or '.join(behaviours)}, not {config.behaviour}")
-    faults = {
-        "--divergence kl, mmd and raw_mmd take --policy gaussian": config.divergence in ("kl", "mmd", "raw_mmd")
-        and config.policy != "gaussian",
-        "--policy perturbation takes --divergence none: its actions are near the VAE's": config.divergence != "none"
-        and config.policy == "perturbation",
-        "--policy deterministic takes --n_acting_samples 1": config.policy == "deterministic"
-        and config.n_acting_samples > 1,
-        "--behaviour_steps needs a clone or a VAE (--behaviour)": config.behaviour_steps > 0
-        and config.behaviour == "data",
-        "--behaviour_steps takes fewer than --max_timesteps": config.behaviour_steps >= config.max_timesteps,
-        "--log_std_min takes less than --log_std_max": config.log_std_min >= config.log_std_max,
-        "--divergence none takes no --value_penalty, --divergence_lagrange or --divergence_steps": (
-            config.divergence == "none"
-            and (config.value_penalty or config.divergence_lagrange or config.divergence_steps > 0)
-        ),
-    }
-    for fault, found in faults.items():
-        if found:
-            raise ConfigError(fault)
-
-
 def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[str, Any]:
     """Trains on `data` (what load_dataset returns; by default that of config.env), evaluates, and returns the last row
     of metrics.csv. If the run folder holds a part of the run, that is continued. Raises ConfigError and DataError."""
@@ -763,6 +732,40 @@ def check_config(config: Any) -> None:
                 raise ConfigError(f"--{name} takes {takes}, not {value}")
     with explain(f"--device {config.device} cannot be used here; try --device cpu", ConfigError):
         torch.empty(0, device=config.device)
+
+
+# local: switches that do not go together
+def check_switches(config: TrainConfig) -> None:
+    """Raises ConfigError for widths that are not numbers, and for switches that do not go together."""
+    for name in ("policy_hidden_dims", "behaviour_hidden_dims", "q_hidden_dims"):
+        if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", getattr(config, name), re.ASCII):
+            raise ConfigError(f"--{name} takes widths of layers, such as 256-256, not {getattr(config, name)[:100]!r}")
+    behaviours = {"kl": ("gaussian",), "mmd": ("gaussian", "vae"), "raw_mmd": ("gaussian", "vae")}
+    behaviours = ("vae",) if config.policy == "perturbation" else behaviours.get(config.divergence, ("data",))
+    if config.behaviour not in behaviours:
+        what = f"--policy {config.policy} with --divergence {config.divergence}"
+        raise ConfigError(f"{what} takes --behaviour {' or '.join(behaviours)}, not {config.behaviour}")
+    faults = {
+        "--divergence kl, mmd and raw_mmd take --policy gaussian": config.divergence in ("kl", "mmd", "raw_mmd")
+        and config.policy != "gaussian",
+        "--policy perturbation takes --divergence none: its actions are near the VAE's": config.divergence != "none"
+        and config.policy == "perturbation",
+        "--policy deterministic takes --n_acting_samples 1": config.policy == "deterministic"
+        and config.n_acting_samples > 1,
+        "--behaviour_steps needs a clone or a VAE (--behaviour)": config.behaviour_steps > 0
+        and config.behaviour == "data",
+        "--behaviour_steps and --divergence_steps leave no update with Q: lower them, or raise --max_timesteps": (
+            config.behaviour_steps + config.divergence_steps >= config.max_timesteps
+        ),
+        "--log_std_min takes less than --log_std_max": config.log_std_min >= config.log_std_max,
+        "--divergence none takes no --value_penalty, --divergence_lagrange or --divergence_steps": (
+            config.divergence == "none"
+            and (config.value_penalty or config.divergence_lagrange or config.divergence_steps > 0)
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ConfigError(fault)
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
