@@ -592,7 +592,8 @@ def test_every_option_changes_something(option, script, observe, run, new_datase
         ({"divergence": "none", "divergence_lagrange": True}, "--divergence none takes no --value_penalty, "),
         ({"n_acting_samples": 2}, "--policy deterministic takes --n_acting_samples 1"),
         ({"behaviour_steps": 3}, "--behaviour_steps needs a clone or a VAE"),
-        (METHODS["BRAC-p"] | {"behaviour_steps": 25}, "--behaviour_steps takes fewer than --max_timesteps"),
+        (METHODS["BRAC-p"] | {"behaviour_steps": 25}, "leave no update with Q"),
+        (METHODS["BRAC-p"] | {"behaviour_steps": 5, "divergence_steps": 20}, "leave no update with Q"),
         (GAUSSIAN | {"log_std_min": 1.0, "log_std_max": 1.0}, "--log_std_min takes less than --log_std_max"),
     ],
 )
