@@ -257,9 +257,10 @@ class DiscreteCQL(nn.Module):
         self.parameter_groups = {"critic": list(self.critic.parameters())}
         if self.behaviour:
             self.parameter_groups["behaviour"] = list(self.behaviour.parameters())
-        parameters, decay = itertools.chain(*self.parameter_groups.values()), config.weight_decay
+        groups = [{"params": parameters} for parameters in self.parameter_groups.values()]
+        groups[0]["weight_decay"] = config.weight_decay
         on_gpu = "cuda" in config.device  # steps are recorded in CUDA graphs there
-        self.optimizer = torch.optim.AdamW(parameters, config.qf_lr, weight_decay=decay, fused=True, capturable=on_gpu)
+        self.optimizer = torch.optim.AdamW(groups, config.qf_lr, weight_decay=0, fused=True, capturable=on_gpu)
         self.n_updates = 0
         self.compute_gradients = self.gradients  # or compiled
 

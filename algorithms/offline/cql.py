@@ -245,7 +245,7 @@ class CQL(nn.Module):
         shape = (config.orthogonal_init, dtype, 2, config.critic_layer_norm, config.dropout)
         self.critic = EnsembleCritic(*sizes, hidden_dims, *shape)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        has_clone = config.cql_variant == "var" and config.cql_alpha > 0
+        has_clone = config.cql_variant == "var" and config.cql_alpha > 0 and not config.bc_only
         self.behaviour = copy.deepcopy(self.actor) if has_clone else None  # clones the data's actions
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0))

@@ -8,7 +8,7 @@ and BCQ. At arxiv.org/abs: TD3+BC 2106.06860, BRAC 1911.11361, BEAR 1906.00949, 
 Differs from the authors' code
 1. All losses of an update use the same parameters; theirs take one step after the other.
 2. Q's action is the first of the actions that the divergence is estimated from; BRAC draws it apart.
-3. BEAR and BCQ act by the best of the same noise in every state, so that a policy is a function of the observation.
+3. BEAR and BCQ choose among actions drawn by the same noise in every state: a policy is a function of the observation.
 4. The last layers start near zero, as in the siblings. Wasserstein's critic takes its steps on one minibatch.
 5. Time-outs bootstrap, and no terminal transition is dropped (the evaluation code of D4RL drops them for BRAC).
 
@@ -88,7 +88,7 @@ class TrainConfig:
     log_std_max: float = 2.0  # largest one
     log_std_tanh: bool = False  # keep it between them by a tanh (BRAC), not by clipping
     max_perturbation: float = 0.05  # largest change of a VAE's action by the policy, of the half range
-    n_acting_samples: int = 1  # actions that acting takes the best of, by the first critic; 1: the mean action
+    n_acting_samples: int = 1  # actions drawn when acting; the first critic chooses the best; 1: the mean action
 
     discount: float = 0.99  # discount factor
     policy_lr: float = 3e-4  # learning rate of the policy
@@ -98,16 +98,18 @@ class TrainConfig:
     target_policy: bool = True  # next actions come from a slow copy of the policy, not from the policy
     policy_noise: float = 0.2  # standard deviation of noise on next actions
     noise_clip: float = 0.5  # that noise is clipped to [-noise_clip, noise_clip]
-    n_target_actions: int = 1  # next actions per state that the TD target takes the best of
+    n_target_actions: int = 1  # next actions drawn per state; the TD target takes the best one
     target_min_weight: float = 1.0  # weight of the smaller Q in the TD target; the larger one gets the rest
 
     behaviour: str = "data"  # what the policy is compared with: the data's actions, a gaussian clone or a vae
     behaviour_hidden_dims: str = "750-750"  # widths of the hidden layers of the clone or VAE
     behaviour_lr: float = 3e-4  # learning rate of the clone or VAE
-    behaviour_steps: int = 0  # first updates, of the clone or VAE alone, which is then kept; 0: it learns throughout
+    behaviour_steps: int = (
+        0  # first updates, which train the clone or VAE alone, frozen after them; 0: it always learns
+    )
     divergence: str = "squared_error"  # none, squared_error, kl, mmd, raw_mmd (BEAR's) or wasserstein
     divergence_weight: float = 1.0  # weight of the divergence in the policy's loss, and in TD targets
-    divergence_steps: int = 0  # next updates in which the policy's loss is the divergence alone
+    divergence_steps: int = 0  # updates after behaviour_steps in which the policy's loss is the divergence alone
     n_divergence_samples: int = 1  # actions per state that the divergence is estimated from
     kernel: str = "laplacian"  # of the MMD: laplacian exp(-|x - y|_1 / width) or gaussian exp(-|x - y|^2 / width)
     kernel_width: float = 20.0  # width of the kernel
@@ -219,7 +221,7 @@ class Policy(nn.Module):
     """Everything that acting needs: the policy's network, the scaling of observations and actions and, where the best
     of several actions is taken, the critics and the noise that draws these. A perturbation also needs the VAE."""
 
-    max_rows = 10_000  # states x actions at once, for the memory's sake
+    max_rows = 10_000  # states x actions at once, to limit memory
 
     def __init__(
         self, observation_dim: int, action_dim: int, kind: str, n_samples: int, max_perturbation: float,
@@ -284,7 +286,7 @@ class Policy(nn.Module):
     def actions(self, observations: Tensor) -> Tensor:
         """Deterministic actions in the environment's units for raw observations: [..., O] -> [..., A]."""
         actions = self.choose(self.normalise(observations).reshape(-1, observations.shape[-1]))
-        actions = actions.view(*observations.shape[:-1], -1)
+        actions = actions.view(*observations.shape[:-1], len(self.action_low))
         actions = self.action_low + (actions + 1) / 2 * (self.action_high - self.action_low)
         return torch.clamp(actions, self.action_low, self.action_high)
 
@@ -293,7 +295,12 @@ class Policy(nn.Module):
         """Same as `actions`, for arrays, a part of the rows at a time. Raises ValueError."""
         observations = as_observations(observations, self.observation_mean)
         rows = observations.reshape(-1, observations.shape[-1]).split(max(1, self.max_rows // len(self.noise)))
-        return torch.cat([self.actions(x) for x in rows]).view(*observations.shape[:-1], -1).cpu().numpy()
+        return (
+            torch.cat([self.actions(x) for x in rows])
+            .view(*observations.shape[:-1], len(self.action_low))
+            .cpu()
+            .numpy()
+        )
 
 
 # local: the columns that the losses take
@@ -355,7 +362,7 @@ class PolicyConstraint(nn.Module):
         gaussian = [config.log_std_min, config.log_std_max], config.log_std_tanh
         shape = (config.policy, config.n_acting_samples, config.max_perturbation, *gaussian)
         self.actor = Policy(*sizes, *shape, dims, behaviour_dims, q_dims, orthogonal)
-        # The actor's has the same weights, but always chooses in float32.
+        # Shares its weights with the critic that the actor chooses by, which stays in float32.
         self.critic = copy.copy(self.actor.critic) or EnsembleCritic(*sizes, q_dims, orthogonal)
         self.critic.dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         self.behaviour = self.discriminator = self.target_network = None
@@ -456,7 +463,7 @@ class PolicyConstraint(nn.Module):
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:
         """r + gamma (1 - terminal) (max_n Q'(s', a'_n) - weight D(s')) -> [B]. Q' is the smaller one of the target
-        critics, or a mean of the smaller and the larger; D is taken off for BRAC-v alone."""
+        critics, or a mean of the smaller and the larger; D is subtracted only in BRAC-v."""
         config, observations = self.config, batch.next_observations
         n = max(config.n_target_actions, config.n_divergence_samples if config.value_penalty else 1)
         drawn = self.draw(observations, n, self.target_network)
@@ -467,6 +474,7 @@ class PolicyConstraint(nn.Module):
         q = self.target_critic(observations, actions)  # [E, B, N]
         next_q = torch.lerp(q.amax(dim=0), q.amin(dim=0), config.target_min_weight).amax(dim=1)  # [B]
         if config.value_penalty:
+            drawn = tuple(x[:, : config.n_divergence_samples] for x in drawn)
             next_q = next_q - self.divergence_weight() * self.divergence(observations, batch.next_actions, drawn)
         return batch.rewards + config.discount * (1 - batch.terminals) * next_q
 
@@ -481,7 +489,7 @@ class PolicyConstraint(nn.Module):
     # local: a divergence in place of the entropy
     def policy_loss(self, batch: Batch, actions: Tensor, divergence: Tensor, with_q: bool) -> Tensor:
         """E[weight (D(s) - threshold) - Q(s, a)], [B, N, A], [B] -> []. The threshold is 0 unless the weight is tuned.
-        Q, which may be scaled by its mean size, is the smaller one for a Gaussian, else that of the first critic."""
+        Q, perhaps scaled by its mean absolute value, is the smaller one for a Gaussian, else the first critic's."""
         config = self.config
         threshold = config.divergence_threshold if config.divergence_lagrange else 0.0
         loss = self.divergence_weight() * (divergence.mean() - threshold)
@@ -544,8 +552,9 @@ class PolicyConstraint(nn.Module):
     def phases(self) -> list[tuple]:
         """Further arguments of `gradients`, now and later."""
         start, period = self.config.behaviour_steps, self.config.target_update_period
-        steps = [max(self.n_updates, x) for x in (0, start, start + self.config.divergence_steps)]
-        steps = [x + (start - x) % period + i for x in steps for i in range(min(period, 2))]  # due, and not
+        earliest = max(0, self.n_updates - 3)  # three updates of a phase make Adam's moments, before a CUDA graph
+        steps = [max(earliest, x) for x in (0, start, start + self.config.divergence_steps)]
+        steps = [x + (start - x) % period + i for x in steps for i in range(min(period, 2))]  # with the policy, without
         extra = [(False,) * 4] if self.discriminator and self.config.wasserstein_steps > 1 else []
         return [self.phase(x) for x in (self.n_updates, *steps)] + extra
 
