@@ -105,7 +105,7 @@ class TrainConfig:
     behaviour_hidden_dims: str = "750-750"  # widths of the hidden layers of the clone or VAE
     behaviour_lr: float = 3e-4  # learning rate of the clone or VAE
     behaviour_steps: int = (
-        0  # first updates, which train the clone or VAE alone, frozen after them; 0: it always learns
+        0  # first updates, of the clone or VAE alone, which is frozen afterwards; 0: it always learns
     )
     divergence: str = "squared_error"  # none, squared_error, kl, mmd, raw_mmd (BEAR's) or wasserstein
     divergence_weight: float = 1.0  # weight of the divergence in the policy's loss, and in TD targets
