@@ -104,9 +104,7 @@ class TrainConfig:
     behaviour: str = "data"  # what the policy is compared with: the data's actions, a gaussian clone or a vae
     behaviour_hidden_dims: str = "750-750"  # widths of the hidden layers of the clone or VAE
     behaviour_lr: float = 3e-4  # learning rate of the clone or VAE
-    behaviour_steps: int = (
-        0  # first updates, of the clone or VAE alone, which is frozen afterwards; 0: it always learns
-    )
+    behaviour_steps: int = 0  # first updates, of the clone or VAE alone, frozen afterwards; 0: it always learns
     divergence: str = "squared_error"  # none, squared_error, kl, mmd, raw_mmd (BEAR's) or wasserstein
     divergence_weight: float = 1.0  # weight of the divergence in the policy's loss, and in TD targets
     divergence_steps: int = 0  # updates after behaviour_steps in which the policy's loss is the divergence alone
