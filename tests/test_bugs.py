@@ -25,7 +25,7 @@ CONTINUOUS = [
         "torch.cat([observations, actions], dim=-1).flatten",
         "torch.cat([observations, actions], dim=0).flatten",
     ),
-    ("network", "q.view(-1, leading[-1], n_actions)", "q.view(-1, leading[-1] + 1, n_actions)"),
+    ("network", "q.view(len(q), leading[-1], n_actions)", "q.view(len(q), leading[-1] + 1, n_actions)"),
     ("loss", "- td_target).square()", "- td_target.unsqueeze(1)).square()"),
     ("loss", "self.parameter_groups[name]) for", 'self.parameter_groups[name + "s"]) for'),
     (

@@ -590,7 +590,33 @@ def test_wasserstein_critic_takes_more_steps():
     assert steps == {"actor": 2, "critic": 2, "discriminator": 6}
 
 
+def test_the_target_estimates_the_divergence_from_as_many_actions_as_the_loss(monkeypatch):
+    agent, shapes = make_agent("brac_mmd", value_penalty=True, n_target_actions=10), []
+
+    def divergence(observations, data_actions, drawn):
+        shapes.append(drawn[0].shape)
+        return observations.new_zeros(len(observations))
+
+    monkeypatch.setattr(agent, "divergence", divergence)
+    agent.td_target(make_batch())
+    assert shapes == [(B, N, A)]
+
+
+def test_three_updates_of_a_new_phase_come_before_a_cuda_graph():
+    """They make the moments of Adam; a graph needs phases that are all alike."""
+    agent = make_agent("brac_kl", behaviour_steps=7)
+    found = []
+    for agent.n_updates in range(12):
+        found.append(len({*agent.phases()}) == 1)
+    assert found == [False] * 10 + [True] * 2
+
+
 # Acting.
+
+
+@pytest.mark.parametrize("method", ["td3_bc", "brac_kl", "bear", "bcq"])
+def test_no_observations_have_no_actions(method):
+    assert make_agent(method).actor.act(np.zeros((0, S))).shape == (0, A)
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ class EnsembleCritic(nn.Module):
                 x = F.layer_norm(x, x.shape[-1:])
             x = F.dropout(x.relu_(), self.dropout, self.training)
         q = (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]  # as a product it is slow on a CPU
-        return q.view(-1, leading[-1], n_actions)
+        return q.view(len(q), leading[-1], n_actions)
 
 
 class Dynamics(nn.Module):

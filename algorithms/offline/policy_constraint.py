@@ -15,7 +15,7 @@ Differs from the authors' code
 4. The last layers start near zero, as in the siblings. Wasserstein's critic takes its steps on one minibatch.
 5. Time-outs bootstrap, and no terminal transition is dropped (the evaluation code of D4RL drops them for BRAC).
 
-Known failures: on such mixed data TD3+BC and BEAR stay near the bad half. docs/policy_constraint.md has results.
+Known failures: on these data TD3+BC and BEAR end below the data's mean. docs/policy_constraint.md has all results.
 """
 
 import contextlib
@@ -215,7 +215,7 @@ class EnsembleCritic(nn.Module):
                 x = F.layer_norm(x, x.shape[-1:])
             x = F.dropout(x.relu_(), self.dropout, self.training)
         q = (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]  # as a product it is slow on a CPU
-        return q.view(-1, leading[-1], n_actions)
+        return q.view(len(q), leading[-1], n_actions)
 
 
 class Policy(nn.Module):

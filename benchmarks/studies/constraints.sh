@@ -27,7 +27,7 @@ data() {
     python benchmarks/collect.py --replay runs/sac-pendulum --steps 4000 --id pendulum/replay-v0 --force
 }
 
-tuning() { # published values of one option per method, on the lander's data
+tuning() { # two values of one option per method, on the lander's data
     tune() { # run_id, command
         "${@:2}" --seed 100 --checkpoints_path runs/constraints-tuning --run_id "$1"
     }
@@ -80,8 +80,8 @@ door() {
     long --run_id door-bc --name BC --bc_only True
     # shellcheck disable=SC2086
     {
-        long --run_id door-cql-h --name "CQL(H)" $fast
-        long --run_id door-cql-rho --name "CQL(rho)" --cql_variant rho $fast
+        long --run_id door-cql-h --name CQL-H $fast
+        long --run_id door-cql-rho --name CQL-rho --cql_variant rho $fast
     }
 }
 
