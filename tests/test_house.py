@@ -22,10 +22,10 @@ PATHS = sorted(FOLDER.glob("**/*.py"))
 OWN = {"TrainConfig", "train"}
 # Lines and tokens of the method with `train` (above the comment "# Common to all files"), and of the file, at most.
 BUDGETS = {
-    "offline/cql.py": (545, 5_315, 1_547, 15_245),
+    "offline/cql.py": (545, 5_320, 1_547, 15_250),
     "offline/combo.py": (873, 9_485, 1_847, 19_150),
     "offline/policy_constraint.py": (665, 6_435, 1_685, 16_500),
-    "finetune/cql.py": (815, 8_505, 1_767, 17_915),
+    "finetune/cql.py": (815, 8_505, 1_767, 17_920),
     "discrete/cql_dqn.py": (478, 4_310, 1_543, 14_940),
 }
 # Agents for continuous actions: the smallest number of methods of which several have the same text.
