@@ -47,7 +47,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import urllib.request
 from collections.abc import Mapping
@@ -56,7 +55,22 @@ from pathlib import Path
 import gymnasium as gym
 import h5py
 import numpy as np
-from common import DataError, Parser, d4rl, dataset_form, fail, make_env, prefix, read_dataset, reference_scores
+from common import (
+    DataError,
+    Parser,
+    as_json,
+    d4rl,
+    dataset_form,
+    fail,
+    make_env,
+    prefix,
+    read_dataset,
+    reading,
+    reference_scores,
+    staged,
+    write_array,
+    write_metadata,
+)
 from import_files import extension, find_parts, is_parquet
 from import_ogbench import read_ogbench
 from import_table import (
@@ -282,11 +296,6 @@ def episode_ends(columns):
     return columns["terminals"] | columns["timeouts"]
 
 
-def as_json(value):
-    """The text of metadata. Raises ValueError for what JSON does not have, such as a function."""
-    return json.dumps(value, indent=1, ensure_ascii=False, default=lambda x: np.asarray(x).tolist())
-
-
 def evaluation(env_id, limit, size):
     """The environment, with this step limit if there is one, as load_dataset returns it; and its action space. The id
     is stored without its module: a run imports one only if its user names it."""
@@ -504,47 +513,26 @@ def checksum(path):
 
 
 def store_flat(dataset_id, columns, metadata, root, force):
-    """Writes a dataset beside its place and moves it there, so that it is whole or absent. metadata: what the columns
-    do not tell; what is None is left out. Raises OSError."""
-    target = root / dataset_id
-    staging, replaced = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    """Writes a dataset so that it is whole or absent. metadata: what the columns do not tell; what is None is left out.
+    Raises OSError."""
     episodes, kind = int(episode_ends(columns).sum()), columns["actions"].dtype.kind
     metadata = {"format": 1, "kind": "transitions"} | metadata
     metadata |= {"transitions": len(columns["rewards"]), "episodes": episodes}
     metadata["actions"] = "continuous" if kind == "f" else "discrete"
-    metadata = {key: value for key, value in metadata.items() if value is not None}
-    try:
-        staging.mkdir(parents=True)
+    with staged(dataset_id, root, force) as folder:
         for name, values in columns.items():
-            values = np.ascontiguousarray(values)
-            with open(staging / f"{name}.npy", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-                file.write(values.data)  # np.save does not say that a disk is full
-                sync(file)
-        with open(staging / "metadata.json", "w", encoding="utf-8") as file:
-            file.write(as_json(metadata))
-            sync(file)
-        if force and target.exists():
-            target.rename(replaced)
-        staging.rename(target)
-    finally:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        for folder in (staging, replaced):
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # namespaces that are still empty
-            for folder in list(target.parents)[: len(Path(dataset_id).parts) - 1]:
-                folder.rmdir()
+            write_array(folder / f"{name}.npy", values)
+        write_metadata(folder, metadata)
+    print(f"{dataset_id}: {counts_text(metadata)}, in {root / dataset_id}")
+
+
+def counts_text(metadata):
     environment, scores = metadata.get("environment"), metadata.get("reference_scores")
     evaluated = f", evaluated in {environment_text(environment)}" if environment else ""
     scored = f", score 0 at {scores[0]:g} and 100 at {scores[1]:g}" if scores else ""
-    counts = f"{plural(len(columns['rewards']), 'transition')}, {plural(episodes, 'episode')}"
-    print(f"{dataset_id}: {counts}{evaluated}{scored}, in {target}")
-
-
-def sync(file):
-    file.flush()
-    os.fsync(file.fileno())
+    return (
+        f"{plural(metadata['transitions'], 'transition')}, {plural(metadata['episodes'], 'episode')}{evaluated}{scored}"
+    )
 
 
 def environment_text(environment):
@@ -557,15 +545,6 @@ def environment_text(environment):
 
 
 # ------------------------------------------------------------------------------------------------ datasets read
-
-
-@contextlib.contextmanager
-def reading(name):
-    """Stands around calls of Minari, h5py, numpy and json alone, which raise any of these for damaged files."""
-    try:
-        yield
-    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"{name} cannot be read: {error!r}") from error
 
 
 def find_dataset(name):
