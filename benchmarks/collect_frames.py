@@ -17,15 +17,15 @@ time-out. The same seed gives the same data on the same machine with the same nu
 
 import csv
 import importlib
-import json
 import math
-import os
-import shutil
+import shlex
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from common import Parser, dataset_form, fail, make_env, one_line_errors, reference_scores
+from collect import free_place, parse_dataset_id
+from common import Parser, fail, make_env, one_line_errors, reference_scores
+from import_frames import store_frames
 from tqdm import tqdm
 
 LARGE = 36  # pixels a side that the agents' own network needs
@@ -34,17 +34,14 @@ ATARI |= {"max_num_frames_per_episode": 108_000}
 PREPROCESSING = {"noop_max": 0, "frame_skip": 4}
 FRAME_STACK = 4
 EVERY = 10_000  # steps between two lines of the curve
-PACKAGES = {"minatar": "pip install --no-deps minatar", "ale_py": "pip install ale-py opencv-python-headless"}
-PACKAGES |= dict.fromkeys(("stable_baselines3", "sb3_contrib"), "pip install -r requirements-extra.txt")
 
 
 def need(module):
     """The module of an optional package."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        fail(1, f"the package {package} is missing ({error}): {PACKAGES[package]}")
+    except ModuleNotFoundError as error:
+        fail(1, f"the package {error.name.partition('.')[0]} is missing: pip install -r requirements-extra.txt")
 
 
 class Planes(gym.ObservationWrapper):
@@ -198,9 +195,7 @@ def curve(ends, returns, n_steps):
 
 def collect(args):
     """Raises OSError."""
-    root = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
-    if dataset_form(root / args.id) and not args.force:
-        raise FileExistsError(f"{root / args.id} exists; --force replaces a dataset")
+    root = free_place(args.id, args.force)
     env, environment = make_images(args.env)
     recorder = Recorder(env, args.steps)
     agent = make_agent(args, recorder)
@@ -221,23 +216,26 @@ def collect(args):
             self.bar.close()
 
     agent.learn(args.steps, callback=Progress())
-    last = recorder.returns[-100:]
+    outcome, last = "no complete episode", recorder.returns[-100:]
     words = f"everything that {args.algo.upper()} met online in {args.steps} steps of {args.env}, seed {args.seed}"
-    outcome = f"the last {len(last)} of {len(recorder.returns)} complete episodes return {np.mean(last):.2f} on average"
-    options = {name: value for name, value in vars(args).items() if value is not None and name not in ("force", "curve")}
+    if last:
+        outcome = f"the last {len(last)} of {len(recorder.returns)} complete episodes return {np.mean(last):.2f}"
+    options = {
+        name: value for name, value in vars(args).items() if value is not None and name not in ("force", "curve")
+    }
     metadata = {
-        "format": 1,
-        "kind": "frames",
         "action_low": [0],
         "action_high": [int(env.action_space.n) - 1],
         "frame_max": env.high,
         "environment": environment,
         "notes": [f"{words}; {outcome}"],
-        "source": " ".join(["collect_frames.py", *(f"--{name} {value}" for name, value in options.items())]),
+        "source": shlex.join(["collect_frames.py", *(f"--{name}={value}" for name, value in options.items())]),
     }
     if scores := reference_scores(args.env):
         metadata["reference_scores"] = list(scores)
-    store(args.id, recorder.columns(), metadata, root, args.force)
+    columns = recorder.columns()
+    frames = columns.pop("frames")
+    store_frames(args.id, frames.shape, [frames], columns, metadata, root, args.force)
     if args.curve:
         with open(args.curve, "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file, lineterminator="\n")
@@ -245,20 +243,6 @@ def collect(args):
             for step, episodes, *means in curve(recorder.ends, recorder.returns, args.steps):
                 rows.writerow([args.id, step, episodes, *(f"{mean:.3f}" for mean in means)])
     print(f"{args.id}: {words}; {outcome}; in {root / args.id}")
-
-
-def store(dataset_id, columns, metadata, root, force):
-    target = root / dataset_id
-    staging = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    staging.mkdir(parents=True)
-    for name, values in columns.items():
-        np.save(staging / f"{name}.npy", values)
-    episodes = len(columns["starts"])
-    metadata |= {"transitions": len(columns["rewards"]), "episodes": episodes}
-    (staging / "metadata.json").write_text(json.dumps(metadata, indent=1))
-    if force and target.exists():
-        shutil.rmtree(target)
-    staging.rename(target)
 
 
 def parse_arguments(argv):
@@ -283,6 +267,10 @@ def parse_arguments(argv):
         "--epsilon must be a probability, from 0 to 1": 0 <= args.epsilon <= 1,
         "--seed must be at least 0": args.seed >= 0,
     })  # fmt: skip
+    try:
+        parse_dataset_id(args.id)
+    except (ValueError, TypeError):  # TypeError: without a version, minari 0.5.4
+        parser.error(f"--id {args.id} is not an id, which looks like namespace/name-v0, two letters or more each")
     return args
 
 
