@@ -902,8 +902,8 @@ class Frames:
         size, wanted = (last + 1 - first) * self.frames[0].nbytes, config.frames_on_device
         if wanted is None:
             wanted = "cuda" in config.device and size < 0.8 * torch.cuda.mem_get_info(config.device)[0]
-        place = f"in the memory of {config.device}" if wanted else "mapped from the disk"
-        print(f"{config.env}: {size / 1e9:,.2f} GB of frames of {[*self.frames.shape[1:]]}, {place}")
+        place = f"copied to {config.device}" if wanted else "read as they are sampled"
+        print(f"{config.env}: {size / 1e9:,.2f} GB of frames of shape {[*self.frames.shape[1:]]}, {place}")
         if wanted:
             frames = torch.empty(last + 1 - first, *self.frames.shape[1:], dtype=torch.uint8, device=config.device)
             for i in range(0, len(frames), 10_000):
@@ -1018,9 +1018,12 @@ class Task:
         return row
 
 
+# local: stacks of as many frames as the policy takes
 def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments: Any) -> dict[str, list]:
-    """Plays a policy in the Gymnasium environment `env`, made with these arguments (see load_dataset's `environment`).
-    Returns what rollout returns. Raises DataError."""
+    """Plays a policy of load_policy in the Gymnasium environment `env`, made with these arguments (see load_dataset's
+    `environment`; by default as Atari's DQN replay data were recorded). Returns what rollout returns. Raises
+    DataError."""
+    arguments = {"frame_stack": policy.network.frame_stack} | (arguments or (ATARI if "ALE/" in env else {}))
     n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
     with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
         action_bounds(envs.single_action_space, env)  # refuses actions of another kind
