@@ -19,6 +19,7 @@ command line. An error is one line on stderr and stores nothing.
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import re

@@ -1,5 +1,5 @@
-"""Datasets of images for import_data.py, `kind: frames`: each frame once, and where each episode begins. The sources are
-logged replay buffers of Dopamine, HDF5 files, Minari datasets, and datasets of frames."""
+"""Datasets of images for import_data.py, `kind: frames`: each frame once, and where each episode begins. The sources
+are logged replay buffers of Dopamine, HDF5 files, Minari datasets, and datasets of frames."""
 
 import contextlib
 import gzip
@@ -173,7 +173,7 @@ def store_recording(recording, dataset_id, args, root):
     columns = episodes.columns(recording.actions, recording.rewards)
     if recording.environment is None:
         recording.note("No environment: runs train without evaluation unless --eval_env names one.")
-    if len(rewards := recording.rewards) and -1 <= rewards.min() and rewards.max() <= 1:
+    if len(rewards := recording.rewards) and rewards.min() >= -1 and rewards.max() <= 1:
         recording.note("Rewards are from -1 to 1, as clipped ones are: returns are sums of these.")
     metadata = {
         "action_low": [0],
@@ -208,13 +208,15 @@ def choose_rows(recording, args):
     manner = "the first ones" if args.first else f"drawn uniformly (--seed {args.seed or 0})"
     text = f"Taken: {args.transitions:,} of {plural(lengths.sum(), 'transition')}, {taken}, {manner}"
     if cut.size:
-        text += f"; one is cut after {kept[cut[0]]:,} of its {plural(lengths[cut[0]], 'row')}, which counts as a time-out"
+        text += (
+            f"; one is cut after {kept[cut[0]]:,} of its {plural(lengths[cut[0]], 'row')}, which counts as a time-out"
+        )
     recording.note(f"{text}.")
     return kept
 
 
 def count_actions(recording, args):
-    """The number of actions: as given, the environment's, or one more than the largest in the data. Raises DataError."""
+    """The number of actions: as given, the environment's, or what the data suggest. Raises DataError."""
     found, source = int(recording.actions.max(initial=0)) + 1, "the environment's"
     n_actions = recording.n_actions
     if args.action_high:
@@ -260,7 +262,9 @@ def set_environment(recording, env_id, args):
         else:
             recording.note(f"{env_id} is not checked, since the package ale-py is not installed.")
         noops = "" if sticky else " and up to 30 no-ops at the start"
-        recording.note(f"Environment: {env_id}, sticky actions {sticky:g} (--sticky){noops}, every fourth frame in grey.")
+        recording.note(
+            f"Environment: {env_id}, sticky actions {sticky:g} (--sticky){noops}, every fourth frame in grey."
+        )
     else:
         env = make_env(env_id, "--eval_env")
         spec = gym.spec(env.spec.id)
@@ -381,7 +385,9 @@ def read_shards(folder):
     shards = []
     for number, paths in sorted(found.items()):
         if missing := [name for name in REPLAY_COLUMNS if name not in paths]:
-            raise DataError(f"{folder} has no {' and no '.join(missing)} of ckpt.{number}: get it, or take the rest away")
+            raise DataError(
+                f"{folder} has no {' and no '.join(missing)} of ckpt.{number}: get it, or take the rest away"
+            )
         shards.append(read_shard(number, paths))
     frames = {shard.shape[1:] for shard in shards}
     if len(frames) > 1:
@@ -398,7 +404,9 @@ def read_shard(number, paths):
         rows = ", ".join(f"{key} {value}" for key, value in shapes.items())
         raise DataError(f"the files of ckpt.{number} differ in their rows: {rows}")
     if count.shape or count.dtype.kind not in "iu" or count < 0 or actions.dtype.kind not in "iu":
-        raise DataError(f"ckpt.{number}: add_count and actions must be whole numbers, not {count!r} and {actions.dtype}")
+        raise DataError(
+            f"ckpt.{number}: add_count and actions must be whole numbers, not {count!r} and {actions.dtype}"
+        )
     n, count = shape[0], int(count)
     n_valid = n if count and count % n == 0 else count % n
     head = next(read_frames(paths["observation"], min(PADDING, n)), np.empty((0, *shape[1:])))
@@ -491,7 +499,9 @@ def note_replay(recording, shards, continued, cut, timeouts, limit):
     n = sum(shard.shape[0] for shard in shards)
     gaps = last.number - first.number + 1 - len(shards)
     lacking = f", {gaps} missing between them" if gaps else ""
-    recording.note(f"Files: {len(shards)}, ckpt.{first.number} to ckpt.{last.number}{lacking}, with {plural(n, 'row')}.")
+    recording.note(
+        f"Files: {len(shards)}, ckpt.{first.number} to ckpt.{last.number}{lacking}, with {plural(n, 'row')}."
+    )
     padding = sum(shard.padding.sum() for shard in shards)
     recording.note(f"Dropped: {plural(padding, 'row')} of padding, the zeros before an episode.")
     stale = {shard.number: shard.shape[0] - shard.n_valid for shard in shards if shard.shape[0] > shard.n_valid}
@@ -705,7 +715,9 @@ def read_minari(name, args):
     if actions.start:
         recording.note(f"Actions are numbered from 0; in {name} they begin with {actions.start}.")
     if wrappers:
-        texts = ", ".join(f"{name} {list(arguments.get('shape', ()))}".removesuffix(" []") for name, arguments in wrappers)
+        texts = ", ".join(
+            f"{name} {list(arguments.get('shape', ()))}".removesuffix(" []") for name, arguments in wrappers
+        )
         recording.note(f"Frames are made by Gymnasium's {texts}, here and in evaluations.")
     recording.note("Infos, seeds and options are not kept.")
     if environment:
