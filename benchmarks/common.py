@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,6 +24,7 @@ if str(ROOT) not in sys.path:
 
 SCRIPTS = (
     "algorithms.discrete.cql_dqn",
+    "algorithms.discrete.cql_atari",
     "algorithms.offline.policy_constraint",
     "algorithms.offline.cql",
 )  # between them they open the policies of all scripts
@@ -192,12 +194,29 @@ def know_robotics(env_id: str) -> None:
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
 
 
+def know_games(env_id: str) -> None:
+    """Makes the games of ale-py and of MinAtar known, if they are installed."""
+    import gymnasium as gym
+
+    if env_id in gym.registry:
+        return
+    if env_id.startswith("ALE/") and importlib.util.find_spec("ale_py"):
+        ale_py = importlib.import_module("ale_py")
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # it greets on stderr
+        gym.register_envs(ale_py)
+    if env_id.startswith("MinAtar/") and importlib.util.find_spec("minatar"):
+        logging.disable()  # it complains that it cannot draw
+        importlib.import_module("minatar.gym").register_envs()
+        logging.disable(logging.NOTSET)
+
+
 def make_env(env_id: str, option: str = "--env", /, **arguments: Any) -> Any:
     """The Gymnasium environment that an option names; MODULE:ID imports the module first. Raises OptionError."""
     import gymnasium as gym
 
     gym.logger.min_level = gym.logger.ERROR  # an error is one line, without warnings above it
     try:
+        know_games(env_id)
         know_robotics(env_id)
         with warnings.catch_warnings(action="ignore"):
             return gym.make(env_id, disable_env_checker=True, **arguments)
