@@ -13,6 +13,7 @@ Differs from the papers
 Known failures: after many updates the policy may become worse again, so watch the curve. Options and metrics:
 docs/atari.md."""
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -115,6 +116,7 @@ class TrainConfig:
     name: str = "CQL-Atari"  # first part of the run's name
 
     def __post_init__(self):
+        self.device = own_device(self.device)
         check_config(self)
 
 
@@ -485,18 +487,20 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     run = (Run if ranks.is_first else Follower)(config, config.max_timesteps)
     run.rows = ranks.share(run.rows)
     if run.is_complete:
+        ranks.finish()
         print(f"{run.path} is complete: {describe(run.rows[-1])}")
         return run.rows[-1]
     data = load_dataset(config.env) if data is None else dict(data)
     data["environment"] = environment_arguments(config, data)
     task = Task(config, data)
     frames = Frames(data, config)
-    data, holdout, scaling = prepare_data(config, data, task, ranks)
+    data, holdout, scaling = prepare_data(config, data, task)
     torch.manual_seed(config.seed)
     action_sizes = (scaling["action_high"] - scaling["action_low"] + 1).int().tolist()
     agent = DiscreteCQL(config, frames.shape, action_sizes)
     if config.head == "c51" and not (run.checkpoint and config.v_min is config.v_max is None):
         scaling["atoms"] = support(data, config)
+    data = ranks.part(data, config.env)
     buffer = ReplayBuffer(td_columns(data, config), config.device)
     holdout = frames.fill(holdout_batch(config, td_columns(holdout, config, "held-out")))
     frames.load(data, config)
@@ -512,6 +516,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
             if Signals.received:
                 task.check(run.means(), agent)  # no checkpoint of a run that diverged
                 run.save(agent, random=ranks.random_states(run))
+                ranks.finish()
                 print(f"signal {Signals.received}: saved in {run.path}")
                 raise SystemExit(128 + Signals.received)
             metrics = task.check(run.next_record(step), agent)
@@ -520,7 +525,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
                 metrics |= run.add_row(step, task.check(row, agent))
             run.log(metrics, step)
             run.save(agent, step, random=ranks.random_states(run))
-        ranks.wait()
+        ranks.finish()
     finally:
         ranks.end()
         run.end(task.envs)
@@ -582,8 +587,9 @@ ATARI = {
     "max_num_frames_per_episode": 108_000, "wrappers": [["AtariPreprocessing", {"noop_max": 0, "frame_skip": 4}]],
 }  # fmt: skip
 GAMES = {"ALE": ("ale_py", "ale-py opencv-python-headless"), "MinAtar": ("minatar.gym", "--no-deps minatar")}
-AGREE_UPDATES = 20  # updates after which several processes ask each other whether one got a signal
-SILENCE = 30  # seconds after which a process that shows no life counts as dead
+AGREE_UPDATES = 8  # updates between two questions to the others for signals: too few for a CUDA graph, on purpose
+SILENCE = 20  # seconds after which a process that shows no life counts as dead; torchrun kills after 30
+JOIN = datetime.timedelta(minutes=10)  # for all processes to start
 PATIENCE = datetime.timedelta(hours=2)  # of a living process that waits for others, which may evaluate
 # local: the network that acts, and that policy.pt holds
 Policy = QNetwork
@@ -1154,9 +1160,9 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 
 
-# local: frames need no scaling, and several processes share the episodes
-def prepare_data(config: Any, data: dict[str, Any], task: Task, ranks: Any) -> tuple[dict, dict, dict]:
-    """This process's transitions to train on, held-out ones, and the range of actions and pixels."""
+# local: frames need no scaling
+def prepare_data(config: Any, data: dict[str, Any], task: Task) -> tuple[dict, dict, dict]:
+    """Transitions to train on, held-out ones, and the range of actions and pixels."""
     numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
@@ -1167,9 +1173,8 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, ranks: Any) -> t
     if config.holdout_fraction and not n_held_out:
         print(f"{config.env}: the data are one episode, so nothing is held out and there are no holdout metrics")
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
-    own = ~held_out & ranks.share_of(numbers, ~held_out, config.env)
     columns, frame_max = (*COLUMNS, "observations", "next_observations"), float(data.get("frame_max", 255))
-    holdout, data = ({key: data[key][rows] for key in columns} for rows in (held_out, own))
+    holdout, data = ({key: data[key][rows] for key in columns} for rows in (held_out, ~held_out))
     scaling = {"frame_max": frame_max, "action_low": low, "action_high": high}
     return data, holdout, {name: torch.tensor(x) for name, x in scaling.items()}
 
@@ -1529,11 +1534,21 @@ class Follower(Run):
     def end(self, *environments: Any) -> None: ...
 
 
+def own_device(device: str) -> str:
+    """The GPU of this process, if torchrun started several: one each. Raises ConfigError."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == "cpu" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device not in ("cuda", own):
+        raise ConfigError(f"--device {device}: each of several processes takes a GPU of its own; give cuda or cpu")
+    return own
+
+
 class Ranks:
     """The processes that torchrun started, or this one alone. All have the same networks, and each other episodes; an
     update takes the mean of their gradients. The first one evaluates, writes and prints."""
 
-    lost = "another process of this run ended; start all again with the same --run_id to go on"
+    lost = "another process of this run ended, and its own output may say why; the same command with --run_id goes on"
 
     def __init__(self, config: TrainConfig):
         """Waits for the others. Raises ConfigError or DataError."""
@@ -1544,17 +1559,19 @@ class Ranks:
         if config.batch_size % self.n:
             raise ConfigError(f"--batch_size {config.batch_size} is not a multiple of the {self.n} processes")
         backend = "gloo"
-        if "cuda" in config.device:
-            config.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
+        if config.device != "cpu":
+            backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(config.device)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.receive)
         if not self.is_first:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
-        with explain("the processes that torchrun started do not find each other"):
-            store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        with explain(f"process {self.rank} does not find the other {self.n - 1}, which torchrun would start"):
+            store, *_ = next(dist.rendezvous("env://", timeout=JOIN))
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.n, timeout=PATIENCE)
-        threading.Thread(target=self.watch, args=(store.clone(),), daemon=True).start()
+        self.watcher = threading.Thread(target=self.watch, args=(store.clone(),), daemon=True)
+        self.watcher.start()
+        atexit.register(self.end)  # a thread that calls C++ while Python ends would abort it
 
     def receive(self, number: int, _: Any) -> None:
         """Keeps the first signal until all processes know of it. Any further one may be torchrun's copy."""
@@ -1577,7 +1594,8 @@ class Ranks:
                     seen[x] = sign, time.monotonic()
             dead = [x for x in others if time.monotonic() - seen[x][1] > SILENCE]
             if dead and not self.over.is_set():
-                print(f"{self.lost} (process {dead[0]} was silent for {SILENCE} s)", file=sys.stderr, flush=True)
+                told = f"{self.lost} (process {dead[0]} was silent for {SILENCE} s)"
+                print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def share(self, value: Any) -> Any:
@@ -1594,14 +1612,23 @@ class Ranks:
             dist.broadcast(content, 0)
         return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
 
-    def share_of(self, numbers: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
-        """Whether a transition is in this process's share of the episodes, which follow each other: episode numbers
-        [T], flags [T] of those to share -> flags [T]. Raises DataError."""
-        sizes = np.bincount(numbers[rows], minlength=numbers[-1] + 1)
-        owners = ((sizes.cumsum() - sizes / 2) * self.n / sizes.sum()).astype(int)
-        if len(np.unique(owners[sizes > 0])) < self.n:
-            raise DataError(f"--env {name}: its episodes are too few or too unequal for {self.n} processes")
-        return owners[numbers] == self.rank
+    def part(self, data: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+        """This process's part of the transitions, in whole episodes that follow each other. Raises DataError."""
+        if self.n == 1:
+            return data
+        ends = data["terminals"] | data["timeouts"]
+        ends[-1:] = True
+        lasts = np.flatnonzero(ends)
+        lengths = np.diff(lasts, prepend=-1)
+        owners = ((lasts + 1 - lengths / 2) * self.n / len(ends)).astype(int)  # where an episode's middle lies
+        sizes = np.bincount(owners, lengths, self.n).astype(int)
+        if not sizes.all():
+            raise DataError(
+                f"--env {name}: its {len(lasts):,} episodes are too few or too unequal for {self.n} processes"
+            )
+        print(f"{name}: {self.n} processes hold {sizes.min():,} to {sizes.max():,} transitions each")
+        first = sizes[: self.rank].sum()
+        return {key: column[first : first + sizes[self.rank]].copy() for key, column in data.items()}
 
     def sampler(self, buffer: ReplayBuffer, frames: Frames) -> Callable[[int], Batch]:
         """Returns a function that draws this process's part of a minibatch."""
@@ -1616,7 +1643,8 @@ class Ranks:
         if states is not None and states.shape == (self.n, len(run.rng.get_rng_state())):
             run.rng.set_rng_state(states[self.rank].cpu())
         elif states is not None:
-            print(f"{len(states)} processes are now {self.n}: from here on, other minibatches than without the stop")
+            reason = f"{len(states)} processes are now {self.n}" if len(states) != self.n else "the device is another"
+            print(f"{reason}: from here on, minibatches are others than without the stop")
             torch.manual_seed(run.config.seed + self.rank + agent.n_updates)
         elif not self.is_first:
             torch.manual_seed(run.config.seed + self.rank)
@@ -1634,10 +1662,11 @@ class Ranks:
     def average(self, gradients: dict[str, tuple[Tensor, ...]]) -> None:
         """Replaces the gradients by their means over the processes, in place."""
         every = list(itertools.chain(*gradients.values()))
-        flat = nn.utils.parameters_to_vector(every)
+        flat = torch.cat([x.reshape(-1) for x in every])
         with explain(self.lost):
             dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / self.n, every)
+        means = (flat / self.n).split([x.numel() for x in every])
+        torch._foreach_copy_(every, [mean.view_as(x) for mean, x in zip(means, every)])
 
     def together(self, run_until: Callable, agent: Any) -> Callable:
         """The same function, which a signal to any process stops in all of them after the same update."""
@@ -1652,12 +1681,18 @@ class Ranks:
 
         return run_until if self.n == 1 else run_together
 
-    def wait(self) -> None:
-        """Waits until all processes are here."""
+    def finish(self) -> None:
+        """Waits until all processes are here: one that leaves early is missed by those that still work."""
         self.share(None)
+        self.end()
+        if self.n > 1:
+            dist.destroy_process_group()
 
     def end(self) -> None:
+        """Ends the watch."""
         self.over.set()
+        if self.n > 1:
+            self.watcher.join()
 
 
 def main(config_class: type, train: Callable) -> None:
