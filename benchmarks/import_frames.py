@@ -561,11 +561,12 @@ def is_image(shape):
 
 def holds_images(path):
     """Whether an HDF5 file has images as observations."""
-    if not h5py.is_hdf5(path):
+    try:
+        with h5py.File(path) as file:
+            column = file.get("observations")
+            return isinstance(column, h5py.Dataset) and column.dtype == np.uint8 and is_image(column.shape[1:])
+    except Exception:  # h5py raises nearly anything for a damaged file, which is named where all of it is read
         return False
-    with h5py.File(path) as file:
-        column = file.get("observations")
-        return isinstance(column, h5py.Dataset) and column.dtype == np.uint8 and is_image(column.shape[1:])
 
 
 def read_images(path, shape, columns, args):
@@ -575,7 +576,9 @@ def read_images(path, shape, columns, args):
         raise DataError(f"observations have shape {shape}: images are [n, H, W] or [n, H, W, C]")
     actions, rewards, terminals = (columns[key] for key in ("actions", "rewards", "terminals"))
     if actions.shape[1] != 1 or (actions != np.rint(actions)).any():
-        raise DataError("frames need actions of one whole number each")
+        raise DataError(
+            f"its observations are images, which need a whole number as action; actions are {actions.shape}"
+        )
     rows, limit = np.arange(len(rewards)), args.max_episode_steps
     notes, timeouts = [], columns.get("timeouts")
     if timeouts is None:

@@ -538,7 +538,7 @@ def test_colours_of_a_game_become_what_evaluation_sees(run, root):
     assert "GrayscaleObservation, ResizeObservation [84, 84]" in output and "evil" not in json.dumps(metadata)
     status, _, error = run("--frames", "atari/pong/expert-v0", "--id", "test/colour-v0", "--grey", "False")
     assert status == 0, error
-    assert read(root, "test/colour-v0")[0]["frames"].shape == (13, 3, 210, 160)
+    assert read(root, "test/colour-v0")[0]["frames"].shape == (12, 3, 210, 160)
 
 
 def test_wrappers_of_a_recording_come_first(run, root):
