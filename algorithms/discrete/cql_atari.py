@@ -482,16 +482,13 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     """Trains on `data` (what load_dataset returns; by default that of config.env), evaluates, and returns the last row
     of metrics.csv. If the run folder holds a part of the run, that is continued. Raises ConfigError and DataError."""
     ranks = Ranks(config)
-    run = (Run if ranks.is_first else Follower)(config, config.max_timesteps)
-    run.rows = ranks.share(run.rows)
+    run = ranks.open_run(config)
     if run.is_complete:
         print(f"{run.path} is complete: {describe(run.rows[-1])}")
         return run.rows[-1]
-    data = load_dataset(config.env) if data is None else dict(data)
-    data["environment"] = environment_arguments(config, data)
+    data = with_stacks(config, load_dataset(config.env) if data is None else data)
     task = Task(config, data)
-    frames = Frames(data, config)
-    data, holdout, scaling = prepare_data(config, data, task, ranks)
+    data, holdout, frames, scaling = prepare_data(config, data, task, ranks)
     torch.manual_seed(config.seed)
     action_sizes = (scaling["action_high"] - scaling["action_low"] + 1).int().tolist()
     agent = DiscreteCQL(config, frames.shape, action_sizes)
@@ -524,8 +521,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     finally:
         ranks.end()
         run.end(task.envs)
-    if ranks.is_first:
-        print(f"{describe(run.rows[-1])} after {run.n_steps:,} updates, in {run.path}")
+    print(f"{describe(run.rows[-1])} after {run.n_steps:,} updates, in {run.path}")
     return run.rows[-1]
 
 
@@ -902,8 +898,8 @@ class Frames:
         size, wanted = (last + 1 - first) * self.frames[0].nbytes, config.frames_on_device
         if wanted is None:
             wanted = "cuda" in config.device and size < 0.8 * torch.cuda.mem_get_info(config.device)[0]
-        place = f"in the memory of {config.device}" if wanted else "mapped from the disk"
-        print(f"{config.env}: {size / 1e9:,.2f} GB of frames of {[*self.frames.shape[1:]]}, {place}")
+        place = f"copied to {config.device}" if wanted else "read as they are sampled"
+        print(f"{config.env}: {size / 1e9:,.2f} GB of frames of shape {[*self.frames.shape[1:]]}, {place}")
         if wanted:
             frames = torch.empty(last + 1 - first, *self.frames.shape[1:], dtype=torch.uint8, device=config.device)
             for i in range(0, len(frames), 10_000):
@@ -1018,9 +1014,12 @@ class Task:
         return row
 
 
+# local: stacks of as many frames as the policy takes
 def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments: Any) -> dict[str, list]:
-    """Plays a policy in the Gymnasium environment `env`, made with these arguments (see load_dataset's `environment`).
-    Returns what rollout returns. Raises DataError."""
+    """Plays a policy of load_policy in the Gymnasium environment `env`, made with these arguments (see load_dataset's
+    `environment`; by default as Atari's DQN replay data were recorded). Returns what rollout returns. Raises
+    DataError."""
+    arguments = {"frame_stack": policy.network.frame_stack} | (arguments or (ATARI if "ALE/" in env else {}))
     n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
     with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
         action_bounds(envs.single_action_space, env)  # refuses actions of another kind
@@ -1077,15 +1076,15 @@ class FreshGame(gym.Wrapper):
         return self.env.reset(**options)
 
 
-def environment_arguments(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """What make_environments takes: the data's environment, or another one that is asked for, and its stacks."""
+def with_stacks(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """The data with the environment to evaluate in, its own or the one that is asked for, as it makes stacks."""
     arguments = dict(data.get("environment") or {"id": "none"})
     id = (config.eval_env or arguments["id"]).rpartition(":")[2]
     if id not in (arguments["id"], "none"):
         if arguments["id"] != "none":
             print(f"{id} is made with its defaults; the data were recorded in {arguments}")
         arguments = (ATARI if id.startswith("ALE/") else {}) | {"id": id}
-    return arguments | {"frame_stack": config.frame_stack}
+    return data | {"environment": arguments | {"frame_stack": config.frame_stack}}
 
 
 # local: games of other packages, and stacks of frames
@@ -1152,8 +1151,10 @@ def describe(row: dict[str, Any]) -> str:
 
 
 # local: frames need no scaling, and several processes share the episodes
-def prepare_data(config: Any, data: dict[str, Any], task: Task, ranks: Any) -> tuple[dict, dict, dict]:
-    """This process's transitions to train on, held-out ones, and the range of actions and pixels."""
+def prepare_data(config: Any, data: dict[str, Any], task: Task, ranks: Any) -> tuple[dict, dict, Frames, dict]:
+    """This process's transitions to train on and held-out ones, the frames of both, and the range of actions and
+    pixels."""
+    frames = Frames(data, config)
     numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
@@ -1168,7 +1169,7 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, ranks: Any) -> t
     columns, frame_max = (*COLUMNS, "observations", "next_observations"), float(data.get("frame_max", 255))
     holdout, data = ({key: data[key][rows] for key in columns} for rows in (held_out, own))
     scaling = {"frame_max": frame_max, "action_low": low, "action_high": high}
-    return data, holdout, {name: torch.tensor(x) for name, x in scaling.items()}
+    return data, holdout, frames, {name: torch.tensor(x) for name, x in scaling.items()}
 
 
 def save(path: Path, content: str | dict[str, Any]) -> None:
@@ -1516,7 +1517,7 @@ class Follower(Run):
         self.progress = tqdm(disable=True)
 
     def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
-        self.rows.append({"step": step})
+        self.rows.append(dict.fromkeys(EVALUATION.split()) | {"step": step})
         return {}
 
     def log(self, metrics: dict[str, Any], step: int) -> None: ...
@@ -1590,6 +1591,12 @@ class Ranks:
             content = content.clone() if self.is_first else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(content, 0)
         return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+    def open_run(self, config: TrainConfig) -> Run:
+        """The run's folder and rows, for the first process; the others know only the rows. Raises DataError."""
+        run = (Run if self.is_first else Follower)(config, config.max_timesteps)
+        run.rows = self.share(run.rows)
+        return run
 
     def share_of(self, numbers: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
         """Whether a transition is in this process's share of the episodes, which follow each other: episode numbers
