@@ -270,9 +270,8 @@ def prepare_d3rlpy(job, path):
     sys.path.append(str(packages_of(path)))
     with contextlib.redirect_stderr(io.StringIO()):  # of gym, which d3rlpy imports
         import d3rlpy
-        from d3rlpy.models import EncoderFactory, MeanQFunctionFactory, QRQFunctionFactory
 
-    class Factory(EncoderFactory):
+    class Factory(d3rlpy.models.EncoderFactory):
         def create(self, observation_shape):
             return cql_atari.make_encoder(config.encoder, list(observation_shape), config.hidden_dim)
 
@@ -283,7 +282,8 @@ def prepare_d3rlpy(job, path):
     columns = [x.reshape(-1, EPISODE, *x.shape[1:]) for x in (frames, data["actions"], data["rewards"])]
     episodes = [d3rlpy.dataset.Episode(x, a[:, None], r[:, None], True) for x, a, r in zip(*columns)]
     stacker = d3rlpy.dataset.FrameStackTransitionPicker(config.frame_stack) if config.frame_stack > 1 else None
-    head = QRQFunctionFactory(config.n_quantiles) if config.head == "qr" else MeanQFunctionFactory()
+    heads = d3rlpy.models
+    head = heads.QRQFunctionFactory(config.n_quantiles) if config.head == "qr" else heads.MeanQFunctionFactory()
     with contextlib.redirect_stdout(io.StringIO()):
         memory = d3rlpy.dataset.InfiniteBuffer()
         buffer = d3rlpy.dataset.ReplayBuffer(memory, episodes=episodes, transition_picker=stacker)
