@@ -24,6 +24,7 @@ if str(ROOT) not in sys.path:
 
 SCRIPTS = (
     "algorithms.discrete.cql_dqn",
+    "algorithms.discrete.cql_atari",
     "algorithms.offline.policy_constraint",
     "algorithms.offline.cql",
 )  # between them they open the policies of all scripts

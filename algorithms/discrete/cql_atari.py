@@ -1022,7 +1022,9 @@ def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments
     arguments = {"frame_stack": policy.network.frame_stack} | (arguments or (ATARI if "ALE/" in env else {}))
     n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
     with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
-        action_bounds(envs.single_action_space, env)  # refuses actions of another kind
+        found = action_bounds(envs.single_action_space, env)["action_high"].tolist()
+        if found != (own := policy.network.action_high.tolist()):
+            raise DataError(f"the largest action is {found} in {env}, and {own} in the policy")
         return rollout(policy, envs, n_episodes, seed)
 
 
