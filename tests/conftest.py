@@ -9,7 +9,6 @@ import functools
 import importlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import runpy
@@ -186,7 +185,7 @@ DISCRETE = World(
     gym.spaces.MultiDiscrete([4, 3], start=[-2, 0]), "Fine-v0", ("CartPole-v1", "MountainCar-v0"), "DiscreteCQL", [4, 3]
 )
 PIXELS = {"encoder": "minatar", "frame_stack": 2, "n_quantiles": 5, "v_min": None, "v_max": None, "qf_lr": 3e-4}
-PIXELS |= {"reward_clip": math.inf, "target_update_period": 5}
+PIXELS |= {"reward_clip": 1e9, "target_update_period": 5}
 WORLDS = {
     "algorithms.offline.cql": CONTINUOUS,
     "algorithms.offline.combo": CONTINUOUS,

@@ -550,17 +550,19 @@ def test_the_table_has_every_option_of_a_script(script):
 
 
 def acting(script):
-    """All options of offline/cql.py. Those that other files only read in the text that all share act there alike. So
-    does the offline phase of the file that fine-tunes, bit for bit (test_finetune.py). What offline/cql.py reads itself
-    is tried in all, so that no file can forget it."""
+    """All options of offline/cql.py, and others in the first file that has them. What other files only read in the text
+    that all share acts there alike. So does the offline phase of the file that fine-tunes, bit for bit
+    (test_finetune.py). What offline/cql.py or the file's own part reads is tried in each, so that no file forgets it.
+    """
     names = option_names(script)
     if "offline.cql" in script:
         return [x for x in ACTS if x in names]
     names = names - option_names("algorithms.offline.cql") if "finetune" in script else names
     texts = [Path(importlib.import_module(x).__file__).read_text() for x in (script, "algorithms.offline.cql")]
     own = "".join(text[text.index("# Shapes: ") : text.index("# Common to all files")] for text in texts)
-    alone = names.difference(*(option_names(other) for other in SCRIPTS if other != script))
-    return [x for x in ACTS if x in alone or x in names and re.search(rf"\bconfig\.{x}\b", own)]
+    others = "algorithms.offline.cql", *SCRIPTS[: SCRIPTS.index(script)]
+    first = names.difference(*map(option_names, others))
+    return [x for x in ACTS if x in first or x in names and re.search(rf"\bconfig\.{x}\b", own)]
 
 
 @pytest.mark.parametrize(("script", "option"), [(x, y) for x in SCRIPTS for y in acting(x)], indirect=["script"])
