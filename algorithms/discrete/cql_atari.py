@@ -499,7 +499,8 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     frames.load(data, config)
     features = frames.fill(buffer.rows(slice(None, None, 1 + buffer.size // 2048)))  # for their metrics
     run.restore(agent, task)
-    agent.actor.load_state_dict(scaling, strict=False)
+    for network in filter(None, (agent.critic, agent.target_critic, agent.behaviour)):  # each divides by frame_max
+        network.load_state_dict(scaling, strict=False)
     ranks.start(agent, run)
     run.begin(task, agent.n_updates)
     try:
