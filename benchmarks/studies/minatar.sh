@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Repeats the measurements of docs/atari.md on two games of MinAtar. From the root of the repository, in this order:
 #   bash benchmarks/studies/minatar.sh data     # trains DQN on both games and stores what it met; 5 % of it, too
-#   bash benchmarks/studies/minatar.sh tuning   # 3 runs with seed 100 on one dataset; runs/report-minatar-tuning
+#   bash benchmarks/studies/minatar.sh tuning   # 6 runs with seed 100 on one dataset; runs/report-minatar-tuning
 #   bash benchmarks/studies/minatar.sh study    # 36 runs: three methods, two games, two sizes; runs/report-minatar
 # The data take a quarter of an hour a game on one core. A run that is complete is skipped, and one that was stopped
 # continues. Exit status: 0, 2 for another part, or that of the first command that failed.
@@ -12,31 +12,33 @@ results=benchmarks/results/minatar
 data() {
     collect() { # game, its name in ids
         python benchmarks/collect_frames.py --env "MinAtar/$1-v1" --steps 500000 --id "minatar/$2-replay-v0" \
-            --curve "$results/$2-online.csv"
+            --curve "runs/$2-online.csv"
         python benchmarks/import_data.py --subset "minatar/$2-replay-v0" --transitions 25000 \
             --id "minatar/$2-replay-5-v0"
     }
+    mkdir -p runs
     collect Breakout breakout
     collect SpaceInvaders space-invaders
+    awk 'NR == 1 || FNR > 1' runs/{breakout,space-invaders}-online.csv >$results/online.csv
 }
 
 train() { # run_id, dataset, seed, options
-    python algorithms/discrete/cql_atari.py --config_path configs/discrete/cql_atari/minatar.yaml --run_id "$1" \
-        --env "minatar/$2-v0" --seed "$3" --n_episodes 50 --eval_epsilon 0.001 "${@:4}"
+    python algorithms/discrete/cql_atari.py --config_path configs/discrete/cql_atari/minatar.yaml --compile True \
+        --run_id "$1" --env "minatar/$2-v0" --seed "$3" "${@:4}"
 }
 
 tuning() {
-    for alpha in 0.02 0.1 0.5; do
-        train "alpha-$alpha" breakout-replay-5 100 --checkpoints_path runs/minatar-tuning --cql_alpha $alpha \
-            --max_timesteps 10000 --eval_freq 10000
-    done
+    short() { # run_id, options
+        train "$1" breakout-replay-5 100 --checkpoints_path runs/minatar-tuning --max_timesteps 10000 "${@:2}"
+    }
+    for alpha in 0 0.02 0.1 0.5 2; do short "alpha-$alpha" --cql_alpha $alpha; done
+    short bc --name BC --bc_only True
     python benchmarks/report.py runs/minatar-tuning --out runs/report-minatar-tuning
 }
 
 study() {
     long() { # name, options
-        train "$dataset-$1-seed$seed" "$dataset" "$seed" --checkpoints_path runs/minatar --name "$1" \
-            --max_timesteps 50000 --eval_freq 10000 "${@:2}"
+        train "$dataset-$1-seed$seed" "$dataset" "$seed" --checkpoints_path runs/minatar --name "$1" "${@:2}"
     }
     for seed in 0 1 2; do
         for dataset in {breakout,space-invaders}-replay{,-5}; do
