@@ -176,7 +176,7 @@ def prepare_frames(job, config):
     """Does the same for discrete/cql_atari."""
     data = random_frames(job, config)
     frames = cql_atari.Frames(data, config)
-    agent = cql_atari.DiscreteCQL(config, frames.shape, [job.action])
+    agent = cql_atari.DiscreteCQL(config, frames.shape, [job.action], 255.0)
     if config.head == "c51":
         agent.critic.atoms.copy_(torch.linspace(config.v_min, config.v_max, config.n_atoms))
     data = cql_atari.td_columns(data, config)
