@@ -1026,9 +1026,9 @@ def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments
     arguments = {"frame_stack": policy.network.frame_stack} | (arguments or (ATARI if "ALE/" in env else {}))
     n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
     with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
-        found = action_bounds(envs.single_action_space, env)["action_high"].tolist()
-        if found != (own := policy.network.action_high.tolist()):
-            raise DataError(f"the largest action is {found} in {env}, and {own} in the policy")
+        for key, found in action_bounds(envs.single_action_space, env).items():
+            if found.tolist() != (own := getattr(policy.network, key).tolist()):
+                raise DataError(f"{key} is {found.tolist()} in {env}, and {own} in the policy")
         return rollout(policy, envs, n_episodes, seed)
 
 
@@ -1111,6 +1111,7 @@ def make_environments(
         return None
     for name, options in wrappers:
         if name in WRAPPERS.split() and options is not None:
+            options = {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}  # JSON has no tuples
             makers.append(functools.partial(getattr(gym.wrappers, name), **options))
         elif name in IDLE_WRAPPERS.split():
             print(f"{id}: the recording's {name} changes nothing and is left out")
