@@ -647,7 +647,7 @@ def read_flat(name):
 
 def read_like(name):
     name, form = find_dataset(name)
-    metadata = read_flat(name)[0] if form == "flat" else {}
+    metadata = read_flat(name)[0] if form == "flat" and not holds_frames(name) else {}
     if not metadata.get("encoding", {}).get("observations"):
         raise DataError(f"--like {name} has no encoding of a table: import its table again")
     return metadata

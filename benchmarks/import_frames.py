@@ -513,7 +513,7 @@ def note_replay(recording, shards, continued, cut, timeouts, limit):
         texts = [f"the last of {plural(len(single), 'file')}"] if single else []
         texts += [f"{n:,} of ckpt.{number}" for number, n in stale.items() if n > 1]
         rows = plural(sum(stale.values()), "stale row")
-        recording.note(f"Dropped: {rows}, which add_count says were written before the rest: {', '.join(texts)}.")
+        recording.note(f"Dropped: {rows}, by add_count older than the rest: {', '.join(texts)}.")
     if cut or timeouts:
         texts = [f"the last of {plural(cut, 'episode')} that the end of a file cuts"] if cut else []
         texts += [f"the last of {plural(timeouts, 'episode')} of {limit:,} steps"] if timeouts else []
@@ -521,8 +521,8 @@ def note_replay(recording, shards, continued, cut, timeouts, limit):
     if timeouts:
         recording.note(f"Time-outs: {timeouts:,} of the terminals, those after {limit:,} steps (--max_episode_steps).")
     if continued:
-        words = f"{'its' if continued == 1 else 'their'} first stacks have zeros for the frames there"
-        recording.note(f"Begun anew: {plural(continued, 'episode')} that an earlier file began; {words}.")
+        words = "begun in an earlier file; the first stacks have zeros for its frames"
+        recording.note(f"Begun anew: {plural(continued, 'episode')}, {words}.")
 
 
 def replay_blocks(recording, shards, episodes):
@@ -548,8 +548,8 @@ def replay_blocks(recording, shards, episodes):
         runs = zero[2:] & zero[1:-1] & zero[:-2]
         hidden += (runs & ~np.append(False, runs)[:-1]).sum()
     if hidden:
-        words = "rows as padding has them inside episodes, where an episode may have ended without a terminal"
-        recording.note(f"Found: {hidden:,} times {PADDING} or more {words}.")
+        words = "as before an episode, but without a terminal before them: an episode may have ended there"
+        recording.note(f"Kept: rows of zeros in {plural(hidden, 'place')}, {words}.")
 
 
 # --------------------------------------------------------------------------------------------------- HDF5 files

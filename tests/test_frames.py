@@ -206,11 +206,21 @@ def test_the_counts_of_a_run_by_hand(run, root):
     assert output.splitlines()[:5] == [
         "Files: 2, ckpt.0 to ckpt.1, with 40 rows.",
         "Dropped: 9 rows of padding, the zeros before an episode.",
-        "Dropped: 12 stale rows, which add_count says were written before the rest: the last of 1 file, 11 of ckpt.1.",
+        "Dropped: 12 stale rows, by add_count older than the rest: the last of 1 file, 11 of ckpt.1.",
         "Dropped: 1 row without a known next frame: the last of 1 episode that the end of a file cuts.",
-        "Begun anew: 1 episode that an earlier file began; its first stacks have zeros for the frames there.",
+        "Begun anew: 1 episode, begun in an earlier file; the first stacks have zeros for its frames.",
     ]
     assert [len(part[1]) for part in episodes(read(root)[0])] == [9, 3, 4, 2]
+
+
+def test_zeros_inside_an_episode_are_told(run, root):
+    """As of an episode that ended without a terminal."""
+    folder = logged(capacity=30, lengths=(9, 9, 9))
+    for name in ("observation", "action", "reward", "terminal"):
+        change(folder, name, 0, lambda y: np.where((np.arange(30) == 11).reshape(-1, *[1] * (y.ndim - 1)), 0, y))
+    status, output, _ = run("Pong", "--id", ID, "--eval_env", "none")
+    assert status == 0 and "Kept: rows of zeros in 1 place" in output
+    assert "Kept: rows of zeros in 1 place" in read(root)[1]["notes"][-1]
 
 
 def test_time_outs_across_files_and_returns(run, root):
@@ -514,7 +524,7 @@ class Shown(gym.Env):
 
 
 def as_evaluated(shown):
-    """What evaluation makes of images."""
+    """Images as evaluation makes them."""
     env = gym.wrappers.ResizeObservation(gym.wrappers.GrayscaleObservation(Shown(shown)), (84, 84))
     return np.stack([env.reset()[0], *(env.step(0)[0] for _ in shown[1:])])
 

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, make_agent, offline, table, weights
+from conftest import DATASET, METHODS, make_agent, observations_of, offline, table, weights
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 GRAPHS = "cuda" in DEVICE
@@ -34,9 +34,9 @@ def make_frames(script, config):
     data |= {"actions": rng.integers(12, size=1000), "rewards": rng.standard_normal(1000)}
     data |= {"terminals": rows % 100 == 99, "timeouts": np.zeros(1000, bool)}
     frames = script.Frames(data, config)
-    data = script.td_columns(data, config)
-    frames.load(data, config)
-    return script.Ranks(config).sampler(script.ReplayBuffer(data, DEVICE), frames)
+    buffer = script.ReplayBuffer(script.td_columns(data, config), DEVICE)
+    frames.load(buffer, config)
+    return script.Ranks(config).sampler(buffer, frames)
 
 
 def make_sampler(script, config):
@@ -115,6 +115,6 @@ def test_a_run_of_any_type_may_change_the_device(devices, precision, run, script
     rows = table(run(device=devices[1], **options))
     assert [row["step"] for row in rows] == ["10", "20", "25"] and rows[-1]["eval_return"]
     assert all(np.isfinite(float(value)) for row in rows for value in row.values() if value)
-    observations = np.random.default_rng(0).normal(size=(100, 3))
+    observations = observations_of(script, script.load_dataset(DATASET))
     actions = [script.load_policy(folder / "policy.pt", device)(observations) for device in ("cpu", DEVICE)]
     assert actions[0] == pytest.approx(actions[1], abs=1e-4) and actions[0].dtype == actions[1].dtype

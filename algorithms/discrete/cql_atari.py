@@ -706,8 +706,8 @@ def load_dataset(name: str) -> dict[str, Any]:
         low, high = (np.ravel(np.array(metadata[f"action_{end}"], np.int64)) for end in ("low", "high"))
     data["actions"] = data["actions"].reshape(len(data["actions"]), -1)
     space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
-    data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
-    return data | action_bounds(space, f"--env {name}")
+    told = {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
+    return told | data | action_bounds(space, f"--env {name}")
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
