@@ -339,9 +339,11 @@ def open_recorded(name):
     if not spec:
         return dataset, None
     environment = {key: value for key, value in spec.kwargs.items() if key != "render_mode"}
-    environment |= {"id": spec.id, "max_episode_steps": spec.max_episode_steps}
-    wrappers = [[wrapper.name, wrapper.kwargs] for wrapper in spec.additional_wrappers]
-    return dataset, environment | {"wrappers": wrappers}
+    environment["id"] = spec.id
+    if spec.max_episode_steps:
+        environment["max_episode_steps"] = spec.max_episode_steps
+    environment["wrappers"] = [[wrapper.name, wrapper.kwargs] for wrapper in spec.additional_wrappers]
+    return dataset, environment
 
 
 def read_run(folder):

@@ -596,7 +596,7 @@ def environment_text(environment):
         return "none"
     known = ("id", "max_episode_steps", "wrappers")
     words = [environment["id"]]
-    if "max_episode_steps" in environment:
+    if environment.get("max_episode_steps"):
         words.append(f"at most {environment['max_episode_steps']} steps")
     words += [f"{key}={value!r}" for key, value in sorted(environment.items()) if key not in known]
     return ", ".join([*words, *(name for name, _ in environment["wrappers"])])
@@ -647,7 +647,7 @@ def read_flat(name):
 
 def read_like(name):
     name, form = find_dataset(name)
-    metadata = read_flat(name)[0] if form == "flat" else {}
+    metadata = read_flat(name)[0] if form == "flat" and not holds_frames(name) else {}
     if not metadata.get("encoding", {}).get("observations"):
         raise DataError(f"--like {name} has no encoding of a table: import its table again")
     return metadata

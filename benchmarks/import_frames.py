@@ -70,7 +70,8 @@ class Episodes(NamedTuple):
         stored = np.add.reduceat(np.append(rewards, 0.0).astype(np.float64), self.n_rows.cumsum() - self.n_rows)
         if np.array_equal(stored, self.returns):
             return None
-        return self.returns[~np.isnan(self.returns)]
+        whole = self.returns[~np.isnan(self.returns)]
+        return whole if len(whole) else None
 
 
 def ranges(first, counts):
@@ -101,7 +102,7 @@ def store_frames(dataset_id, shape, blocks, columns, metadata, root, force=False
     columns = {key: np.asarray(columns[key], kind) for key, kind in TYPES.items()}
     ends = check_columns(shape, columns)
     counts = {"transitions": len(ends), "episodes": int(ends.sum()), "actions": "discrete"}
-    metadata = {"format": 1, "kind": "frames"} | metadata | counts | {"frames": list(shape)}
+    metadata = {"format": 1, "kind": "frames"} | metadata | counts
     with staged(dataset_id, root, force) as folder:
         write_blocks(folder / "frames.npy", shape, blocks)
         for name, values in columns.items():
@@ -158,6 +159,7 @@ class Recording:
     environment: Optional[dict] = None
     n_actions: Optional[int] = None
     reference_scores: Optional[tuple] = None
+    stored: bool = False  # whether it is a dataset of frames, whose notes tell of rewards and actions
     notes: list = field(default_factory=list)
 
     def note(self, text):
@@ -173,7 +175,7 @@ def store_recording(recording, dataset_id, args, root):
     columns = episodes.columns(recording.actions, recording.rewards)
     if recording.environment is None:
         recording.note("No environment: runs train without evaluation unless --eval_env names one.")
-    if len(rewards := recording.rewards) and rewards.min() >= -1 and rewards.max() <= 1:
+    if recording.rewards.min() >= -1 and recording.rewards.max() <= 1 and not recording.stored:
         recording.note("Rewards are from -1 to 1, as clipped ones are: returns are sums of these.")
     metadata = {
         "action_low": [0],
@@ -226,7 +228,8 @@ def count_actions(recording, args):
     if found > n_actions or recording.actions.min(initial=0) < 0:
         wrong = found - 1 if found > n_actions else recording.actions.min()
         raise DataError(f"an action is {wrong}: it must be from 0 to {n_actions - 1} ({source})")
-    recording.note(f"Actions: 0 to {n_actions - 1} ({source}).")
+    if not recording.stored:
+        recording.note(f"Actions: 0 to {n_actions - 1} ({source}).")
     return n_actions
 
 
@@ -510,7 +513,7 @@ def note_replay(recording, shards, continued, cut, timeouts, limit):
         texts = [f"the last of {plural(len(single), 'file')}"] if single else []
         texts += [f"{n:,} of ckpt.{number}" for number, n in stale.items() if n > 1]
         rows = plural(sum(stale.values()), "stale row")
-        recording.note(f"Dropped: {rows}, which add_count says were written before the rest: {', '.join(texts)}.")
+        recording.note(f"Dropped: {rows}, by add_count older than the rest: {', '.join(texts)}.")
     if cut or timeouts:
         texts = [f"the last of {plural(cut, 'episode')} that the end of a file cuts"] if cut else []
         texts += [f"the last of {plural(timeouts, 'episode')} of {limit:,} steps"] if timeouts else []
@@ -518,8 +521,8 @@ def note_replay(recording, shards, continued, cut, timeouts, limit):
     if timeouts:
         recording.note(f"Time-outs: {timeouts:,} of the terminals, those after {limit:,} steps (--max_episode_steps).")
     if continued:
-        words = "their first stacks have zeros where the frames before are in another file"
-        recording.note(f"Begun anew: {plural(continued, 'episode')} that an earlier file began; {words}.")
+        words = "begun in an earlier file; the first stacks have zeros for its frames"
+        recording.note(f"Begun anew: {plural(continued, 'episode')}, {words}.")
 
 
 def replay_blocks(recording, shards, episodes):
@@ -545,8 +548,8 @@ def replay_blocks(recording, shards, episodes):
         runs = zero[2:] & zero[1:-1] & zero[:-2]
         hidden += (runs & ~np.append(False, runs)[:-1]).sum()
     if hidden:
-        words = "rows as padding has them inside episodes, where an episode may have ended without a terminal"
-        recording.note(f"Found: {hidden:,} times {PADDING} or more {words}.")
+        words = "as before an episode, but without a terminal before them: an episode may have ended there"
+        recording.note(f"Kept: rows of zeros in {plural(hidden, 'place')}, {words}.")
 
 
 # --------------------------------------------------------------------------------------------------- HDF5 files
@@ -558,11 +561,12 @@ def is_image(shape):
 
 def holds_images(path):
     """Whether an HDF5 file has images as observations."""
-    if not h5py.is_hdf5(path):
+    try:
+        with h5py.File(path) as file:
+            column = file.get("observations")
+            return isinstance(column, h5py.Dataset) and column.dtype == np.uint8 and is_image(column.shape[1:])
+    except Exception:  # h5py raises nearly anything for a damaged file, which is named where all of it is read
         return False
-    with h5py.File(path) as file:
-        column = file.get("observations")
-        return isinstance(column, h5py.Dataset) and column.dtype == np.uint8 and is_image(column.shape[1:])
 
 
 def read_images(path, shape, columns, args):
@@ -572,7 +576,9 @@ def read_images(path, shape, columns, args):
         raise DataError(f"observations have shape {shape}: images are [n, H, W] or [n, H, W, C]")
     actions, rewards, terminals = (columns[key] for key in ("actions", "rewards", "terminals"))
     if actions.shape[1] != 1 or (actions != np.rint(actions)).any():
-        raise DataError("frames need actions of one whole number each")
+        raise DataError(
+            f"its observations are images, which need a whole number as action; actions are {actions.shape}"
+        )
     rows, limit = np.arange(len(rewards)), args.max_episode_steps
     notes, timeouts = [], columns.get("timeouts")
     if timeouts is None:
@@ -797,6 +803,7 @@ def read_stored(name, path):
         environment=metadata.get("environment"),
         n_actions=metadata["action_high"][0] + 1,
         reference_scores=metadata.get("reference_scores"),
+        stored=True,
         notes=[f"{name}: {note}" for note in metadata["notes"]],
     )
 
@@ -832,6 +839,7 @@ def join(names, recordings):
         source={"files": names},
         frame_max=first.frame_max,
         n_actions=first.n_actions,
+        stored=True,
         notes=[note for x in recordings for note in x.notes],
     )
     for key, words in (("environment", "environments"), ("reference_scores", "reference scores")):

@@ -13,6 +13,7 @@ Differs from the papers
 Known failures: after many updates the policy may become worse again, so watch the curve. Options and metrics:
 docs/atari.md."""
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -115,6 +116,7 @@ class TrainConfig:
     name: str = "CQL-Atari"  # first part of the run's name
 
     def __post_init__(self):
+        self.device = own_device(self.device)
         check_config(self)
 
 
@@ -168,18 +170,20 @@ def make_encoder(name: str, shape: list[int], hidden_dim: int) -> nn.Sequential:
 
 # local: frames pass an encoder, and need no mean and standard deviation
 class QNetwork(nn.Module):
-    """Q(s, a) as Z numbers per action, with the range of pixels and numbering of actions that acting needs."""
+    """Q(s, a) as Z numbers per action, with the numbering of actions that acting needs."""
 
     def __init__(
         self, shape: list[int], action_sizes: list[int], hidden_dim: int, encoder: str, head: str, n_outputs: int,
-        normalize_features: bool = False, frame_stack: int = 1, dtype: Optional[torch.dtype] = None,
+        normalize_features: bool = False, frame_stack: int = 1, frame_max: float = 255.0,
+        dtype: Optional[torch.dtype] = None,
     ):  # fmt: skip
         """shape: [C, Y, X] of a stack. action_sizes: those of a MultiDiscrete space, or one number. frame_stack: for
-        those who play it. dtype: that of the encoder's products."""
+        those who play it. frame_max: the largest value of a pixel. dtype: that of the encoder's products."""
         super().__init__()
-        self.sizes = (list(shape), action_sizes, hidden_dim, encoder, head, n_outputs, normalize_features, frame_stack)
+        self.sizes = (list(shape), action_sizes, hidden_dim, encoder, head, n_outputs, normalize_features)
+        self.sizes += (frame_stack, frame_max)
         self.head, self.normalize_features, self.dtype = head, normalize_features, dtype
-        self.shape, self.frame_stack = tuple(shape), frame_stack
+        self.shape, self.frame_stack, self.frame_max = tuple(shape), frame_stack, frame_max
         self.action_sizes, self.n_outputs, self.epsilon = action_sizes, n_outputs, 0.0  # share of random actions
         self.encoder = make_encoder(encoder, shape, hidden_dim)
         self.last = nn.Linear(hidden_dim, math.prod(action_sizes) * n_outputs)
@@ -191,7 +195,6 @@ class QNetwork(nn.Module):
         self.memory_format = torch.channels_last if encoder == "impala" else torch.contiguous_format  # faster on a CPU
         self.encoder.to(memory_format=self.memory_format)
         self.register_buffer("atoms", torch.zeros(n_outputs))  # the values of c51's atoms
-        self.register_buffer("frame_max", torch.tensor(255.0))  # largest value of a pixel
         self.register_buffer("action_low", torch.zeros(len(action_sizes), dtype=torch.int64))
         self.register_buffer("action_high", torch.tensor(action_sizes) - 1)
 
@@ -282,12 +285,12 @@ def project(probabilities: Tensor, atoms: Tensor, rewards: Tensor, discounts: Te
 class DiscreteCQL(nn.Module):
     """The agent: the losses, then `gradients` and `update`, the algorithm. Its state_dict is its checkpoint."""
 
-    def __init__(self, config: TrainConfig, shape: list[int], action_sizes: list[int]):
+    def __init__(self, config: TrainConfig, shape: list[int], action_sizes: list[int], frame_max: float):
         super().__init__()
         self.config = config
         n_outputs = {"dqn": 1, "c51": config.n_atoms, "qr": config.n_quantiles}[config.head]
         dtype = torch.bfloat16 if config.precision == "bfloat16" else None
-        sizes, more = (shape, action_sizes, config.hidden_dim, config.encoder), (config.frame_stack, dtype)
+        sizes, more = (shape, action_sizes, config.hidden_dim, config.encoder), (config.frame_stack, frame_max, dtype)
         self.critic = QNetwork(*sizes, config.head, n_outputs, config.normalize_features, *more)
         self.critic.epsilon = config.eval_epsilon
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -488,19 +491,17 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
         return run.rows[-1]
     data = with_stacks(config, load_dataset(config.env) if data is None else data)
     task = Task(config, data)
-    data, holdout, frames, scaling = prepare_data(config, data, task, ranks)
+    data, holdout, frames, sizes, scaling = prepare_data(config, data, task)
     torch.manual_seed(config.seed)
-    action_sizes = (scaling["action_high"] - scaling["action_low"] + 1).int().tolist()
-    agent = DiscreteCQL(config, frames.shape, action_sizes)
+    agent = DiscreteCQL(config, *sizes)
     if config.head == "c51" and not (run.checkpoint and config.v_min is config.v_max is None):
         scaling["atoms"] = support(data, config)
-    buffer = ReplayBuffer(td_columns(data, config), config.device)
+    buffer = ReplayBuffer(td_columns(ranks.part(data, config.env), config), config.device)
     holdout = frames.fill(holdout_batch(config, td_columns(holdout, config, "held-out")))
-    frames.load(data, config)
+    frames.load(buffer, config)
     features = frames.fill(buffer.rows(slice(None, None, 1 + buffer.size // 2048)))  # for their metrics
     run.restore(agent, task)
-    for network in filter(None, (agent.critic, agent.target_critic, agent.behaviour)):  # each divides by frame_max
-        network.load_state_dict(scaling, strict=False)
+    agent.actor.load_state_dict(scaling, strict=False)
     ranks.start(agent, run)
     run.begin(task, agent.n_updates)
     try:
@@ -510,6 +511,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
             if Signals.received:
                 task.check(run.means(), agent)  # no checkpoint of a run that diverged
                 run.save(agent, random=ranks.random_states(run))
+                ranks.finish()
                 print(f"signal {Signals.received}: saved in {run.path}")
                 raise SystemExit(128 + Signals.received)
             metrics = task.check(run.next_record(step), agent)
@@ -518,7 +520,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
                 metrics |= run.add_row(step, task.check(row, agent))
             run.log(metrics, step)
             run.save(agent, step, random=ranks.random_states(run))
-        ranks.wait()
+        ranks.finish()
     finally:
         ranks.end()
         run.end(task.envs)
@@ -579,8 +581,9 @@ ATARI = {
     "max_num_frames_per_episode": 108_000, "wrappers": [["AtariPreprocessing", {"noop_max": 0, "frame_skip": 4}]],
 }  # fmt: skip
 GAMES = {"ALE": ("ale_py", "ale-py opencv-python-headless"), "MinAtar": ("minatar.gym", "--no-deps minatar")}
-AGREE_UPDATES = 20  # updates after which several processes ask each other whether one got a signal
-SILENCE = 30  # seconds after which a process that shows no life counts as dead
+AGREE_UPDATES = 8  # updates between two questions to the others for signals: too few for a CUDA graph, on purpose
+SILENCE = 20  # seconds after which a process that shows no life counts as dead; torchrun kills after 30
+JOIN = datetime.timedelta(minutes=10)  # for all processes to start
 PATIENCE = datetime.timedelta(hours=2)  # of a living process that waits for others, which may evaluate
 # local: the network that acts, and that policy.pt holds
 Policy = QNetwork
@@ -699,10 +702,10 @@ def load_dataset(name: str) -> dict[str, Any]:
             other = "; algorithms/discrete/cql_dqn.py reads transitions" if form[1] == "transitions" else ""
             raise DataError(f"--env {name} has format {form[0]} of {form[1]}; this script reads 1 of frames{other}")
         data = {key: np.load(path / f"{key}.npy") for key in (*COLUMNS, "starts")}
-        data["actions"] = data["actions"].reshape(len(data["actions"]), -1)
         data["frames"] = np.load(path / "frames.npy", mmap_mode="r")
         low, high = (np.ravel(np.array(metadata[f"action_{end}"], np.int64)) for end in ("low", "high"))
-        space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
+    data["actions"] = data["actions"].reshape(len(data["actions"]), -1)
+    space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
     told = {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
     return told | data | action_bounds(space, f"--env {name}")
 
@@ -893,9 +896,9 @@ class Frames:
         self.shape = [config.frame_stack * math.prod(frames.shape[1:-2]), *frames.shape[-2:]]
         self.places = torch.arange(1 - config.frame_stack, 1, device=config.device)
 
-    def load(self, data: dict[str, np.ndarray], config: TrainConfig) -> None:
-        """Copies the frames of the transitions in `data` to the device, if that is wanted."""
-        first, last = data["observations"].min(), data["next_observations"].max()
+    def load(self, buffer: ReplayBuffer, config: TrainConfig) -> None:
+        """Copies the frames of the buffer's transitions to the device, if that is wanted."""
+        first, last = int(buffer.columns.observations.min()), int(buffer.columns.next_observations.max())
         size, wanted = (last + 1 - first) * self.frames[0].nbytes, config.frames_on_device
         if wanted is None:
             wanted = "cuda" in config.device and size < 0.8 * torch.cuda.mem_get_info(config.device)[0]
@@ -905,7 +908,7 @@ class Frames:
             frames = torch.empty(last + 1 - first, *self.frames.shape[1:], dtype=torch.uint8, device=config.device)
             for i in range(0, len(frames), 10_000):
                 frames[i : i + 10_000] = torch.tensor(self.frames[first + i : first + i + 10_000])[: len(frames) - i]
-            self.frames, self.first = frames, int(first)
+            self.frames, self.first = frames, first
 
     def fill(self, batch: Batch) -> Batch:
         """Replaces numbers of last frames by stacks: [B] -> [B, O]."""
@@ -1023,9 +1026,9 @@ def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments
     arguments = {"frame_stack": policy.network.frame_stack} | (arguments or (ATARI if "ALE/" in env else {}))
     n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
     with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
-        found = action_bounds(envs.single_action_space, env)["action_high"].tolist()
-        if found != (own := policy.network.action_high.tolist()):
-            raise DataError(f"the largest action is {found} in {env}, and {own} in the policy")
+        for key, found in action_bounds(envs.single_action_space, env).items():
+            if found.tolist() != (own := getattr(policy.network, key).tolist()):
+                raise DataError(f"{key} is {found.tolist()} in {env}, and {own} in the policy")
         return rollout(policy, envs, n_episodes, seed)
 
 
@@ -1108,6 +1111,7 @@ def make_environments(
         return None
     for name, options in wrappers:
         if name in WRAPPERS.split() and options is not None:
+            options = {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}  # JSON has no tuples
             makers.append(functools.partial(getattr(gym.wrappers, name), **options))
         elif name in IDLE_WRAPPERS.split():
             print(f"{id}: the recording's {name} changes nothing and is left out")
@@ -1121,17 +1125,15 @@ def make_environments(
 
 # local: images, and actions by number
 def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: str) -> None:
-    """Raises DataError if frames or actions of the data differ from the environment's."""
-    id, own, frames = envs.spec.id, action_bounds(envs.single_action_space, envs.spec.id), data["frames"]
-    first = flatten(envs.observation_space.sample(), envs.single_observation_space)
-    shape = [data["environment"]["frame_stack"] * math.prod(frames.shape[1:-2]), *frames.shape[-2:]]
-    bounds = [
-        np.broadcast_to(data.get(key, own[key]), own[key].shape).tolist() for key in ("action_low", "action_high")
-    ]
-    own_bounds = [own[key].tolist() for key in ("action_low", "action_high")]
-    if (shape, bounds) != ([*first.shape[1:]], own_bounds):
-        found = f"{name} has stacks {shape} and actions {bounds}, {id} {[*first.shape[1:]]} and {own_bounds}"
-        raise DataError(f"{found}: change --eval_env")
+    """Sets unknown bounds of actions in `data` to the environment's. Raises DataError if they differ, or frames do."""
+    id, own, space = envs.spec.id, action_bounds(envs.single_action_space, envs.spec.id), envs.single_observation_space
+    first, frames = flatten(envs.observation_space.sample(), space), data["frames"]
+    sizes = [space.shape[0] * math.prod(frames.shape[1:-2]), *frames.shape[-2:]], data["actions"].shape[1]
+    if sizes != (own_sizes := ([*first.shape[1:]], own["action_low"].size)):
+        raise DataError(f"{name} has stacks and actions of sizes {sizes}, {id} {own_sizes}: change --eval_env")
+    for key in ("action_low", "action_high"):
+        if (bound := np.asarray(data.setdefault(key, own[key])).tolist()) != own[key].tolist():
+            raise DataError(f"{key} is {bound} in {name}, {own[key].tolist()} in {id}: change --eval_env")
 
 
 def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
@@ -1153,11 +1155,10 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
 
 
-# local: frames need no scaling, and several processes share the episodes
-def prepare_data(config: Any, data: dict[str, Any], task: Task, ranks: Any) -> tuple[dict, dict, Frames, dict]:
-    """This process's transitions to train on and held-out ones, the frames of both, and the range of actions and
-    pixels."""
-    frames = Frames(data, config)
+# local: frames need no scaling
+def prepare_data(config: Any, data: dict[str, Any], task: Task) -> tuple[dict, dict, Frames, tuple, dict]:
+    """Transitions to train on and held-out ones, the frames of both, the network's sizes and the range of actions."""
+    frames, frame_max = Frames(data, config), float(data.get("frame_max", 255))
     numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
@@ -1168,11 +1169,10 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task, ranks: Any) -> t
     if config.holdout_fraction and not n_held_out:
         print(f"{config.env}: the data are one episode, so nothing is held out and there are no holdout metrics")
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
-    own = ~held_out & ranks.share_of(numbers, ~held_out, config.env)
-    columns, frame_max = (*COLUMNS, "observations", "next_observations"), float(data.get("frame_max", 255))
-    holdout, data = ({key: data[key][rows] for key in columns} for rows in (held_out, own))
-    scaling = {"frame_max": frame_max, "action_low": low, "action_high": high}
-    return data, holdout, frames, {name: torch.tensor(x) for name, x in scaling.items()}
+    columns = (*COLUMNS, "observations", "next_observations")
+    holdout, data = ({key: data[key][rows] for key in columns} for rows in (held_out, ~held_out))
+    scaling = {"action_low": torch.tensor(low), "action_high": torch.tensor(high)}
+    return data, holdout, frames, (frames.shape, (high - low + 1).tolist(), frame_max), scaling
 
 
 def save(path: Path, content: str | dict[str, Any]) -> None:
@@ -1530,11 +1530,21 @@ class Follower(Run):
     def end(self, *environments: Any) -> None: ...
 
 
+def own_device(device: str) -> str:
+    """The GPU of this process, if torchrun started several: one each. Raises ConfigError."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == "cpu" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device not in ("cuda", own):
+        raise ConfigError(f"--device {device}: each of several processes takes a GPU of its own; give cuda or cpu")
+    return own
+
+
 class Ranks:
     """The processes that torchrun started, or this one alone. All have the same networks, and each other episodes; an
     update takes the mean of their gradients. The first one evaluates, writes and prints."""
 
-    lost = "another process of this run ended; start all again with the same --run_id to go on"
+    lost = "another process of this run ended, and its own output may say why; the same command with --run_id goes on"
 
     def __init__(self, config: TrainConfig):
         """Waits for the others. Raises ConfigError or DataError."""
@@ -1545,17 +1555,19 @@ class Ranks:
         if config.batch_size % self.n:
             raise ConfigError(f"--batch_size {config.batch_size} is not a multiple of the {self.n} processes")
         backend = "gloo"
-        if "cuda" in config.device:
-            config.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
+        if config.device != "cpu":
+            backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(config.device)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.receive)
         if not self.is_first:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
-        with explain("the processes that torchrun started do not find each other"):
-            store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        with explain(f"process {self.rank} does not find the other {self.n - 1}, which torchrun would start"):
+            store, *_ = next(dist.rendezvous("env://", timeout=JOIN))
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.n, timeout=PATIENCE)
-        threading.Thread(target=self.watch, args=(store.clone(),), daemon=True).start()
+        self.watcher = threading.Thread(target=self.watch, args=(store.clone(),), daemon=True)
+        self.watcher.start()
+        atexit.register(self.end)  # a thread that calls C++ while Python ends would abort it
 
     def receive(self, number: int, _: Any) -> None:
         """Keeps the first signal until all processes know of it. Any further one may be torchrun's copy."""
@@ -1578,7 +1590,8 @@ class Ranks:
                     seen[x] = sign, time.monotonic()
             dead = [x for x in others if time.monotonic() - seen[x][1] > SILENCE]
             if dead and not self.over.is_set():
-                print(f"{self.lost} (process {dead[0]} was silent for {SILENCE} s)", file=sys.stderr, flush=True)
+                told = f"{self.lost} (process {dead[0]} was silent for {SILENCE} s)"
+                print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def share(self, value: Any) -> Any:
@@ -1599,16 +1612,27 @@ class Ranks:
         """The run's folder and rows, for the first process; the others know only the rows. Raises DataError."""
         run = (Run if self.is_first else Follower)(config, config.max_timesteps)
         run.rows = self.share(run.rows)
+        if run.is_complete:
+            self.finish()
         return run
 
-    def share_of(self, numbers: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
-        """Whether a transition is in this process's share of the episodes, which follow each other: episode numbers
-        [T], flags [T] of those to share -> flags [T]. Raises DataError."""
-        sizes = np.bincount(numbers[rows], minlength=numbers[-1] + 1)
-        owners = ((sizes.cumsum() - sizes / 2) * self.n / sizes.sum()).astype(int)
-        if len(np.unique(owners[sizes > 0])) < self.n:
-            raise DataError(f"--env {name}: its episodes are too few or too unequal for {self.n} processes")
-        return owners[numbers] == self.rank
+    def part(self, data: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+        """This process's part of the transitions, in whole episodes that follow each other. Raises DataError."""
+        if self.n == 1:
+            return data
+        ends = data["terminals"] | data["timeouts"]
+        ends[-1:] = True
+        lasts = np.flatnonzero(ends)
+        lengths = np.diff(lasts, prepend=-1)
+        owners = ((lasts + 1 - lengths / 2) * self.n / len(ends)).astype(int)  # where an episode's middle lies
+        sizes = np.bincount(owners, lengths, self.n).astype(int)
+        if not sizes.all():
+            raise DataError(
+                f"--env {name}: its {len(lasts):,} episodes are too few or too unequal for {self.n} processes"
+            )
+        print(f"{name}: {self.n} processes hold {sizes.min():,} to {sizes.max():,} transitions each")
+        first = sizes[: self.rank].sum()
+        return {key: column[first : first + sizes[self.rank]].copy() for key, column in data.items()}
 
     def sampler(self, buffer: ReplayBuffer, frames: Frames) -> Callable[[int], Batch]:
         """Returns a function that draws this process's part of a minibatch."""
@@ -1623,7 +1647,8 @@ class Ranks:
         if states is not None and states.shape == (self.n, len(run.rng.get_rng_state())):
             run.rng.set_rng_state(states[self.rank].cpu())
         elif states is not None:
-            print(f"{len(states)} processes are now {self.n}: from here on, other minibatches than without the stop")
+            reason = f"{len(states)} processes are now {self.n}" if len(states) != self.n else "the device is another"
+            print(f"{reason}: from here on, minibatches are others than without the stop")
             torch.manual_seed(run.config.seed + self.rank + agent.n_updates)
         elif not self.is_first:
             torch.manual_seed(run.config.seed + self.rank)
@@ -1641,10 +1666,11 @@ class Ranks:
     def average(self, gradients: dict[str, tuple[Tensor, ...]]) -> None:
         """Replaces the gradients by their means over the processes, in place."""
         every = list(itertools.chain(*gradients.values()))
-        flat = nn.utils.parameters_to_vector(every)
+        flat = torch.cat([x.reshape(-1) for x in every])
         with explain(self.lost):
             dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / self.n, every)
+        means = (flat / self.n).split([x.numel() for x in every])
+        torch._foreach_copy_(every, [mean.view_as(x) for mean, x in zip(means, every)])
 
     def together(self, run_until: Callable, agent: Any) -> Callable:
         """The same function, which a signal to any process stops in all of them after the same update."""
@@ -1659,12 +1685,18 @@ class Ranks:
 
         return run_until if self.n == 1 else run_together
 
-    def wait(self) -> None:
-        """Waits until all processes are here."""
+    def finish(self) -> None:
+        """Waits until all processes are here: one that leaves early is missed by those that still work."""
         self.share(None)
+        self.end()
+        if self.n > 1:
+            dist.destroy_process_group()
 
     def end(self) -> None:
+        """Ends the watch."""
         self.over.set()
+        if self.n > 1:
+            self.watcher.join()
 
 
 def main(config_class: type, train: Callable) -> None:
