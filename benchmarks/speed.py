@@ -179,10 +179,10 @@ def prepare_frames(job, config):
     agent = cql_atari.DiscreteCQL(config, frames.shape, [job.action], 255.0)
     if config.head == "c51":
         agent.critic.atoms.copy_(torch.linspace(config.v_min, config.v_max, config.n_atoms))
-    data = cql_atari.td_columns(data, config)
+    buffer = cql_atari.ReplayBuffer(cql_atari.td_columns(data, config), job.device)
     with contextlib.redirect_stdout(None):
-        frames.load(data, config)
-    sample = cql_atari.Ranks(config).sampler(cql_atari.ReplayBuffer(data, job.device), frames)
+        frames.load(buffer, config)
+    sample = cql_atari.Ranks(config).sampler(buffer, frames)
     return prepare_updates(cql_atari, config, agent, sample, cql_atari.Run(config, 10**9))
 
 

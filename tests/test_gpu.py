@@ -34,9 +34,9 @@ def make_frames(script, config):
     data |= {"actions": rng.integers(12, size=1000), "rewards": rng.standard_normal(1000)}
     data |= {"terminals": rows % 100 == 99, "timeouts": np.zeros(1000, bool)}
     frames = script.Frames(data, config)
-    data = script.td_columns(data, config)
-    frames.load(data, config)
-    return script.Ranks(config).sampler(script.ReplayBuffer(data, DEVICE), frames)
+    buffer = script.ReplayBuffer(script.td_columns(data, config), DEVICE)
+    frames.load(buffer, config)
+    return script.Ranks(config).sampler(buffer, frames)
 
 
 def make_sampler(script, config):
