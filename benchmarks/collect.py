@@ -19,6 +19,7 @@ command line. An error is one line on stderr and stores nothing.
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -316,6 +317,33 @@ def store(dataset_id, buffers, root, added=None, **metadata):
             target.rename(replaced)
         Path(staging, dataset_id).rename(target)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def open_recorded(name):
+    """A Minari dataset, downloaded if it is not here, and its environment as load_dataset returns it (or None). Raises
+    DataError."""
+    path = get_dataset_path(name)
+    try:
+        if not path.exists():
+            minari.download_dataset(name)
+        metadata = json.loads((path / "data" / "metadata.json").read_text(encoding="utf-8"))
+        # If spaces are missing, Minari makes the environment, by an entry point that could name any code.
+        if missing := {"observation_space", "action_space"} - metadata.keys():
+            raise DataError(f"{name} cannot be read: its metadata lacks {', '.join(sorted(missing))}")
+        dataset = minari.load_dataset(name)
+        spec = dataset._eval_env_spec or dataset.env_spec
+    except DataError:
+        raise
+    except Exception as error:  # the network's, h5py's, Minari's
+        raise DataError(f"{name} cannot be read from {path}, nor downloaded: {error!r}") from error
+    if not spec:
+        return dataset, None
+    environment = {key: value for key, value in spec.kwargs.items() if key != "render_mode"}
+    environment["id"] = spec.id
+    if spec.max_episode_steps:
+        environment["max_episode_steps"] = spec.max_episode_steps
+    environment["wrappers"] = [[wrapper.name, wrapper.kwargs] for wrapper in spec.additional_wrappers]
+    return dataset, environment
 
 
 def read_run(folder):

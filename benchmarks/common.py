@@ -6,8 +6,11 @@ import csv
 import functools
 import importlib.util
 import io
+import json
+import logging
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ if str(ROOT) not in sys.path:
 
 SCRIPTS = (
     "algorithms.discrete.cql_dqn",
+    "algorithms.discrete.cql_atari",
     "algorithms.offline.policy_constraint",
     "algorithms.offline.cql",
 )  # between them they open the policies of all scripts
@@ -190,12 +194,29 @@ def know_robotics(env_id: str) -> None:
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
 
 
+def know_games(env_id: str) -> None:
+    """Makes the games of ale-py and of MinAtar known, if they are installed."""
+    import gymnasium as gym
+
+    if env_id in gym.registry:
+        return
+    if env_id.startswith("ALE/") and importlib.util.find_spec("ale_py"):
+        ale_py = importlib.import_module("ale_py")
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # it greets on stderr
+        gym.register_envs(ale_py)
+    if env_id.startswith("MinAtar/") and importlib.util.find_spec("minatar"):
+        logging.disable()  # it complains that it cannot draw
+        importlib.import_module("minatar.gym").register_envs()
+        logging.disable(logging.NOTSET)
+
+
 def make_env(env_id: str, option: str = "--env", /, **arguments: Any) -> Any:
     """The Gymnasium environment that an option names; MODULE:ID imports the module first. Raises OptionError."""
     import gymnasium as gym
 
     gym.logger.min_level = gym.logger.ERROR  # an error is one line, without warnings above it
     try:
+        know_games(env_id)
         know_robotics(env_id)
         with warnings.catch_warnings(action="ignore"):
             return gym.make(env_id, disable_env_checker=True, **arguments)
@@ -217,6 +238,67 @@ def dataset_form(path: Path) -> Optional[str]:
             f"{path} holds two datasets, a flat one (metadata.json, *.npy) and a Minari one (data): move one"
         )
     return "flat" if flat else "Minari" if minari else None
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Stands around calls of Minari, h5py, numpy and json alone, which raise any of these for damaged files."""
+    try:
+        yield
+    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{name} cannot be read: {error!r}") from error
+
+
+@contextlib.contextmanager
+def staged(dataset_id: str, root: Path, force: bool) -> Iterator[Path]:
+    """A folder beside a dataset's place in which to write it, moved there at the end: the dataset is whole or absent.
+    force: replace one that is there. Raises OSError."""
+    target = root / dataset_id
+    staging, replaced = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if force and target.exists():
+            target.rename(replaced)
+        staging.rename(target)
+    finally:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        for folder in (staging, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # namespaces that are still empty
+            for folder in list(target.parents)[: len(Path(dataset_id).parts) - 1]:
+                folder.rmdir()
+
+
+def write_array(path: Path, values: Any) -> None:
+    """An array as a .npy file. Raises OSError."""
+    import numpy as np
+
+    values = np.ascontiguousarray(values)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(values.data)  # np.save does not say that a disk is full
+        sync(file)
+
+
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """The last file of a dataset, metadata.json; what is None is left out. Raises OSError."""
+    with open(folder / "metadata.json", "w", encoding="utf-8") as file:
+        file.write(as_json({key: value for key, value in metadata.items() if value is not None}))
+        sync(file)
+
+
+def as_json(value: Any) -> str:
+    """The text of metadata. Raises ValueError for what JSON does not have, such as a function."""
+    import numpy as np
+
+    return json.dumps(value, indent=1, ensure_ascii=False, default=lambda x: np.asarray(x).tolist())
+
+
+def sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class D4RL(NamedTuple):

@@ -301,6 +301,9 @@ def read_data(args: argparse.Namespace, first: Opened) -> dict[str, Any]:
     """The dataset, as the script of the first policy reads it. Raises a DataError."""
     with prefix(f"{first.path} is a policy of {Path(first.script.__file__).name}, which reads the data"):
         data = first.script.load_dataset(args.env)
+        if "frames" in data:
+            cure = "play policies of pixels by record.py, or by --eval_env of algorithms/discrete/cql_atari.py"
+            raise DataError(f"--env {args.env} has frames, and FQE takes vectors; {cure}")
         extra = {key: np.asarray(data.pop(key)) for key in EXTRA if key in data}
         cql.check_dataset(data, SimpleNamespace(env=args.env, buffer_size=np.inf))
     n, size = data["actions"].shape

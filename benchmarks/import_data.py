@@ -29,6 +29,16 @@ a later table, encoded as that one was:
     python benchmarks/import_data.py june.csv --id mine/june-v0 --like mine/shop-v0 --episode customer --step time \
         --reward profit --terminal left
 
+a run of the DQN-replay layout, or an HDF5 file with images; all transitions, or so many of them in whole episodes:
+
+    python benchmarks/import_data.py Pong/1 --id atari/pong-1-v0 --transitions 500000
+    python benchmarks/import_data.py pong.hdf5 --id mine/pong-v0 --eval_env ALE/Pong-v5 --sticky 0
+
+a Minari dataset of images, or a part of a dataset of frames that is here:
+
+    python benchmarks/import_data.py --frames atari/pong/expert-v0 --id atari/pong-expert-v0
+    python benchmarks/import_data.py --frames atari/pong-1-v0 --transitions 25000 --seed 1 --id atari/pong-5-v0
+
 or local datasets of equal sizes and encodings, to be joined; all rows of each, or the first --rows:
 
     python benchmarks/import_data.py --combine hopper-medium-v2 hopper-expert-v2 --rows 900000 100000 --id mine/mix-v0
@@ -47,7 +57,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import urllib.request
 from collections.abc import Mapping
@@ -56,8 +65,34 @@ from pathlib import Path
 import gymnasium as gym
 import h5py
 import numpy as np
-from common import DataError, Parser, d4rl, dataset_form, fail, make_env, prefix, read_dataset, reference_scores
+from common import (
+    DataError,
+    Parser,
+    as_json,
+    d4rl,
+    dataset_form,
+    fail,
+    make_env,
+    prefix,
+    read_dataset,
+    reading,
+    reference_scores,
+    staged,
+    write_array,
+    write_metadata,
+)
 from import_files import extension, find_parts, is_parquet
+from import_frames import (
+    MAX_GRID,
+    holds_images,
+    is_replay,
+    join,
+    read_images,
+    read_minari,
+    read_replay,
+    read_stored,
+    store_recording,
+)
 from import_ogbench import read_ogbench
 from import_table import (
     DONE,
@@ -80,7 +115,6 @@ from benchmarks import collect
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 READ_SECONDS = 10  # a server may be silent for so long
-MAX_GRID = 1024  # numbers of a grid, beyond which it is an image
 MAX_ACTIONS = 100_000  # values of a discrete action; the scripts take no more
 TOLERANCE = 1e-3  # share of the range by which an action may be outside its bounds: rounding
 NO_ENVIRONMENT = "No environment: runs train without evaluation unless --eval_env names one."
@@ -131,7 +165,7 @@ def download(url, path):
 # --------------------------------------------------------------------------------------------------- an HDF5 file
 
 
-def check_layout(columns, present):
+def check_layout(columns, present, images=False):
     """Raises DataError if HDF5 datasets do not have D4RL's layout, before they are read."""
     if missing := {"observations", "actions", "rewards", "terminals"} - columns.keys():
         raise DataError(f"it lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(present)) or 'nothing'}")
@@ -141,14 +175,16 @@ def check_layout(columns, present):
         if column.ndim not in n_axes or 0 in column.shape[1:]:
             axes = " or ".join(map(str, n_axes))
             raise DataError(f"{key} has shape {column.shape}: it must have {axes} axes, the first of rows")
-        if column.ndim > 2 and math.prod(column.shape[1:]) > MAX_GRID:
-            raise DataError(f"{key} has shape {column.shape}, as images have: the scripts take vectors and small grids")
+        if column.ndim > 2 and math.prod(column.shape[1:]) > MAX_GRID and not images:
+            raise DataError(
+                f"{key} has shape {column.shape}, as images have, which are uint8; else vectors and small grids"
+            )
         if column.dtype.kind not in "biuf":
             raise DataError(f"{key} has type {column.dtype}: store numbers")
         # its rows are in other files, and read as zeros where those are missing
         if isinstance(column, h5py.Dataset) and (column.is_virtual or column.external):
             raise DataError(f"{key} is a virtual dataset: store the numbers in this file")
-    n_bytes = 4 * sum(column.size for column in columns.values())
+    n_bytes = 4 * sum(column.size for key, column in columns.items() if not (images and key.endswith("observations")))
     if n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise DataError(f"it declares {n_bytes / 1e9:,.0f} GB, more than this machine's memory")
     lengths = {key: len(column) for key, column in columns.items() if not key.startswith("action_")}
@@ -165,12 +201,18 @@ def check_layout(columns, present):
         raise DataError(f"observations and next_observations differ in shape: {sizes[0]} and {sizes[1]}")
 
 
-def read_hdf5(path):
+def read_hdf5(path, images=False):
+    """The columns of a file as a Recording; of images as a dict, observations and next_observations unread."""
     keys = (*COLUMNS, "action_low", "action_high")
     try:
         with h5py.File(path) as file:
             columns = {key: file[key] for key in keys if isinstance(file.get(key), h5py.Dataset)}
-            check_layout(columns, file)
+            check_layout(columns, file, images)
+            if images:
+                return {
+                    key: column.shape if key.endswith("observations") else read_column(key, column)
+                    for key, column in columns.items()
+                }
             return Recording(**{key: read_column(key, column) for key, column in columns.items()})
     except (DataError, MemoryError):
         raise
@@ -280,11 +322,6 @@ def transitions(recording, limit):
 
 def episode_ends(columns):
     return columns["terminals"] | columns["timeouts"]
-
-
-def as_json(value):
-    """The text of metadata. Raises ValueError for what JSON does not have, such as a function."""
-    return json.dumps(value, indent=1, ensure_ascii=False, default=lambda x: np.asarray(x).tolist())
 
 
 def evaluation(env_id, limit, size):
@@ -455,6 +492,8 @@ def import_dataset(source, dataset_id, args):
         raise DataError("a spreadsheet cannot be read: export the sheet as CSV UTF-8")
     like = read_like(args.like) if args.like else None
     environment, space = None, None
+    if is_replay(path) or holds_images(path):
+        return import_frames(path, dataset_id, args, root)
     if extension(path) == ".npz":
         recording, of_task = read_npz(path, args.task)
         env_id = env_id or of_task and f"ogbench:{of_task}"
@@ -490,6 +529,32 @@ def import_dataset(source, dataset_id, args):
     store_flat(dataset_id, columns, metadata, root, args.force)
 
 
+def import_frames(source, dataset_id, args, root):
+    """Stores a dataset of frames, from a path, or from the id of a dataset."""
+    if args.frames:
+        recording = read_frames(source, args)
+    elif is_replay(source):
+        recording = read_replay(source, args)
+    else:
+        columns = read_hdf5(source, images=True)
+        recording = read_images(source, columns.pop("observations"), columns, args)
+        recording.source["sha256"] = checksum(source)
+    metadata = store_recording(recording, dataset_id, args, root)
+    print(f"{dataset_id}: {counts_text(metadata)}, in {root / dataset_id}")
+
+
+def read_frames(name, args):
+    """The Recording of a dataset of frames, or of a Minari one, which may have to be downloaded."""
+    path = collect.get_dataset_path(name)
+    if dataset_form(path) != "flat":
+        return read_minari(name, args)
+    if (args.grey, args.resize) != (None, None):
+        raise DataError("its frames are stored: --grey and --resize are for Minari datasets")
+    if not args.transitions:
+        raise DataError("it is a dataset of frames already: name the --transitions to take of it")
+    return read_stored(name, path)
+
+
 def checksum(path):
     """The SHA-256 of a file; of a folder, that of the lines that sha256sum prints for its Parquet files, in order."""
 
@@ -504,68 +569,40 @@ def checksum(path):
 
 
 def store_flat(dataset_id, columns, metadata, root, force):
-    """Writes a dataset beside its place and moves it there, so that it is whole or absent. metadata: what the columns
-    do not tell; what is None is left out. Raises OSError."""
-    target = root / dataset_id
-    staging, replaced = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    """Writes a dataset so that it is whole or absent. metadata: what the columns do not tell; what is None is left out.
+    Raises OSError."""
     episodes, kind = int(episode_ends(columns).sum()), columns["actions"].dtype.kind
     metadata = {"format": 1, "kind": "transitions"} | metadata
     metadata |= {"transitions": len(columns["rewards"]), "episodes": episodes}
     metadata["actions"] = "continuous" if kind == "f" else "discrete"
-    metadata = {key: value for key, value in metadata.items() if value is not None}
-    try:
-        staging.mkdir(parents=True)
+    with staged(dataset_id, root, force) as folder:
         for name, values in columns.items():
-            values = np.ascontiguousarray(values)
-            with open(staging / f"{name}.npy", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-                file.write(values.data)  # np.save does not say that a disk is full
-                sync(file)
-        with open(staging / "metadata.json", "w", encoding="utf-8") as file:
-            file.write(as_json(metadata))
-            sync(file)
-        if force and target.exists():
-            target.rename(replaced)
-        staging.rename(target)
-    finally:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        for folder in (staging, replaced):
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # namespaces that are still empty
-            for folder in list(target.parents)[: len(Path(dataset_id).parts) - 1]:
-                folder.rmdir()
+            write_array(folder / f"{name}.npy", values)
+        write_metadata(folder, metadata)
+    print(f"{dataset_id}: {counts_text(metadata)}, in {root / dataset_id}")
+
+
+def counts_text(metadata):
     environment, scores = metadata.get("environment"), metadata.get("reference_scores")
     evaluated = f", evaluated in {environment_text(environment)}" if environment else ""
     scored = f", score 0 at {scores[0]:g} and 100 at {scores[1]:g}" if scores else ""
-    counts = f"{plural(len(columns['rewards']), 'transition')}, {plural(episodes, 'episode')}"
-    print(f"{dataset_id}: {counts}{evaluated}{scored}, in {target}")
-
-
-def sync(file):
-    file.flush()
-    os.fsync(file.fileno())
+    return (
+        f"{plural(metadata['transitions'], 'transition')}, {plural(metadata['episodes'], 'episode')}{evaluated}{scored}"
+    )
 
 
 def environment_text(environment):
     if environment is None:
         return "none"
     known = ("id", "max_episode_steps", "wrappers")
-    words = [environment["id"], f"at most {environment['max_episode_steps']} steps"]
+    words = [environment["id"]]
+    if environment.get("max_episode_steps"):
+        words.append(f"at most {environment['max_episode_steps']} steps")
     words += [f"{key}={value!r}" for key, value in sorted(environment.items()) if key not in known]
     return ", ".join([*words, *(name for name, _ in environment["wrappers"])])
 
 
 # ------------------------------------------------------------------------------------------------ datasets read
-
-
-@contextlib.contextmanager
-def reading(name):
-    """Stands around calls of Minari, h5py, numpy and json alone, which raise any of these for damaged files."""
-    try:
-        yield
-    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"{name} cannot be read: {error!r}") from error
 
 
 def find_dataset(name):
@@ -579,6 +616,13 @@ def find_dataset(name):
             cure = f"import it by: python benchmarks/import_data.py {task}"
         raise DataError(f"{name} is not in {root}: {cure}")
     return name, form
+
+
+def holds_frames(name):
+    """Whether an imported dataset has frames."""
+    with reading(name):
+        text = (collect.get_dataset_path(name) / "metadata.json").read_text(encoding="utf-8")
+        return json.loads(text)["kind"] == "frames"
 
 
 def read_flat(name):
@@ -603,7 +647,7 @@ def read_flat(name):
 
 def read_like(name):
     name, form = find_dataset(name)
-    metadata = read_flat(name)[0] if form == "flat" else {}
+    metadata = read_flat(name)[0] if form == "flat" and not holds_frames(name) else {}
     if not metadata.get("encoding", {}).get("observations"):
         raise DataError(f"--like {name} has no encoding of a table: import its table again")
     return metadata
@@ -647,7 +691,12 @@ def list_datasets():
 def summary(name, form):
     """A dataset in words, or what is wrong with it."""
     try:
-        if form == "flat":
+        if form == "flat" and holds_frames(name):
+            stored = read_stored(name, collect.get_dataset_path(name))
+            counts, kind = [len(stored.rewards), len(stored.episodes.row)], "discrete"
+            environment = (stored.environment or {}).get("id")
+            form = f"frames of {' x '.join(map(str, stored.frame))}, flat"
+        elif form == "flat":
             metadata, _ = read_flat(name)
             counts, kind = [metadata["transitions"], metadata["episodes"]], metadata["actions"]
             environment = metadata.get("environment", {}).get("id")
@@ -733,6 +782,15 @@ def combine(dataset_id, args):
     root, names = collect.free_place(dataset_id, args.force), [find_dataset(name)[0] for name in args.combine]
     if len({*names}) < len(names):
         raise DataError(f"{', '.join(names)}: name each dataset once")
+    framed = [dataset_form(root / name) == "flat" and holds_frames(name) for name in names]
+    if all(framed):
+        if args.rows:
+            raise DataError("--rows is not for frames: take --transitions of one by --frames, then join the parts")
+        recording = join(names, [read_stored(name, root / name) for name in names])
+        metadata = store_recording(recording, dataset_id, args, root)
+        return print(f"{dataset_id}: {counts_text(metadata)}, in {root / dataset_id}")
+    if any(framed):
+        raise DataError(f"{names[framed.index(True)]} has frames, {names[framed.index(False)]} has none")
     parts = [read_part(name) for name in names]
     for name, part in zip(names, parts):
         for key in ("masks", "propensities"):
@@ -766,6 +824,8 @@ def combine(dataset_id, args):
 
 
 def is_table(source):
+    if is_replay(Path(source)):
+        return False
     return is_parquet(source) or extension(source) in (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 
 
@@ -785,6 +845,7 @@ def parse_arguments(argv):
     )
     add("--all", choices=domains, help="newest version of each dataset of a D4RL domain, except those imported before")
     add("--combine", nargs="+", metavar="DATASET_ID", help="two or more local datasets, to be joined in this order")
+    add("--frames", metavar="DATASET_ID", help="a dataset of images: a Minari one, or one of frames to take a part of")
     add("--rows", type=int, nargs="+", metavar="N", help="rows to take from the start of each one (default: all)")
     add("--list", action="store_true", help="list the local datasets instead")
     add("--id", metavar="DATASET_ID", help="the new id, namespace/name-v0 (D4RL names become d4rl/<name>)")
@@ -798,6 +859,18 @@ def parse_arguments(argv):
     add("--max_episode_steps", type=int, help="step limit of evaluations, and of episodes if no end is marked")
     add("--ref_min_score", type=float, help="return that scores 0 (D4RL's tasks have a default)")
     add("--ref_max_score", type=float, help="return that scores 100; give both or neither")
+    group = parser.add_argument_group("frames", "images, for algorithms/discrete/cql_atari.py")
+    frames = group.add_argument
+    frames(
+        "--transitions", type=int, metavar="N", help="take so many, in whole episodes drawn uniformly (default: all)"
+    )
+    frames("--first", action="store_true", help="with --transitions: take the first ones")
+    frames("--seed", type=int, help="with --transitions: which episodes are drawn (default: 0)")
+    frames("--sticky", type=float, metavar="P", help="probability that a game repeats an action (default: 0.25)")
+    words = "of a Minari dataset: make images grey, as Gymnasium does (default: those of atari/)"
+    frames("--grey", choices=("True", "False"), help=words)
+    words = "of a Minari dataset: the size of frames, as Gymnasium makes it (default: of atari/ 84 84)"
+    frames("--resize", type=int, nargs=2, metavar=("H", "W"), help=words)
     add("--action_kind", choices=("continuous", "discrete"), help="default: as in the environment, else by type")
     add("--action_low", type=float, nargs="+", help="lowest action: one number, or one per column")
     add("--action_high", type=float, nargs="+", help="highest action: one number, or one per column")
@@ -850,23 +923,42 @@ def check_arguments(args, parser):
         )
     done = args.terminal if args.terminal and DONE.search(args.terminal) and args.timeout is None else None
     table = bool(files) and is_table(files[0])
-    known = [x for x in files if is_table(x) or extension(x) in (".hdf5", ".h5", ".npz") or h5py.is_hdf5(x)]
-    inputs = [value for value in (args.sources, args.all, args.combine, args.list) if value]
-    joining = ("sources", "all", "combine", "rows", "id", "force", "list", "command")
+    known = [
+        x
+        for x in files
+        if is_table(x) or is_replay(Path(x)) or extension(x) in (".hdf5", ".h5", ".npz") or h5py.is_hdf5(x)
+    ]
+    inputs = [value for value in (args.sources, args.all, args.combine, args.frames, args.list) if value]
+    joining = ("sources", "all", "combine", "frames", "rows", "id", "force", "list", "command", "first")
     others = [f"--{name}" for name, value in vars(args).items() if value is not None and name not in joining]
+    taking = ("--transitions", "--seed", "--grey", "--resize")
+    images = bool(files) and (is_replay(Path(files[0])) or holds_images(files[0]))
     counted = args.rows is None or len(args.rows) == len(args.combine or ()) and min(args.rows) >= 1
     low, high = args.ref_min_score, args.ref_max_score
     unknown = [source for source in args.sources if source not in d4rl() and source not in files]
     near = ", ".join(difflib.get_close_matches(unknown[0], d4rl(), cutoff=0)) if unknown else ""
     parser.require({
         f"{unknown[0] if unknown else None} is neither a file nor a D4RL name; the nearest are {near}": not unknown,
-        "name D4RL datasets or a file, or give --all with a domain, or --combine with datasets": len(inputs) == 1,
+        "name D4RL datasets or a file, or give --all with a domain, --combine with datasets or --frames with one":
+            len(inputs) == 1,
         "--list stands alone": not args.list or not (others or args.id or args.rows or args.force),
         "--combine takes two datasets or more": args.combine is None or len(args.combine) > 1,
         f"{', '.join(others)}: these do not go with --combine": not args.combine or not others,
         "--rows takes a number of at least 1 for each dataset of --combine": counted,
+        f"{', '.join(x for x in others if x not in taking)}: these do not go with --frames":
+            not args.frames or {*others} <= {*taking},
+        "--transitions is for images": args.transitions is None or images or args.frames,
+        "--sticky is for images": args.sticky is None or images,
+        "--transitions must be at least 1": args.transitions is None or args.transitions >= 1,
+        "--sticky is a probability": args.sticky is None or 0 <= args.sticky <= 1,
+        "--first and --seed go with --transitions, and exclude each other":
+            not args.first and args.seed is None or args.transitions and not (args.first and args.seed is not None),
+        "--seed must be at least 0": args.seed is None or args.seed >= 0,
+        "--grey and --resize go with --frames": args.frames or args.grey is None and args.resize is None,
+        "--resize takes two numbers of at least 1": args.resize is None or min(args.resize) >= 1,
         "name a file alone": not files or len(args.sources) == 1,
-        "a file and --combine need --id; D4RL names take none": bool(files or args.combine) == (args.id is not None),
+        "a file, --combine and --frames need --id; D4RL names take none":
+            bool(files or args.combine or args.frames) == (args.id is not None),
         f"{files[0] if files else None} is not an HDF5 file: rename it to .csv if it is a table": known == files,
         f"{', '.join(f'--{name}' for name in given)}: only for tables": not given or table,
         f"a table needs {', '.join(missing)}": not missing or not table,
@@ -897,7 +989,7 @@ def check_arguments(args, parser):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    alone = "--combine" if args.combine else "--list" if args.list else None
+    alone = "--combine" if args.combine else "--list" if args.list else args.frames
     for source in [alone] if alone else args.sources or d4rl_domain(args.all):
         dataset_id = args.id or f"d4rl/{source}"
         try:
@@ -907,6 +999,8 @@ def main(argv=None):
                 list_datasets()
             elif args.combine:
                 combine(dataset_id, args)
+            elif args.frames:
+                import_frames(args.frames, dataset_id, args, collect.free_place(dataset_id, args.force))
             else:
                 import_dataset(source, dataset_id, args)
         except DataError as error:

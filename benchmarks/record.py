@@ -30,6 +30,7 @@ from common import (
     Parser,
     check_encoding,
     fail,
+    know_games,
     know_robotics,
     local_dataset,
     make_env,
@@ -51,11 +52,13 @@ def without_renderer(message):
 def find_environment(name, script):
     """The id and arguments of the environment that --env means, and the data if it is a dataset, else an empty dict.
     Raises DataError."""
+    know_games(name)
     if name in gym.registry or ":" in name or "/" not in name and not local_dataset(name):
-        return {"id": name}, {}
+        return {"id": name} | (getattr(script, "ATARI", {}) if name.startswith("ALE/") else {}), {}
     data = script.load_dataset(name)
     if not (environment := data.get("environment")):
         raise DataError(f"--env {name} names no environment: give the id of one")
+    know_games(environment["id"])
     know_robotics(environment["id"])
     if environment["id"] not in gym.registry:  # a name in data could import any module
         cure = "give the id of one; MODULE:ID imports the module that registers it"

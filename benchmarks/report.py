@@ -79,10 +79,11 @@ def short_source(source: str) -> str:
     return match[1] if match else source.split(",")[0]
 
 
-def published_scores(datasets: list[str]) -> pd.DataFrame:
-    """Scores on the same datasets, version included; `label` says method, source, and whether it is a best score."""
+def published_scores(datasets: list[str], returns: bool = False) -> pd.DataFrame:
+    """Scores, or returns, on the same datasets, version included; `label` says method, source, and whether it is the
+    best. The numbers of D4RL's datasets are scores, those of frames are returns."""
     table = pd.read_csv(ROOT / "benchmarks/published_scores.csv", float_precision="round_trip")
-    table = table[table["dataset"].isin(datasets)]
+    table = table[table["dataset"].isin(datasets) & (table["dataset"].str.startswith("d4rl/") != returns)]
     best = table["last_or_best"].map({"best": " (best)"}).fillna("")
     return table.assign(label="published " + table["method"] + ", " + table["source"].map(short_source) + best)
 
@@ -144,12 +145,20 @@ def run_table(results: Results) -> Optional[Table]:
         row += [returns_text(cell), ends, f"{returns.min():.1f}", spread(cell.last(SCORE)), spread(cell.best())]
         row += [spread(cell.last("eval_predicted_value")), spread(cell.last("eval_discounted_return")), cell.state]
         rows.append(row)
+    published = published_scores(unique(row[0] for row in rows), returns=True)
+    published = published[published["last_or_best"] != "best"]
+    for _, other in published.iterrows():
+        seeds = "-" if math.isnan(other["seeds"]) else f"{other['seeds']:.0f}"
+        row = [other["dataset"], other["label"], seeds, "-", "-", published_text(other)]
+        rows.append(row + ["-"] * (len(header) - len(row)))
     text = (
         "At the last evaluation, mean ± standard deviation over seeds (of one seed: return ± over its episodes). The "
         "return of a run is the mean over its evaluation episodes. The best score is the largest over a run's "
         "evaluations: choosing it takes the simulator, so it is not a result. The predicted value is that of the "
         "critics at the starts of episodes, the realised one the discounted return of the same training rewards."
     )
+    if len(published):
+        text += f" Sources of published returns: {'; '.join(unique(published['source']))}."
     return without_empty(Table("Runs", header, rows, text)) if rows else None
 
 

@@ -7,6 +7,7 @@
     python benchmarks/speed.py --script offline/combo --part model --variants dynamics_members=1,dynamics_elites=1 -
     python benchmarks/speed.py --script offline/combo --part rollouts
     python benchmarks/speed.py --script offline/policy_constraint --layers 2 --variants - divergence=wasserstein
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --script discrete/cql_atari --batch 32 --peer ../d3rlpy
     python benchmarks/speed.py --variants GOMP_SPINCOUNT=10000 GOMP_SPINCOUNT=1000 GOMP_SPINCOUNT=0 --beside 0 1
     OMP_NUM_THREADS=1 python benchmarks/speed.py --copies 1 2 --variants - compile=True --peer ../CORL
 
@@ -14,22 +15,28 @@ A variant is a list of options of the script, of whole-number constants of its c
 and, in capitals, of environment variables (`-`: none). Each variant runs in a process of its own. Windows of time
 alternate between the variants, and the median counts. `--peer` is a checkout of CORL
 (https://github.com/corl-team/CORL), whose classes and replay buffer are timed on the same job, with the threads that
-the scripts set. `--env` also times the online steps of finetune/cql: acting, environment, file and buffer, without
+the scripts set. The peer of discrete/cql_atari is DiscreteCQL of d3rlpy (https://github.com/takuseno/d3rlpy) with the
+encoder, the head, the frames and the minibatch of the first variant; `--peer` is a virtual environment that has it:
+    python -m venv ../d3rlpy && ../d3rlpy/bin/pip install torch==2.13.0 d3rlpy==2.8.1
+Its packages are used where this environment lacks them, so torch is the same. Its target is always that of
+target=double. `--env` also times the online steps of finetune/cql: acting, environment, file and buffer, without
 updates. `--part` times one part of offline/combo instead: updates of its model, or imagined transitions. `--copies` is
-the number of a variant's processes that run at once, as packed runs on one GPU or CPU do; CORL and the products that
-utilisation refers to get as many, and the rates, of online steps too, are sums. `--beside` is the number of busy
+the number of a variant's processes that run at once, as packed runs on one GPU or CPU do; the peer and the products
+that utilisation refers to get as many, and the rates, of online steps too, are sums. `--beside` is the number of busy
 processes that run at the same time. If either has several numbers, they are measured in turn. Rows are added to
 benchmarks/results/speed.csv.
 
 utilisation: updates per second times the operations of an update, divided by the rate that this machine reaches for the
-products of a critic's hidden layer alone (forward and both gradients), in the same type, in the same run. CORL and the
-products have the threads of this command's environment.
+products of a critic's hidden layer alone (forward and both gradients), in the same type, in the same run. The peer and
+the products have the threads of this command's environment.
 """
 
 import contextlib
 import csv
 import importlib.util
+import io
 import itertools
+import math
 import multiprocessing
 import os
 import platform
@@ -51,15 +58,17 @@ from common import ROOT, Parser
 from torch.utils.flop_counter import FlopCounterMode
 
 # The scripts' insides are what is timed.
-from algorithms.discrete import cql_dqn
+from algorithms.discrete import cql_atari, cql_dqn
 from algorithms.finetune import cql as finetune_cql
 from algorithms.offline import combo, cql, policy_constraint
 
 SCRIPTS = {
     "offline/cql": cql, "offline/combo": combo, "offline/policy_constraint": policy_constraint,
-    "discrete/cql_dqn": cql_dqn, "finetune/cql": finetune_cql,
+    "discrete/cql_dqn": cql_dqn, "discrete/cql_atari": cql_atari, "finetune/cql": finetune_cql,
 }  # fmt: skip
 N_ROWS = 100_000
+N_FRAMES = 10_000
+EPISODE = 1000  # transitions
 COLUMNS = (
     "script", "variant", "beside", "device", "threads", "observation", "action", "batch", "layers", "actions",
     "updates_per_second", "slowest_window", "fastest_window", "ratio", "gflop_per_update", "matmul_gflop_per_second",
@@ -78,7 +87,25 @@ def random_data(job):
     if job.script == "discrete/cql_dqn":
         data["actions"] = rng.integers(job.action, size=N_ROWS)
     data["rewards"] = data["returns"] = rng.standard_normal(N_ROWS, dtype=np.float32)
-    return data | {key: np.arange(N_ROWS) % 1000 == 999 for key in ("terminals", "timeouts")}
+    return data | {key: np.arange(N_ROWS) % EPISODE == EPISODE - 1 for key in ("terminals", "timeouts")}
+
+
+def frame_shape(config):
+    """Grey images, or four planes for the encoder minatar."""
+    return (4, 10, 10) if config.encoder == "minatar" else (84, 84)
+
+
+def random_frames(job, config):
+    """Data as load_dataset of discrete/cql_atari has them, with the indices of actions."""
+    rng, rows = np.random.default_rng(0), np.arange(N_FRAMES)
+    return {
+        "frames": rng.integers(256, size=(N_FRAMES, *frame_shape(config)), dtype=np.uint8),
+        "starts": rows[::EPISODE],
+        "actions": rng.integers(job.action, size=N_FRAMES),
+        "rewards": rng.standard_normal(N_FRAMES, dtype=np.float32),
+        "terminals": rows % EPISODE == EPISODE - 1,
+        "timeouts": np.zeros(N_FRAMES, bool),
+    }
 
 
 def count_operations(function):
@@ -123,9 +150,12 @@ def apply_variant(job, variant):
 def prepare_script(job, variant):
     """Prepares the script's own agent and loop, with the job's sizes. Returns a function that runs updates and returns
     their number, the operations of one update, and the seconds of compilation."""
-    script, config, data = SCRIPTS[job.script], apply_variant(job, variant), random_data(job)
+    script, config = SCRIPTS[job.script], apply_variant(job, variant)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
+    if script is cql_atari:
+        return prepare_frames(job, config)
+    data = random_data(job)
     if script is cql_dqn:
         agent, data = script.DiscreteCQL(config, job.observation, [job.action]), script.td_columns(data, config)
         if config.head == "c51":
@@ -140,6 +170,20 @@ def prepare_script(job, variant):
     if script is combo:
         return prepare_combo(job, config, agent, buffer, run)
     return prepare_updates(script, config, agent, buffer.sample, run)
+
+
+def prepare_frames(job, config):
+    """Does the same for discrete/cql_atari."""
+    data = random_frames(job, config)
+    frames = cql_atari.Frames(data, config)
+    agent = cql_atari.DiscreteCQL(config, frames.shape, [job.action], 255.0)
+    if config.head == "c51":
+        agent.critic.atoms.copy_(torch.linspace(config.v_min, config.v_max, config.n_atoms))
+    buffer = cql_atari.ReplayBuffer(cql_atari.td_columns(data, config), job.device)
+    with contextlib.redirect_stdout(None):
+        frames.load(buffer, config)
+    sample = cql_atari.Ranks(config).sampler(buffer, frames)
+    return prepare_updates(cql_atari, config, agent, sample, cql_atari.Run(config, 10**9))
 
 
 def prepare_combo(job, config, agent, buffer, run):
@@ -215,11 +259,56 @@ def prepare_peer(job, path):
     return update, count_operations(update), 0.0
 
 
+def packages_of(path):
+    """The folder of packages of a virtual environment that has this Python's version."""
+    return Path(path) / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+
+def prepare_d3rlpy(job, path):
+    """Does the same for d3rlpy's DiscreteCQL on the job of the first variant, as its `fit` updates it, without its log.
+    Its network has the script's own encoder."""
+    sys.path.append(str(packages_of(path)))
+    with contextlib.redirect_stderr(io.StringIO()):  # of gym, which d3rlpy imports
+        import d3rlpy
+
+    class Factory(d3rlpy.models.EncoderFactory):
+        def create(self, observation_shape):
+            return cql_atari.make_encoder(config.encoder, list(observation_shape), config.hidden_dim)
+
+    config = apply_variant(job, job.variants[0])
+    torch.manual_seed(0)
+    data = random_frames(job, config)
+    frames = data["frames"].reshape(N_FRAMES, -1, *data["frames"].shape[-2:])  # [T, C, Y, X]
+    columns = [x.reshape(-1, EPISODE, *x.shape[1:]) for x in (frames, data["actions"], data["rewards"])]
+    episodes = [d3rlpy.dataset.Episode(x, a[:, None], r[:, None], True) for x, a, r in zip(*columns)]
+    stacker = d3rlpy.dataset.FrameStackTransitionPicker(config.frame_stack) if config.frame_stack > 1 else None
+    heads = d3rlpy.models
+    head = heads.QRQFunctionFactory(config.n_quantiles) if config.head == "qr" else heads.MeanQFunctionFactory()
+    with contextlib.redirect_stdout(io.StringIO()):
+        memory = d3rlpy.dataset.InfiniteBuffer()
+        buffer = d3rlpy.dataset.ReplayBuffer(memory, episodes=episodes, transition_picker=stacker)
+        agent = d3rlpy.algos.DiscreteCQLConfig(
+            batch_size=config.batch_size, learning_rate=config.qf_lr, alpha=config.cql_alpha, q_func_factory=head,
+            encoder_factory=Factory(), target_update_interval=config.target_update_period,
+            observation_scaler=d3rlpy.preprocessing.PixelObservationScaler(), compile_graph="cuda" in job.device,
+        ).create(job.device)  # fmt: skip
+        agent.build_with_dataset(buffer)
+
+    def update():
+        agent.update(buffer.sample_transition_batch(config.batch_size))
+        return 1
+
+    return update, count_operations(update), 0.0
+
+
 def prepare_limit(job, dtype):
-    """Does the same for the products of a critic's hidden layer: forward, and the gradients of input and weights."""
+    """Does the same for the products of a critic's hidden layer: forward, and the gradients of input and weights. For
+    frames they have the size of a convolution's: about a thousand rows of 512 numbers."""
     cql.updater(cql.TrainConfig(compile=False), None, None)  # so that freed memory is kept, as in a run
     critics, actions = (1, 1) if job.script == "discrete/cql_dqn" else (2, 1 + 3 * job.actions)
     rows, width = job.batch * actions, 256
+    if job.script == "discrete/cql_atari":
+        critics, rows, width = 1, 32 * job.batch, 512
     x, y = (torch.randn(critics, rows, width, device=job.device).to(getattr(torch, dtype)) for _ in range(2))
     weight = torch.randn(critics, width, width, device=job.device).to(x.dtype)
 
@@ -269,7 +358,8 @@ def work(connection, job, kind, variant):
     """Runs in a process of its own: prepares, then runs one window for each number of seconds that it receives."""
     warnings.simplefilter("ignore")
     before = peak_memory(job.device)
-    kinds = {"script": prepare_script, "online": prepare_online, "peer": prepare_peer, "limit": prepare_limit}
+    peer = prepare_d3rlpy if job.script == "discrete/cql_atari" else prepare_peer
+    kinds = {"script": prepare_script, "online": prepare_online, "peer": peer, "limit": prepare_limit}
     function, operations, seconds = kinds[kind](job, variant)
     for _ in range(5):  # on a GPU updates are recorded in the fourth call
         function()
@@ -331,9 +421,13 @@ def compare(job):
         steps = {variant: statistics.median(found) for (_, variant), found in zip(online, rates[len(specs) :])}
         for (kind, variant), group, found in list(zip(specs, workers, rates))[2:]:
             limit = limits["bfloat16" if "bfloat16" in variant else "float32"]
-            name = "CORL" if kind == "peer" else variant
+            name = job.peer_name if kind == "peer" else variant
             rows.append(make_row(job, name, n_beside, group[0][1], found, base, limit))
             rows[-1] |= {"copies": len(group[:copies]), "part": job.part}
+            if job.script == "discrete/cql_atari":
+                config = make_config(job, job.variants[0] if kind == "peer" else variant)[0]
+                size = math.prod(frame_shape(config)) * config.frame_stack
+                rows[-1] |= {"observation": size, "layers": None, "actions": None}
             if name in steps:
                 rows[-1] |= {"env": job.env, "env_steps_per_second": round(steps[name], 1)}
     for connection, _ in itertools.chain(*workers):
@@ -355,12 +449,28 @@ def make_row(job, name, n_beside, prepared, rates, base, limit):
     }  # fmt: skip
 
 
+def check_peer(job, parser):
+    """Sets its name, if a peer is given. Ends the program if it cannot be this job's."""
+    if not job.peer:
+        return
+    if job.script not in ("offline/cql", "discrete/cql_atari"):
+        parser.error(f"--peer {job.peer} is for --script offline/cql or discrete/cql_atari")
+    job.peer_name, lacks = "CORL", Path(job.peer) / "algorithms/offline/cql.py"
+    if job.script == "discrete/cql_atari":
+        options = make_config(job, job.variants[0])[0]
+        if options.head == "c51":
+            parser.error(f"--peer {job.peer}: d3rlpy does not have the head c51 of the first variant")
+        job.peer_name, lacks = f"d3rlpy {job.variants[0]}", packages_of(job.peer) / "d3rlpy"
+    if not lacks.exists():
+        parser.error(f"--peer {job.peer} does not have {job.peer_name.split()[0]}: it lacks {lacks}")
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--variants", nargs="+", default=["-"], help="options of the script, as name=value,name=value")
     add("--script", choices=SCRIPTS, default="offline/cql", help="script below algorithms/ (default %(default)s)")
-    add("--peer", help="checkout of CORL, to compare offline/cql with")
+    add("--peer", help="checkout of CORL, to compare offline/cql with; or d3rlpy's environment, for discrete/cql_atari")
     add("--part", choices=("model", "rollouts"), help="part of offline/combo to time instead of its agent's updates")
     add("--env", metavar="GYM_ID", help="environment of finetune/cql's online steps")
     add("--observation", type=int, default=17, help="numbers per observation (default %(default)s)")
@@ -389,10 +499,7 @@ def main():
         parser.error(f"--env {job.env} is for --script finetune/cql")
     if job.part and job.script != "offline/combo":
         parser.error(f"--part {job.part} is for --script offline/combo")
-    if job.peer and job.script != "offline/cql":
-        parser.error(f"--peer {job.peer} is for --script offline/cql")
-    if job.peer and not (Path(job.peer) / "algorithms/offline/cql.py").exists():
-        parser.error(f"--peer {job.peer} is not a checkout of CORL: it lacks algorithms/offline/cql.py")
+    check_peer(job, parser)
 
     rows = compare(job)
     for row in rows:

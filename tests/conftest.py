@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
 import runpy
@@ -138,6 +139,24 @@ class Words(Counter):
     action_space = gym.spaces.Discrete(2)
 
 
+class Large(Counter):
+    """Counter with images of another size."""
+
+    observation_space = gym.spaces.Box(0, 255, (8, 8), np.uint8)
+
+    def observe(self):
+        return np.pad(super().observe(), 1)
+
+
+FRAME = gym.spaces.Box(0, 255, (6, 6), np.uint8)
+
+
+def picture(counter):
+    """The observation of Counter as an image: two rows show the seed, two the time, and two the sum of actions."""
+    numbers = counter.number % 251, 20 * counter.t, 100 + 5 * counter.total
+    return np.repeat(np.array(numbers, np.uint8), 2 * FRAME.shape[1]).reshape(FRAME.shape)
+
+
 class World(NamedTuple):
     """Differences between the scripts."""
 
@@ -147,22 +166,34 @@ class World(NamedTuple):
     agent: str
     action_sizes: int | list[int]  # of Counter, as the agent takes them
     unit: str = "update"  # what a run counts
+    options: dict = {}  # of a tiny run, besides TINY
+    pixels: bool = False  # whether observations are stacks of frames
+
+    def enter(self, patch):
+        """Makes Counter one of this world."""
+        patch.setattr(Counter, "action_space", self.action_space)
+        if self.pixels:
+            patch.setattr(Counter, "observation_space", FRAME)
+            patch.setattr(Counter, "observe", picture)
 
 
 CONTINUOUS = World(
     gym.spaces.Box(np.array([-2, 0], np.float32), np.array([1, 0.5], np.float32)), "Words-v0",
     ("Pendulum-v1", "MountainCarContinuous-v0"), "CQL", 2,
 )  # fmt: skip
+DISCRETE = World(
+    gym.spaces.MultiDiscrete([4, 3], start=[-2, 0]), "Fine-v0", ("CartPole-v1", "MountainCar-v0"), "DiscreteCQL", [4, 3]
+)
+PIXELS = {"encoder": "minatar", "frame_stack": 2, "n_quantiles": 5, "v_min": None, "v_max": None, "qf_lr": 3e-4}
+PIXELS |= {"reward_clip": 1e9, "target_update_period": 5}
 WORLDS = {
     "algorithms.offline.cql": CONTINUOUS,
     "algorithms.offline.combo": CONTINUOUS,
     "algorithms.offline.policy_constraint": CONTINUOUS._replace(agent="PolicyConstraint"),
     "algorithms.finetune.cql": CONTINUOUS._replace(unit="step"),
-    "algorithms.discrete.cql_dqn": World(
-        gym.spaces.MultiDiscrete([4, 3], start=[-2, 0]), "Fine-v0", ("CartPole-v1", "MountainCar-v0"), "DiscreteCQL",
-        [4, 3],
-    ),
-}  # fmt: skip
+    "algorithms.discrete.cql_dqn": DISCRETE,
+    "algorithms.discrete.cql_atari": DISCRETE._replace(options=PIXELS, pixels=True, others=("Large-v0", "Words-v0")),
+}
 # What makes each method of policy_constraint.py, besides TD3+BC, its defaults.
 GAUSSIAN = {"policy": "gaussian", "q_scale": 0.0, "policy_noise": 0.0, "target_policy": False}
 BEST = {"n_acting_samples": 5, "n_target_actions": 3, "target_min_weight": 0.75, "behaviour": "vae"}
@@ -182,11 +213,14 @@ finetune = pytest.mark.parametrize("script", ["algorithms.finetune.cql"], indire
 # The scripts whose runs max_timesteps lengthens; one script; and one script of each kind of actions.
 offline = pytest.mark.parametrize("script", [x for x in SCRIPTS if "finetune" not in x], indirect=True)
 once = continuous  # for tests of text that all files share (see test_house.py)
+pixels = pytest.mark.parametrize("script", [x for x in SCRIPTS if WORLDS[x].pixels], indirect=True)
+# Evaluation of policies by FQE, which fits networks for vectors, has no use for images.
+vectors = pytest.mark.parametrize("script", [x for x in SCRIPTS if not WORLDS[x].pixels], indirect=True)
 kinds = pytest.mark.parametrize("script", ["algorithms.offline.cql", "algorithms.discrete.cql_dqn"], indirect=True)
 
 ENVIRONMENTS = {
     "Counter": Counter, "DictCounter": DictCounter, "Plain": Plain, "Paid": Paid, "Fine": Fine, "Words": Words,
-    "Hopper-Toy": Counter, "HalfCheetah_Toy": Counter,
+    "Large": Large, "Hopper-Toy": Counter, "HalfCheetah_Toy": Counter,
 }  # fmt: skip
 for name, kind in ENVIRONMENTS.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{kind.__name__}")
@@ -230,6 +264,61 @@ def store(name, buffers, **options):
     return name
 
 
+def store_frames(name, buffers, env=None, action_space=None, ref_min_score=None, ref_max_score=None, **_):
+    """Stores episodes of images as an import does. Those of odd length that end in a terminal state lack their last
+    frame, which nothing needs."""
+    frames, columns, starts = [], [], []
+    for buffer in buffers:
+        terminals, n = np.array(buffer.terminations, bool), len(buffer.rewards)
+        timeouts = np.append(buffer.truncations[:-1], True).astype(bool) & ~terminals
+        starts.append(sum(map(len, frames)))
+        frames.append(buffer.observations[: n + 1 - (n % 2 and terminals[-1])])
+        columns.append((np.reshape(buffer.actions, (n, -1)), buffer.rewards, terminals, timeouts))
+    actions, rewards, terminals, timeouts = map(np.concatenate, zip(*columns))
+    arrays = {"frames": np.concatenate(frames), "starts": np.array(starts), "actions": actions.astype(np.int64)}
+    arrays |= {"rewards": rewards.astype(np.float32), "terminals": terminals, "timeouts": timeouts}
+    space = action_space or gym.make(env).action_space
+    low, sizes = np.ravel(space.start), np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))
+    metadata = {"format": 1, "kind": "frames", "frame_max": 255, "environment": env and {"id": env, "wrappers": []}}
+    metadata |= {"action_low": low.tolist(), "action_high": (low + sizes - 1).tolist()}
+    metadata |= {} if ref_min_score is None else {"reference_scores": [ref_min_score, ref_max_score]}
+    return write_frames(name, arrays, metadata)
+
+
+def write_frames(name, arrays, metadata):
+    folder = Path(os.environ["MINARI_DATASETS_PATH"], name)
+    folder.mkdir(parents=True)
+    for key, array in arrays.items():
+        np.save(folder / f"{key}.npy", array)
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    return name
+
+
+def slow_stacks(data, n):
+    """The stack of n frames at each row and the one after it, which is None where it is not stored: one frame at a
+    time, with zeros before the start of an episode."""
+    starts, pairs, episode, t = [*data["starts"], len(data["frames"])], [], 0, 0
+    for end in data["terminals"] | data["timeouts"]:
+        first, after = starts[episode], starts[episode + 1]
+
+        def stack(t, first=first, after=after):
+            if first + t >= after:
+                return None
+            frames = [data["frames"][first + i] if i >= 0 else 0 * data["frames"][0] for i in range(t + 1 - n, t + 1)]
+            return np.concatenate([frame.reshape(-1, *frame.shape[-2:]) for frame in frames])
+
+        pairs.append((stack(t), stack(t + 1)))
+        episode, t = (episode + 1, 0) if end else (episode, t + 1)
+    return pairs
+
+
+def observations_of(script, data):
+    """What a policy takes, at each row of the data."""
+    if not WORLDS[script.__name__].pixels:
+        return data["observations"]
+    return np.stack([stack for stack, _ in slow_stacks(data, PIXELS["frame_stack"])])
+
+
 @pytest.fixture(autouse=True)
 def left_behind():
     """Clears what a run leaves behind that ends early: denormal numbers are off, and the signal is stored."""
@@ -257,12 +346,16 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+def storing(script):
+    return store_frames if WORLDS[script].pixels else store
+
+
 @pytest.fixture(params=SCRIPTS, scope="session")
 def script(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Counter, "action_space", WORLDS[request.param].action_space)
+        WORLDS[request.param].enter(patch)
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
-        store(DATASET, record("Counter-v0", range(100, 120)), env="Counter-v0")
+        storing(request.param)(DATASET, record("Counter-v0", range(100, 120)), env="Counter-v0")
         yield importlib.import_module(request.param)
 
 
@@ -271,7 +364,7 @@ def new_dataset(script, tmp_path, monkeypatch):
     """Stores buffers under a name in a Minari root of this test only, which has DATASET too."""
     shutil.copytree(os.environ["MINARI_DATASETS_PATH"], tmp_path / "minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    return lambda buffers, name="toy/new-v0", **options: store(name, buffers, **options)
+    return lambda buffers, name="toy/new-v0", **options: storing(script.__name__)(name, buffers, **options)
 
 
 @functools.cache
@@ -282,7 +375,7 @@ def option_names(script):
 def suited(script, **options):
     """Options of a tiny run, without those that only other scripts have. If there is an online phase, max_timesteps are
     the updates before it, and it has no steps unless they are given."""
-    names, values = option_names(script.__name__), TINY | options
+    names, values = option_names(script.__name__), TINY | WORLDS[script.__name__].options | options
     if "online_iterations" in names:
         values = {"offline_iterations": values["max_timesteps"], "online_iterations": 0} | values
     others = set().union(*map(option_names, SCRIPTS)) - names
@@ -297,7 +390,8 @@ def tiny_config(script, path, **options):
 def make_agent(script, config):
     """An agent for Counter."""
     world = WORLDS[script.__name__]
-    return getattr(script, world.agent)(config, 3, world.action_sizes)
+    size = [config.frame_stack, *FRAME.shape] if world.pixels else 3
+    return getattr(script, world.agent)(config, size, world.action_sizes)
 
 
 def tiny_arguments(script, **options):
@@ -418,7 +512,7 @@ def train_until(script, root, options, event, place):
             if event in (None, name) and next(calls) == place:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    Counter.action_space = WORLDS[script].action_space
+    WORLDS[script].enter(pytest.MonkeyPatch())
     os.environ["MINARI_DATASETS_PATH"] = root
     module = importlib.import_module(script)
     config = module.TrainConfig(**options)

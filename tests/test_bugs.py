@@ -10,14 +10,17 @@ from conftest import WORLDS, suited
 
 # Where, the text, and what a slip makes of it: misspelt attributes and keys, wrong axes and shapes.
 SAME = [  # in all scripts
+    ("evaluate", 'self.score(np.array(result["return"]))', 'self.score(np.array(result["returns"]))'),
+    ("add_row", "self.means(1)", "self.mean(1)"),
+]
+VECTORS = [  # in all that read vectors
     ("load_dataset", "~episode.terminations\n", "~episode.terminal\n"),
     ("load_dataset", "map(np.concatenate", 'map(data["join"]'),
     ("load_dataset", "len(episode.actions), -1)", "len(episode.actions), 7)"),
     ("load_dataset", "np.append(episode.truncations[:-1], True)", "np.cumsum(episode.rewards, axis=1)"),
     ("load_dataset", "spec.kwargs | named", 'spec.kwargs | named["name"]'),
     ("flatten", "np.reshape(observations, (len(", "np.reshaped(observations, (len("),
-    ("evaluate", 'self.score(np.array(result["return"]))', 'self.score(np.array(result["returns"]))'),
-    ("add_row", "self.means(1)", "self.mean(1)"),
+    ("start_values", "values.view(len(observations))", "values.view(len(observations), 2)"),
 ]
 CONTINUOUS = [
     (
@@ -33,7 +36,6 @@ CONTINUOUS = [
         "unsqueeze(1)).min(dim=0).values\n        return",
         "unsqueeze(1)).min(dim=1).values\n        return",
     ),
-    ("start_values", "values.view(len(observations))", "values.view(len(observations), 2)"),
     ("actions", "torch.clamp(actions, self", "torch.clamp(actions.sum(dim=7), self"),
     ("holdout", 'metrics["qf1_loss"] +', 'metrics["qf1_los"] +'),
 ]
@@ -66,15 +68,27 @@ DISCRETE = [
     ("loss", "of_actions(next_outputs, next_actions)", "of_actions(next_outputs.sum(dim=4), next_actions)"),
     ("loss", 'grad(loss, self.parameter_groups["critic"])', 'grad(loss, self.parameter_groups["critics"])'),
     ("start_values", "max(dim=1).values\n        return", "max(dim=2).values\n        return"),
-    ("start_values", "values.view(len(observations))", "values.view(len(observations), 2)"),
+    ("actions", "scores.argmax(dim=-1)\n        if self.eps", "scores.argmax(dim=5)\n        if self.eps"),
+    ("actions", "torch.unravel_index(best, self.action_sizes)", "torch.unravel_index(best, self.action_size)"),
+    ("holdout", '"qf_loss": "holdout_td_error"', '"qf_loss": {}["holdout_td_error"]'),
+]
+DQN = [
     (
         "start_values",
         "self.critic.values(self.critic(observations)).max",
         "self.critic.value(self.critic(observations)).max",
-    ),
-    ("actions", "scores.argmax(dim=-1)\n        if self.eps", "scores.argmax(dim=5)\n        if self.eps"),
-    ("actions", "torch.unravel_index(best, self.action_sizes)", "torch.unravel_index(best, self.action_size)"),
-    ("holdout", '"qf_loss": "holdout_td_error"', '"qf_loss": {}["holdout_td_error"]'),
+    )
+]
+PIXELS = [
+    ("load_dataset", "return data | action_bounds(", "return data | action_bound("),
+    ("load_dataset", "gym.spaces.MultiDiscrete(high", "gym.spaces.MultiDiscretes(high"),
+    ("flatten", "stacks.reshape(len(stacks), -1, ", "stacks.reshape(len(stacks), -1, 7, "),
+    ("frames", "np.diff(lasts, prepend=-1)", "np.diffs(lasts, prepend=-1)"),
+    ("stacks", "torch.searchsorted(self.starts,", "torch.searchsorted(self.start,"),
+    ("stacks", "[1] * (stacks.ndim - 2)", "[1] * (stacks.ndim - 1)"),
+    ("network", "self.encoder(pixels)", "self.encoders(pixels)"),
+    ("prepare_data", "owners[numbers] ==", "owner[numbers] =="),
+    ("start_values", "self.critic.scores(as_stacks", "self.critic.score(as_stacks"),
 ]
 
 
@@ -97,9 +111,11 @@ def edited(script, tmp_path, monkeypatch):
 
 
 def slips(name):
+    if WORLDS[name].pixels:
+        return SAME + DISCRETE + PIXELS
     if "discrete" in name:
-        return SAME + DISCRETE
-    return SAME + CONTINUOUS + (CONSTRAINED if "constraint" in name else CQL)
+        return SAME + VECTORS + DISCRETE + DQN
+    return SAME + VECTORS + CONTINUOUS + (CONSTRAINED if "constraint" in name else CQL)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 from common import load_script
-from conftest import DATASET, WORLDS, Counter, finetune, kinds, refusal, suited, tiny_config
+from conftest import DATASET, WORLDS, Counter, finetune, kinds, observations_of, refusal, suited, tiny_config
 
 # Runs in the copy's folder. Only the script is there, and nothing may come from this repository.
 PROGRAM = """
@@ -33,23 +33,43 @@ assert row["step"] == 20 and sorted(os.listdir()) == ["copied.py", "runs"], os.l
 
 policy = copied.load_policy("runs/run/policy.pt")
 low, high = np.array(LOW), np.array(HIGH)
-rng = np.random.default_rng(0)
-observations = rng.normal(size=(64, 3)) * 10.0 ** rng.integers(-3, 9, size=(64, 1))
+rng, pixels = np.random.default_rng(0), PIXELS
+if pixels:
+    observations = (255 * (rng.random((64, 2, 6, 6)) < rng.random((64, 1, 6, 6)) ** 4)).astype(np.uint8)
+else:
+    observations = rng.normal(size=(64, 3)) * 10.0 ** rng.integers(-3, 9, size=(64, 1))
 actions = policy(observations)
 assert actions.shape == (64, 2) and np.all((low <= actions) & (actions <= high)) and np.ptp(actions) > 1e-3
 for observation, action in zip(observations, actions):
     alone = policy(observation)
     assert alone.shape == (2,) and np.allclose(alone, action, atol=1e-4)
-assert policy(observations[0].tolist()).shape == (2,)
+assert pixels or policy(observations[0].tolist()).shape == (2,)
 
 ends = np.arange(40) % 8 == 7
 data = {key: rng.uniform(-1, 1, size=(40, 4)) for key in ("observations", "next_observations")}
 data |= {"actions": rng.integers(0, 2, size=(40, 1)), "rewards": rng.normal(size=40)}
 data |= {"terminals": ends, "timeouts": np.zeros(40, bool)}
+if pixels:
+    data = {key: column for key, column in data.items() if "observations" not in key}
+    data |= {"frames": rng.integers(256, size=(40, 6, 6)).astype(np.uint8), "starts": np.arange(0, 40, 8)}
 options |= {"env": "mine", "eval_env": "none", "run_id": "arrays"}
 arrays = copied.train(copied.TrainConfig(**options), data=data)
-action = copied.load_policy("runs/arrays/policy.pt")(np.zeros(4))
+action = copied.load_policy("runs/arrays/policy.pt")(np.zeros((2, 6, 6), np.uint8) if pixels else np.zeros(4))
 assert arrays["eval_return"] is None and action.size == 1 and abs(action) <= 1
+if pixels:
+
+    class Blank(copied.gym.Env):
+        observation_space, action_space = copied.gym.spaces.Box(0, 255, (6, 6), np.uint8), copied.gym.spaces.Discrete(2)
+
+        def reset(self, seed=None, options=None):
+            self.t = 0
+            return self.observation_space.low, {}
+
+        def step(self, action):
+            self.t += 1
+            return self.observation_space.low, 1.0, self.t == 3, False, {}
+
+    copied.gym.register("Blank-v0", entry_point=Blank)
 played = copied.evaluate(copied.load_policy("runs/arrays/policy.pt"), ENVIRONMENT, 2, 5)
 assert len(played["return"]) == 2 and [len(x) for x in played["rewards"]] == played["length"]
 copied.load_dataset = lambda name: dict(data) if name == "mine" else None  # the one function to replace
@@ -66,6 +86,8 @@ def test_script_alone_in_a_folder_trains_and_acts(script, program, tmp_path):
     values = {"OPTIONS": suited(script, max_timesteps=20, eval_env="none")}
     values |= {"LOW": bounds["action_low"].tolist(), "HIGH": bounds["action_high"].tolist()}
     values["ENVIRONMENT"] = "CartPole-v1" if "discrete" in script.__name__ else "InvertedPendulum-v5"  # 4 numbers
+    values["PIXELS"] = WORLDS[script.__name__].pixels
+    values["ENVIRONMENT"] = "Blank-v0" if values["PIXELS"] else values["ENVIRONMENT"]
     for name, value in values.items():
         text = text.replace(name, repr(value))
     process = program(text)
@@ -114,6 +136,7 @@ def test_dropout_in_a_copy_trains_in_train_mode_and_acts_in_eval_mode(script, tm
     source = Path(script.__file__).read_text()
     edited = source.replace("(layer, nn.ReLU())", "(layer, nn.ReLU(), nn.Dropout(0.5))")
     edited = edited.replace("else nn.ReLU()\n", "else nn.Sequential(nn.ReLU(), nn.Dropout(0.5))\n")
+    edited = edited.replace("n_outputs, hidden_dim), nn.ReLU())", "n_outputs, hidden_dim), nn.ReLU(), nn.Dropout(0.5))")
     assert edited.count("nn.Dropout(0.5)") == 1
     (tmp_path / "edited.py").write_text(edited)
     monkeypatch.syspath_prepend(tmp_path)
@@ -141,7 +164,7 @@ def test_dropout_in_a_copy_trains_in_train_mode_and_acts_in_eval_mode(script, tm
     features = {False} if hasattr(edited, "DiscreteCQL") else set()  # metrics of features are without dropout, too
     assert modes == {"train": {True} | features, "eval": {False}}
     policy = edited.load_policy(tmp_path / "run" / "policy.pt")
-    observations = np.random.default_rng(0).normal(size=(9, 3))
+    observations = observations_of(script, script.load_dataset(DATASET))
     assert np.array_equal(policy(observations), policy(observations))
 
 

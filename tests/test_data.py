@@ -66,8 +66,13 @@ def prepare(script, tiny):
     def prepare(**options):
         config = tiny(**options)
         data = script.load_dataset(config.env)
+        if not WORLDS[script.__name__].pixels:
+            task = script.Task(config, data)
+            return *script.prepare_data(config, data, task, None), task
+        data = script.with_stacks(config, data)
         task = script.Task(config, data)
-        return *script.prepare_data(config, data, task, None), task
+        data, holdout, _, scaling = script.prepare_data(config, data, task, script.Ranks(config))
+        return data, holdout, scaling, task
 
     return prepare
 
@@ -372,8 +377,11 @@ def distance(script):
 
 def test_held_out_episodes_are_whole_and_not_trained_on(script, prepare, run, new_dataset):
     data, holdout, scaling, _ = prepare(holdout_fraction=0.22)
-    mean, std = scaling["observation_mean"].numpy(), scaling["observation_std"].numpy()
-    kept, held_out = (np.rint(part["observations"][:, 0] * std[0] + mean[0]) for part in (data, holdout))
+    if WORLDS[script.__name__].pixels:
+        kept, held_out = (script.load_dataset(DATASET)["frames"][x["observations"], 0, 0] for x in (data, holdout))
+    else:
+        mean, std = scaling["observation_mean"].numpy(), scaling["observation_std"].numpy()
+        kept, held_out = (np.rint(part["observations"][:, 0] * std[0] + mean[0]) for part in (data, holdout))
     assert len(set(held_out)) == 5 and len(set(kept)) == 15 and not set(kept) & set(held_out)  # 0.22 of 20, and more
     assert len(kept) + len(held_out) == 100 and len(prepare()[1]["rewards"]) == 0
     assert not np.array_equal(prepare(holdout_fraction=0.22, seed=1)[0]["rewards"], data["rewards"])
@@ -687,8 +695,15 @@ def test_arrays_are_enough(bounded, scored, script, tiny, tmp_path):
         "terminals": terminals,
         "timeouts": ~terminals & (np.arange(60) == 58),
     }
+    if WORLDS[script.__name__].pixels:
+        data = {key: data[key] for key in ("actions", "rewards", "terminals", "timeouts")}
+        starts = np.flatnonzero(np.append(True, (data["terminals"] | data["timeouts"])[:-1]))
+        starts = starts + (starts > 58)  # a time-out has a frame after it
+        data |= {"frames": rng.integers(256, size=(61, 6, 6)).astype(np.uint8), "starts": starts}
     if bounded:
         data |= {"action_low": np.full(2, -1.0), "action_high": np.array([1.0, 2.0])}
+        if WORLDS[script.__name__].pixels:  # it does not narrow them
+            data["action_low"] = np.array([-2.0, 0.0])
     if scored:
         data["reference_scores"] = np.array([0.0, 1.0])
     before = copy.deepcopy(data)

@@ -238,9 +238,8 @@ def test_actions_that_float32_cannot_hold_are_refused(script, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("start", [20_000_000, -20_000_001, 2**40])
-def test_large_numbers_of_discrete_actions_stay_whole(start, new_dataset, tmp_path, monkeypatch):
-    from algorithms.discrete import cql_dqn as script
-
+@discrete
+def test_large_numbers_of_discrete_actions_stay_whole(start, script, new_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     actions, observations = start + np.arange(6) % 5, np.eye(7, 2, dtype=np.float32)
     flags = {"terminations": np.arange(6) == 5, "truncations": np.zeros(6, bool)}

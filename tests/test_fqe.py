@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, contents, kinds, once, record
+from conftest import DATASET, contents, kinds, once, record, vectors
 
 from algorithms.discrete import cql_dqn
 from algorithms.offline import cql
@@ -219,6 +219,7 @@ def test_ranks_policies_by_what_they_return(script, new_dataset, capsys):
     assert printed.splitlines()[-1].startswith("best: high.pt") and all(row["policy"] in printed for row in rows)
 
 
+@vectors
 def test_runs_of_every_script(run, capsys):
     folder = run(keep_policies=True, eval_env="none", discount=0.7)
     (folder / "policy-9.pt").write_bytes((folder / "policy-10.pt").read_bytes())

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, make_agent, offline, table, weights
+from conftest import DATASET, METHODS, make_agent, observations_of, offline, table, weights
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 GRAPHS = "cuda" in DEVICE
@@ -23,10 +23,26 @@ DISCRETE = [{}, {"precision": "bfloat16", "head": "c51"}, {"head": "qr", "max_gr
 CONSTRAINED = [METHODS[x] | {"target_update_period": 1} for x in ("TD3+BC", "BEAR", "BCQ")]
 VARIANTS = [("algorithms.offline.cql", x) for x in CONTINUOUS] + [("algorithms.discrete.cql_dqn", x) for x in DISCRETE]
 VARIANTS += [("algorithms.offline.policy_constraint", x) for x in CONSTRAINED]
+PIXELS = [{}, {"encoder": "impala"}, {"encoder": "nature", "precision": "bfloat16", "head": "c51"}]
+VARIANTS += [("algorithms.discrete.cql_atari", x | {"target_update_period": 1}) for x in PIXELS]
 
 
-def make_buffer(script, config):
-    """A thousand random transitions, in Counter's sizes."""
+def make_frames(script, config):
+    """A thousand random transitions between images of Counter's size. Returns what samples them."""
+    rng, rows = np.random.default_rng(0), np.arange(1000)
+    data = {"frames": rng.integers(256, size=(1000, 6, 6), dtype=np.uint8), "starts": rows[::100]}
+    data |= {"actions": rng.integers(12, size=1000), "rewards": rng.standard_normal(1000)}
+    data |= {"terminals": rows % 100 == 99, "timeouts": np.zeros(1000, bool)}
+    frames = script.Frames(data, config)
+    buffer = script.ReplayBuffer(script.td_columns(data, config), DEVICE)
+    frames.load(buffer, config)
+    return script.Ranks(config).sampler(buffer, frames)
+
+
+def make_sampler(script, config):
+    """Returns what samples a thousand random transitions, in Counter's sizes."""
+    if hasattr(script, "Frames"):
+        return make_frames(script, config)
     rng = np.random.default_rng(0)
     data = {name: rng.standard_normal((1000, 3)) for name in ("observations", "next_observations")}
     data["returns"] = rng.standard_normal(1000)
@@ -36,8 +52,9 @@ def make_buffer(script, config):
         "terminals": rng.random(1000) < 0.1,
     }
     if hasattr(script, "td_columns"):
-        return script.ReplayBuffer(script.td_columns(data | {"actions": rng.integers(12, size=1000)}, config), DEVICE)
-    return script.ReplayBuffer(data | {"actions": rng.uniform(-1, 1, (1000, 2))}, DEVICE)
+        columns = script.td_columns(data | {"actions": rng.integers(12, size=1000)}, config)
+        return script.ReplayBuffer(columns, DEVICE).sample
+    return script.ReplayBuffer(data | {"actions": rng.uniform(-1, 1, (1000, 2))}, DEVICE).sample
 
 
 def updated(script, tiny, seed=0, **options):
@@ -48,9 +65,9 @@ def updated(script, tiny, seed=0, **options):
     agent, run = make_agent(script, config), script.Run(config, 60)
     if options.get("head") == "c51":
         agent.critic.atoms.copy_(torch.linspace(-5, 5, config.n_atoms))
-    buffer = make_buffer(script, config)
+    sample = make_sampler(script, config)
     torch.manual_seed(seed)
-    run_until = script.updater(config, agent, buffer.sample, run)
+    run_until = script.updater(config, agent, sample, run)
     for end in (25, 40, 50, 60):
         run_until(end, types.SimpleNamespace(update=steps.append))
         assert sum(steps) == agent.n_updates == run.sums[0, -1] == end
@@ -98,6 +115,6 @@ def test_a_run_of_any_type_may_change_the_device(devices, precision, run, script
     rows = table(run(device=devices[1], **options))
     assert [row["step"] for row in rows] == ["10", "20", "25"] and rows[-1]["eval_return"]
     assert all(np.isfinite(float(value)) for row in rows for value in row.values() if value)
-    observations = np.random.default_rng(0).normal(size=(100, 3))
+    observations = observations_of(script, script.load_dataset(DATASET))
     actions = [script.load_policy(folder / "policy.pt", device)(observations) for device in ("cpu", DEVICE)]
     assert actions[0] == pytest.approx(actions[1], abs=1e-4) and actions[0].dtype == actions[1].dtype

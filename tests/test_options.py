@@ -150,7 +150,8 @@ BAD_VALUES = [
     "v_max=high", "dr3_coefficient=-1", "offline_iterations=-1",
     "online_iterations=-1", "n_online_envs=0", "utd_ratio=0", "utd_ratio=0.5", "warmup_steps=-1", "mixing_ratio=1.1",
     "mixing_ratio=nan", "cql_alpha_online=-1", "failure_reward=low", "calibrate=2", "is_sparse_reward=maybe",
-    "bc_only=maybe", "normalize_features=2", "seed=[1]", "name=[a, b]",
+    "bc_only=maybe", "encoder=resnet", "frame_stack=0", "frames_on_device=maybe",
+    "adam_eps=-1", "normalize_features=2", "seed=[1]", "name=[a, b]",
     "seed={a: 1}",
     *(f"{x}_hidden_dims={y}" for x in ("policy", "q", "behaviour") for y in ("256-", "-1", "0-3", "a-b", "", "9 9")),
     "q_hidden_dims=256--3", "q_hidden_dims=²", "q_hidden_dims=None", "q_hidden_dims=1e3", "q_hidden_dims=999999999",
@@ -467,10 +468,12 @@ ACTS = {
     "dynamics_elites": ({}, 1), "dynamics_hidden_dim": ({}, 9), "dynamics_n_hidden_layers": ({}, 2),
     "dynamics_lr": ({}, 1e-2), "dynamics_max_epochs": ({"dynamics_lr": 1e-2}, 2), "dynamics_path": ({}, "dynamics.pt"),
     # of algorithms/discrete/cql_dqn.py
-    "eval_epsilon": ({"eval_env": "Paid-v0"}, 0.5), "head": ({}, "qr"), "n_atoms": ({"head": "c51"}, 11),
+    "eval_epsilon": ({"eval_env": "Paid-v0"}, 0.5), "head": ({"head": "dqn"}, "qr"), "n_atoms": ({"head": "c51"}, 11),
     "v_min": ({"head": "c51"}, -500.0), "v_max": ({"head": "c51"}, 5000.0), "n_quantiles": ({"head": "qr"}, 11),
     "normalize_features": ({}, True), "n_step": ({}, 2), "target": ({}, "sarsa"), "td_error": ({}, "squared"),
     "max_grad_norm": ({}, 0.1), "dr3_coefficient": ({}, 0.1),
+    # of algorithms/discrete/cql_atari.py
+    "encoder": ({}, "nature"), "frame_stack": ({}, 3), "frames_on_device": ({}, True), "adam_eps": ({}, 1e-3),
     # of algorithms/offline/policy_constraint.py
     "policy": ({}, "gaussian"), "policy_hidden_dims": ({}, "17"), "q_hidden_dims": ({}, "16-8"),
     "behaviour_hidden_dims": (METHODS["BRAC-v"], "17"), "log_std_min": (GAUSSIAN, 1.0), "log_std_max": (GAUSSIAN, -1.0),
@@ -547,17 +550,19 @@ def test_the_table_has_every_option_of_a_script(script):
 
 
 def acting(script):
-    """All options of offline/cql.py. Those that other files only read in the text that all share act there alike. So
-    does the offline phase of the file that fine-tunes, bit for bit (test_finetune.py). What offline/cql.py reads itself
-    is tried in all, so that no file can forget it."""
+    """All options of offline/cql.py, and others in the first file that has them. What other files only read in the text
+    that all share acts there alike. So does the offline phase of the file that fine-tunes, bit for bit
+    (test_finetune.py). What offline/cql.py or the file's own part reads is tried in each, so that no file forgets it.
+    """
     names = option_names(script)
     if "offline.cql" in script:
         return [x for x in ACTS if x in names]
     names = names - option_names("algorithms.offline.cql") if "finetune" in script else names
     texts = [Path(importlib.import_module(x).__file__).read_text() for x in (script, "algorithms.offline.cql")]
     own = "".join(text[text.index("# Shapes: ") : text.index("# Common to all files")] for text in texts)
-    alone = names.difference(*(option_names(other) for other in SCRIPTS if other != script))
-    return [x for x in ACTS if x in alone or x in names and re.search(rf"\bconfig\.{x}\b", own)]
+    others = "algorithms.offline.cql", *SCRIPTS[: SCRIPTS.index(script)]
+    first = names.difference(*map(option_names, others))
+    return [x for x in ACTS if x in first or x in names and re.search(rf"\bconfig\.{x}\b", own)]
 
 
 @pytest.mark.parametrize(("script", "option"), [(x, y) for x in SCRIPTS for y in acting(x)], indirect=["script"])
@@ -570,6 +575,14 @@ def test_every_option_changes_something(option, script, observe, run, new_datase
         new_dataset(record("Counter-v0", range(9)), env="Counter-v0")
     if option == "compile":  # numbers may stay the same, so this compiler halves all gradients
         monkeypatch.setattr(script.torch, "compile", lambda function, **_: lambda *x: halved(*function(*x)))
+    if option == "frames_on_device":  # numbers stay the same, so this device inverts the frames
+        load = script.Frames.load
+
+        def inverted(frames, *arguments):
+            load(frames, *arguments)
+            frames.frames = 255 - frames.frames
+
+        monkeypatch.setattr(script.Frames, "load", inverted)
     if option in ("load_model", "dynamics_path"):
         value = str(run(run_id="earlier", seed=3) / value)
     assert observe("other", **context | {option: value}) != BASES[key]
@@ -655,6 +668,11 @@ INERT = {
         ({"bc_only": True}, {"cql_variant": "rho"}),
         ({"bc_only": True}, {"cql_variant": "var"}),
     ],
+    "algorithms.discrete.cql_atari": [
+        ({}, {"n_atoms": 11, "v_min": 0.0, "cql_rho_epsilon": 0.5, "reward_scale": 4.0, "frames_on_device": True}),
+        ({"head": "c51"}, {"td_error": "squared", "n_quantiles": 11}),
+        ({"bc_only": True}, {"cql_alpha": 5.0, "td_error": "squared", "cql_variant": "var"}),
+    ],
 }
 
 
@@ -724,6 +742,17 @@ PAGES = {
             {},
             {"head": "c51", "holdout_fraction": 0.2},
             {"head": "qr", "dr3_coefficient": 0.1},
+            {"bc_only": True},
+            {"cql_variant": "rho"},
+            {"cql_variant": "var"},
+        ],
+    ),
+    "algorithms.discrete.cql_atari": (
+        ["atari.md", "discrete_cql.md"],
+        [
+            {"head": "dqn"},
+            {"head": "c51", "holdout_fraction": 0.2},
+            {"dr3_coefficient": 0.1},
             {"bc_only": True},
             {"cql_variant": "rho"},
             {"cql_variant": "var"},

@@ -205,6 +205,20 @@ def test_published_scores_stand_beside_the_same_dataset_only(make, tmp_path):
     assert f'<a href="{address}">{address}</a>, Last Scores' in (tmp_path / "out/index.html").read_text()
 
 
+def test_published_returns_stand_beside_runs_and_never_among_scores(make, tmp_path):
+    for dataset in ("dqn-replay/pong-500000-v0", "dqn-replay/pong-5000000-v0"):
+        folder(tmp_path / "runs" / dataset[11:], lines(1), env=dataset)  # with a score, as if it had references
+    make("runs", "--out", "out")
+    assert not [name for name in cells(tmp_path / "out", "Scores")[0] if name.startswith("published")]
+    header, rows = cells(tmp_path / "out", "Runs")
+    found = {tuple(row[:2]): dict(zip(header, row)) for row in rows}
+    published = {key: row["last return"] for key, row in found.items() if key[1].startswith("published")}
+    methods = {"DiscreteBCQ": "-6.0 ± 6.2", "DiscreteCQL": "3.9 ± 7.3", "NFQ": "-20.7 ± 0.2", "QRDQN": "-20.5 ± 0.3"}
+    wanted = {f"published {method}, d3rlpy-benchmarks": value for method, value in methods.items()}
+    assert published == {("dqn-replay/pong-500000-v0", label): value for label, value in wanted.items()}
+    assert "1771c9b/atari_table.csv</a>, final return" in (tmp_path / "out/index.html").read_text()
+
+
 def test_best_and_last_scores_are_apart(make, tmp_path):
     for seed, scores in enumerate(((10, 90, 20), (70, 30, 40), (80, 20, 30))):
         folder(tmp_path / f"runs/{seed}", lines(*scores), seed=seed)
@@ -716,7 +730,8 @@ def test_published_scores_have_versions_and_sources():
     assert len(table) > 400 and not table[["dataset", "method", "score", "last_or_best", "source"]].isna().any(
         axis=None
     )
-    assert table["dataset"].str.fullmatch(r"d4rl/[a-z0-9-]+-v\d").all()
+    numbers = r"(dqn-replay|tianshou)/[a-z]+-\d{4,}-v0"  # a share of a game's data is a number of transitions
+    assert table["dataset"].str.fullmatch(rf"d4rl/[a-z0-9-]+-v\d|{numbers}").all()
     assert set(table["last_or_best"]) == {"last", "best", "unstated"} and table["source"].str.contains("https://").all()
     assert not table.duplicated(["dataset", "method", "last_or_best", "source"]).any()
     suspects = table[table["note"].notna()]

@@ -38,6 +38,7 @@ from conftest import (
     interrupt,
     kinds,
     make_agent,
+    observations_of,
     offline,
     once,
     option_names,
@@ -390,8 +391,9 @@ def test_files_hold_tensors_and_plain_values_only(script, run):
     assert script.TrainConfig(**checkpoint["config"]) == script.TrainConfig(
         **yaml.safe_load((folder / "config.yaml").read_text())
     )
-    expected = script.load_policy(folder / "policy.pt")(np.ones((4, 3)))
-    assert np.array_equal(script.load_policy(folder / "checkpoint.pt")(np.ones((4, 3))), expected)
+    observations = observations_of(script, script.load_dataset(DATASET))
+    expected = script.load_policy(folder / "policy.pt")(observations)
+    assert np.array_equal(script.load_policy(folder / "checkpoint.pt")(observations), expected)
 
 
 @once
@@ -652,6 +654,10 @@ VARIANTS = {
         {"bc_only": True, "soft_target_update_rate": 1.0, "target_update_period": 3},
         {"cql_variant": "var", "head": "c51", "holdout_fraction": 0.2},
         {"cql_variant": "rho", "head": "qr", "holdout_fraction": 0.2},
+    ],
+    "algorithms.discrete.cql_atari": [
+        {"head": "c51", "target": "sarsa", "n_step": 2, "frame_stack": 3, "frames_on_device": True},
+        {"cql_variant": "var", "holdout_fraction": 0.2, "max_grad_norm": 1.0, "dr3_coefficient": 0.1},
     ],
 }
 

@@ -13,7 +13,7 @@ import pytest
 from algorithms.offline import cql
 from benchmarks import speed
 
-SPEEDS = ("discrete", "combo", "model", "rollouts", "constraint")  # of gpu.sh
+SPEEDS = ("discrete", "combo", "model", "rollouts", "constraint", "atari")  # of gpu.sh
 TINY = ["--observation=3", "--action=2", "--batch=8", "--layers=1", "--actions=2", "--windows=1", "--seconds=0.05"]
 
 
@@ -85,6 +85,77 @@ def test_policy_constraints(variant, measure, here):
     assert float(row["updates_per_second"]) > 0 and float(row["gflop_per_update"]) > 0
 
 
+ATARI = "--script=discrete/cql_atari"
+
+
+@pytest.fixture
+def few_frames(monkeypatch):
+    monkeypatch.setattr(speed, "N_FRAMES", 40)
+    monkeypatch.setattr(speed, "EPISODE", 20)
+
+
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [("hidden_dim=8,head=c51", 4 * 84 * 84), ("encoder=minatar,frame_stack=2,frames_on_device=True", 2 * 4 * 10 * 10)],
+)
+def test_frames(variant, size, measure, here, few_frames):
+    (row,) = measure(ATARI, f"--variants={variant}")
+    assert float(row["updates_per_second"]) > 0 and float(row["gflop_per_update"]) > 0
+    assert (row["observation"], row["layers"], row["actions"]) == (str(size), "", "")
+
+
+D3RLPY = """
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import torch
+
+class EncoderFactory:
+    pass
+
+class Config:
+    def __init__(self, **options):
+        self.options = options
+
+    def create(self, device):
+        return Agent(self.options)
+
+class Agent:
+    def __init__(self, options):
+        self.options = options
+
+    def build_with_dataset(self, buffer):
+        self.network = self.options["encoder_factory"].create((4, 10, 10))
+
+    def update(self, batch):
+        with open({log!r}, "w") as file:
+            shape = list(self.network(torch.rand(batch, 4, 10, 10)).shape)
+            rows, (quantiles,) = [len(x[0]) for x in episodes], self.options["q_func_factory"]
+            print(shape, rows, quantiles, self.options["alpha"], file=file)
+
+def remember(memory, episodes, transition_picker):
+    globals().update(episodes=episodes)
+    return SimpleNamespace(sample_transition_batch=lambda size: size)
+
+models = SimpleNamespace(EncoderFactory=EncoderFactory, MeanQFunctionFactory=None, QRQFunctionFactory=lambda n: [n])
+dataset = SimpleNamespace(Episode=lambda *columns: columns, InfiniteBuffer=lambda: None, ReplayBuffer=remember)
+algos, preprocessing = SimpleNamespace(DiscreteCQLConfig=Config), MagicMock()
+"""
+
+
+def test_d3rlpy_gets_the_job_of_the_first_variant(measure, here, few_frames, tmp_path, monkeypatch):
+    """A stand-in for d3rlpy, in a virtual environment, notes what it is given."""
+    place = speed.packages_of(tmp_path / "peer") / "d3rlpy"
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text(D3RLPY.format(log=str(tmp_path / "log")))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    first = "encoder=minatar,frame_stack=1,n_quantiles=7,hidden_dim=9,cql_alpha=0.3"
+    rows = measure(ATARI, f"--peer={tmp_path / 'peer'}", "--variants", first, f"{first},target=double")
+    assert [row["variant"] for row in rows] == [first, f"{first},target=double", f"d3rlpy {first}"]
+    assert [row["observation"] for row in rows] == ["400"] * 3 and rows[2]["ratio"] == "1.0"
+    assert (tmp_path / "log").read_text() == "[8, 9] [20, 20] 7 0.3\n"
+
+
 def test_profile_counts_the_products_of_an_update(measure, here, capsys):
     """With one hidden layer: two layers, of the network at states and next states and of the target at next states."""
     measure("--script=discrete/cql_dqn", "--profile")
@@ -138,6 +209,9 @@ def test_operations_of_the_discrete_script_are_those_of_the_products():
         ["--variants=EnsembleCritic.max_rows=many"],
         ["--variants=TrainConfig.batch_size=3"],
         ["--peer=/nowhere"],
+        ["--peer=/nowhere", "--script=discrete/cql_atari"],
+        ["--peer=/c51", "--script=discrete/cql_atari", "--variants=head=c51"],
+        ["--peer=/nowhere", "--script=discrete/cql_dqn"],
         ["--beside=-1"],
         ["--copies=0"],
         ["--part=model"],
@@ -153,8 +227,9 @@ def test_bad_arguments_are_refused(bad, measure, capsys):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gpu_script_goes_on_after_a_step_that_fails(device, tmp_path):
     """Runs with a Python that always fails, and finds no GPU."""
-    (tmp_path / "python").write_text("#!/bin/sh\necho called; [ $1 != -c ] && exit 3; exit 1\n")
-    (tmp_path / "python").chmod(0o755)
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho called; [ $1 != -c ] && exit 3; exit 1\n")
+        (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": device}
     command = ["bash", Path(speed.__file__).with_name("gpu.sh"), "/nowhere"]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -164,5 +239,5 @@ def test_gpu_script_goes_on_after_a_step_that_fails(device, tmp_path):
         return
     with open(tmp_path / "runs/gpu/steps.csv", newline="") as file:
         rows = {row["step"]: row["status"] for row in csv.DictReader(file)}
-    names = {"collect", "tests", "alone", "speed", *(f"speed-{x}" for x in SPEEDS)}
-    assert rows == dict.fromkeys(names, "3") | {"four": "123"}
+    names = {"collect", "tests", "alone", "atari", "atari-torchrun", "speed", *(f"speed-{x}" for x in SPEEDS)}
+    assert rows == dict.fromkeys(names, "3") | {"four": "123", "images": "1"}

@@ -105,10 +105,13 @@ def test_configurations_say_only_what_differs_and_how_to_run_them(monkeypatch):
     assert len(bodies) > 35
 
 
-def test_presets_of_policy_constraint_name_the_authors_code():
+def test_presets_of_published_settings_name_their_code():
     form = r"# Settings: [\w-]+/[\w-]+, [\w/-]+\.(py|sh)( and [\w/-]+\.(py|md))? at commit [0-9a-f]{7}(; .+)?\."
     firsts = {path: text.partition("\n")[0] for path, text in CONFIGURATIONS.items() if "policy_constraint" in path}
     assert {path for path, line in firsts.items() if not re.fullmatch(form, line)} == set() and len(firsts) > 12
+    firsts = {path: text.partition("\n")[0] for path, text in CONFIGURATIONS.items() if "cql_atari" in path}
+    form = r"# Settings: [\w-]+/[\w-]+, .+ at commit [0-9a-f]{7}[.;].*"
+    assert {path for path, line in firsts.items() if not re.fullmatch(form, line)} == set() and len(firsts) > 3
 
 
 def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark():
@@ -197,7 +200,8 @@ def test_ids_are_unique_legible_and_good_names_of_runs():
 @pytest.mark.parametrize("name", [name for name in SWEEPS if name not in GRIDS])
 def test_searches_stop_at_evaluations_that_happen(name, monkeypatch):
     sweep = SWEEPS[name]
-    assert sweep["metric"] == {"name": "d4rl_normalized_score", "goal": "maximize"} and sweep["run_cap"] <= 100
+    metric = "eval_return" if name == "discrete/cql_atari/bayes.yaml" else "d4rl_normalized_score"  # MinAtar has none
+    assert sweep["metric"] == {"name": metric, "goal": "maximize"} and sweep["run_cap"] <= 100
     fixed = {key: x["value"] for key, x in sweep["parameters"].items() if "value" in x}
     config = vars(parse(sweep["program"], [f"--{key}={x}" for key, x in fixed.items()], monkeypatch))
     n_steps = config.get("max_timesteps") or config["offline_iterations"] + config["online_iterations"]

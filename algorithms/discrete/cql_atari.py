@@ -170,18 +170,20 @@ def make_encoder(name: str, shape: list[int], hidden_dim: int) -> nn.Sequential:
 
 # local: frames pass an encoder, and need no mean and standard deviation
 class QNetwork(nn.Module):
-    """Q(s, a) as Z numbers per action, with the range of pixels and numbering of actions that acting needs."""
+    """Q(s, a) as Z numbers per action, with the numbering of actions that acting needs."""
 
     def __init__(
         self, shape: list[int], action_sizes: list[int], hidden_dim: int, encoder: str, head: str, n_outputs: int,
-        normalize_features: bool = False, frame_stack: int = 1, dtype: Optional[torch.dtype] = None,
+        normalize_features: bool = False, frame_stack: int = 1, frame_max: float = 255.0,
+        dtype: Optional[torch.dtype] = None,
     ):  # fmt: skip
         """shape: [C, Y, X] of a stack. action_sizes: those of a MultiDiscrete space, or one number. frame_stack: for
-        those who play it. dtype: that of the encoder's products."""
+        those who play it. frame_max: the largest value of a pixel. dtype: that of the encoder's products."""
         super().__init__()
-        self.sizes = (list(shape), action_sizes, hidden_dim, encoder, head, n_outputs, normalize_features, frame_stack)
+        self.sizes = (list(shape), action_sizes, hidden_dim, encoder, head, n_outputs, normalize_features)
+        self.sizes += (frame_stack, frame_max)
         self.head, self.normalize_features, self.dtype = head, normalize_features, dtype
-        self.shape, self.frame_stack = tuple(shape), frame_stack
+        self.shape, self.frame_stack, self.frame_max = tuple(shape), frame_stack, frame_max
         self.action_sizes, self.n_outputs, self.epsilon = action_sizes, n_outputs, 0.0  # share of random actions
         self.encoder = make_encoder(encoder, shape, hidden_dim)
         self.last = nn.Linear(hidden_dim, math.prod(action_sizes) * n_outputs)
@@ -193,7 +195,6 @@ class QNetwork(nn.Module):
         self.memory_format = torch.channels_last if encoder == "impala" else torch.contiguous_format  # faster on a CPU
         self.encoder.to(memory_format=self.memory_format)
         self.register_buffer("atoms", torch.zeros(n_outputs))  # the values of c51's atoms
-        self.register_buffer("frame_max", torch.tensor(255.0))  # largest value of a pixel
         self.register_buffer("action_low", torch.zeros(len(action_sizes), dtype=torch.int64))
         self.register_buffer("action_high", torch.tensor(action_sizes) - 1)
 
@@ -284,12 +285,12 @@ def project(probabilities: Tensor, atoms: Tensor, rewards: Tensor, discounts: Te
 class DiscreteCQL(nn.Module):
     """The agent: the losses, then `gradients` and `update`, the algorithm. Its state_dict is its checkpoint."""
 
-    def __init__(self, config: TrainConfig, shape: list[int], action_sizes: list[int]):
+    def __init__(self, config: TrainConfig, shape: list[int], action_sizes: list[int], frame_max: float):
         super().__init__()
         self.config = config
         n_outputs = {"dqn": 1, "c51": config.n_atoms, "qr": config.n_quantiles}[config.head]
         dtype = torch.bfloat16 if config.precision == "bfloat16" else None
-        sizes, more = (shape, action_sizes, config.hidden_dim, config.encoder), (config.frame_stack, dtype)
+        sizes, more = (shape, action_sizes, config.hidden_dim, config.encoder), (config.frame_stack, frame_max, dtype)
         self.critic = QNetwork(*sizes, config.head, n_outputs, config.normalize_features, *more)
         self.critic.epsilon = config.eval_epsilon
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -484,26 +485,20 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     """Trains on `data` (what load_dataset returns; by default that of config.env), evaluates, and returns the last row
     of metrics.csv. If the run folder holds a part of the run, that is continued. Raises ConfigError and DataError."""
     ranks = Ranks(config)
-    run = (Run if ranks.is_first else Follower)(config, config.max_timesteps)
-    run.rows = ranks.share(run.rows)
+    run = ranks.open_run(config)
     if run.is_complete:
-        ranks.finish()
         print(f"{run.path} is complete: {describe(run.rows[-1])}")
         return run.rows[-1]
-    data = load_dataset(config.env) if data is None else dict(data)
-    data["environment"] = environment_arguments(config, data)
+    data = with_stacks(config, load_dataset(config.env) if data is None else data)
     task = Task(config, data)
-    frames = Frames(data, config)
-    data, holdout, scaling = prepare_data(config, data, task)
+    data, holdout, frames, sizes, scaling = prepare_data(config, data, task)
     torch.manual_seed(config.seed)
-    action_sizes = (scaling["action_high"] - scaling["action_low"] + 1).int().tolist()
-    agent = DiscreteCQL(config, frames.shape, action_sizes)
+    agent = DiscreteCQL(config, *sizes)
     if config.head == "c51" and not (run.checkpoint and config.v_min is config.v_max is None):
         scaling["atoms"] = support(data, config)
-    data = ranks.part(data, config.env)
-    buffer = ReplayBuffer(td_columns(data, config), config.device)
+    buffer = ReplayBuffer(td_columns(ranks.part(data, config.env), config), config.device)
     holdout = frames.fill(holdout_batch(config, td_columns(holdout, config, "held-out")))
-    frames.load(data, config)
+    frames.load(buffer, config)
     features = frames.fill(buffer.rows(slice(None, None, 1 + buffer.size // 2048)))  # for their metrics
     run.restore(agent, task)
     agent.actor.load_state_dict(scaling, strict=False)
@@ -529,8 +524,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     finally:
         ranks.over.set()
         run.end(task.envs)
-    if ranks.is_first:
-        print(f"{describe(run.rows[-1])} after {run.n_steps:,} updates, in {run.path}")
+    print(f"{describe(run.rows[-1])} after {run.n_steps:,} updates, in {run.path}")
     return run.rows[-1]
 
 
@@ -708,12 +702,12 @@ def load_dataset(name: str) -> dict[str, Any]:
             other = "; algorithms/discrete/cql_dqn.py reads transitions" if form[1] == "transitions" else ""
             raise DataError(f"--env {name} has format {form[0]} of {form[1]}; this script reads 1 of frames{other}")
         data = {key: np.load(path / f"{key}.npy") for key in (*COLUMNS, "starts")}
-        data["actions"] = data["actions"].reshape(len(data["actions"]), -1)
         data["frames"] = np.load(path / "frames.npy", mmap_mode="r")
         low, high = (np.ravel(np.array(metadata[f"action_{end}"], np.int64)) for end in ("low", "high"))
-        space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
-    data |= {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
-    return data | action_bounds(space, f"--env {name}")
+    data["actions"] = data["actions"].reshape(len(data["actions"]), -1)
+    space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
+    told = {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
+    return told | data | action_bounds(space, f"--env {name}")
 
 
 def check_dataset(data: dict[str, Any], config: Any) -> None:
@@ -902,9 +896,9 @@ class Frames:
         self.shape = [config.frame_stack * math.prod(frames.shape[1:-2]), *frames.shape[-2:]]
         self.places = torch.arange(1 - config.frame_stack, 1, device=config.device)
 
-    def load(self, data: dict[str, np.ndarray], config: TrainConfig) -> None:
-        """Copies the frames of the transitions in `data` to the device, if that is wanted."""
-        first, last = data["observations"].min(), data["next_observations"].max()
+    def load(self, buffer: ReplayBuffer, config: TrainConfig) -> None:
+        """Copies the frames of the buffer's transitions to the device, if that is wanted."""
+        first, last = int(buffer.columns.observations.min()), int(buffer.columns.next_observations.max())
         size, wanted = (last + 1 - first) * self.frames[0].nbytes, config.frames_on_device
         if wanted is None:
             wanted = "cuda" in config.device and size < 0.8 * torch.cuda.mem_get_info(config.device)[0]
@@ -914,7 +908,7 @@ class Frames:
             frames = torch.empty(last + 1 - first, *self.frames.shape[1:], dtype=torch.uint8, device=config.device)
             for i in range(0, len(frames), 10_000):
                 frames[i : i + 10_000] = torch.tensor(self.frames[first + i : first + i + 10_000])[: len(frames) - i]
-            self.frames, self.first = frames, int(first)
+            self.frames, self.first = frames, first
 
     def fill(self, batch: Batch) -> Batch:
         """Replaces numbers of last frames by stacks: [B] -> [B, O]."""
@@ -1032,7 +1026,9 @@ def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments
     arguments = {"frame_stack": policy.network.frame_stack} | (arguments or (ATARI if "ALE/" in env else {}))
     n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
     with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
-        action_bounds(envs.single_action_space, env)  # refuses actions of another kind
+        for key, found in action_bounds(envs.single_action_space, env).items():
+            if found.tolist() != (own := getattr(policy.network, key).tolist()):
+                raise DataError(f"{key} is {found.tolist()} in {env}, and {own} in the policy")
         return rollout(policy, envs, n_episodes, seed)
 
 
@@ -1086,15 +1082,15 @@ class FreshGame(gym.Wrapper):
         return self.env.reset(**options)
 
 
-def environment_arguments(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """What make_environments takes: the data's environment, or another one that is asked for, and its stacks."""
+def with_stacks(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """The data with the environment to evaluate in, its own or the one that is asked for, as it makes stacks."""
     arguments = dict(data.get("environment") or {"id": "none"})
     id = (config.eval_env or arguments["id"]).rpartition(":")[2]
     if id not in (arguments["id"], "none"):
         if arguments["id"] != "none":
             print(f"{id} is made with its defaults; the data were recorded in {arguments}")
         arguments = (ATARI if id.startswith("ALE/") else {}) | {"id": id}
-    return arguments | {"frame_stack": config.frame_stack}
+    return data | {"environment": arguments | {"frame_stack": config.frame_stack}}
 
 
 # local: games of other packages, and stacks of frames
@@ -1115,6 +1111,7 @@ def make_environments(
         return None
     for name, options in wrappers:
         if name in WRAPPERS.split() and options is not None:
+            options = {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}  # JSON has no tuples
             makers.append(functools.partial(getattr(gym.wrappers, name), **options))
         elif name in IDLE_WRAPPERS.split():
             print(f"{id}: the recording's {name} changes nothing and is left out")
@@ -1128,17 +1125,15 @@ def make_environments(
 
 # local: images, and actions by number
 def narrow_actions(data: dict[str, Any], envs: gym.vector.SyncVectorEnv, name: str) -> None:
-    """Raises DataError if frames or actions of the data differ from the environment's."""
-    id, own, frames = envs.spec.id, action_bounds(envs.single_action_space, envs.spec.id), data["frames"]
-    first = flatten(envs.observation_space.sample(), envs.single_observation_space)
-    shape = [data["environment"]["frame_stack"] * math.prod(frames.shape[1:-2]), *frames.shape[-2:]]
-    bounds = [
-        np.broadcast_to(data.get(key, own[key]), own[key].shape).tolist() for key in ("action_low", "action_high")
-    ]
-    own_bounds = [own[key].tolist() for key in ("action_low", "action_high")]
-    if (shape, bounds) != ([*first.shape[1:]], own_bounds):
-        found = f"{name} has stacks {shape} and actions {bounds}, {id} {[*first.shape[1:]]} and {own_bounds}"
-        raise DataError(f"{found}: change --eval_env")
+    """Sets unknown bounds of actions in `data` to the environment's. Raises DataError if they differ, or frames do."""
+    id, own, space = envs.spec.id, action_bounds(envs.single_action_space, envs.spec.id), envs.single_observation_space
+    first, frames = flatten(envs.observation_space.sample(), space), data["frames"]
+    sizes = [space.shape[0] * math.prod(frames.shape[1:-2]), *frames.shape[-2:]], data["actions"].shape[1]
+    if sizes != (own_sizes := ([*first.shape[1:]], own["action_low"].size)):
+        raise DataError(f"{name} has stacks and actions of sizes {sizes}, {id} {own_sizes}: change --eval_env")
+    for key in ("action_low", "action_high"):
+        if (bound := np.asarray(data.setdefault(key, own[key])).tolist()) != own[key].tolist():
+            raise DataError(f"{key} is {bound} in {name}, {own[key].tolist()} in {id}: change --eval_env")
 
 
 def to_space(actions: np.ndarray, space: gym.Space) -> np.ndarray:
@@ -1161,8 +1156,9 @@ def describe(row: dict[str, Any]) -> str:
 
 
 # local: frames need no scaling
-def prepare_data(config: Any, data: dict[str, Any], task: Task) -> tuple[dict, dict, dict]:
-    """Transitions to train on, held-out ones, and the range of actions and pixels."""
+def prepare_data(config: Any, data: dict[str, Any], task: Task) -> tuple[dict, dict, Frames, tuple, dict]:
+    """Transitions to train on and held-out ones, the frames of both, the network's sizes and the range of actions."""
+    frames, frame_max = Frames(data, config), float(data.get("frame_max", 255))
     numbers, _, returns = episodes(data)
     data["actions"], low, high = encode_actions(data, config.env)
     data["rewards"] = task.training_rewards(data["rewards"])
@@ -1173,10 +1169,10 @@ def prepare_data(config: Any, data: dict[str, Any], task: Task) -> tuple[dict, d
     if config.holdout_fraction and not n_held_out:
         print(f"{config.env}: the data are one episode, so nothing is held out and there are no holdout metrics")
     held_out = np.isin(numbers, np.random.default_rng(config.seed).permutation(n_episodes)[:n_held_out])
-    columns, frame_max = (*COLUMNS, "observations", "next_observations"), float(data.get("frame_max", 255))
+    columns = (*COLUMNS, "observations", "next_observations")
     holdout, data = ({key: data[key][rows] for key in columns} for rows in (held_out, ~held_out))
-    scaling = {"frame_max": frame_max, "action_low": low, "action_high": high}
-    return data, holdout, {name: torch.tensor(x) for name, x in scaling.items()}
+    scaling = {"action_low": torch.tensor(low), "action_high": torch.tensor(high)}
+    return data, holdout, frames, (frames.shape, (high - low + 1).tolist(), frame_max), scaling
 
 
 def save(path: Path, content: str | dict[str, Any]) -> None:
@@ -1524,7 +1520,7 @@ class Follower(Run):
         self.progress = tqdm(disable=True)
 
     def add_row(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
-        self.rows.append({"step": step})
+        self.rows.append(dict.fromkeys(EVALUATION.split()) | {"step": step})
         return {}
 
     def log(self, metrics: dict[str, Any], step: int) -> None: ...
@@ -1615,6 +1611,14 @@ class Ranks:
             content = content.clone() if self.is_first else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(content, 0)
         return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+    def open_run(self, config: TrainConfig) -> Run:
+        """The run's folder and rows, for the first process; the others know only the rows. Raises DataError."""
+        run = (Run if self.is_first else Follower)(config, config.max_timesteps)
+        run.rows = self.share(run.rows)
+        if run.is_complete:
+            self.finish()
+        return run
 
     def part(self, data: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
         """This process's part of the transitions, in whole episodes that follow each other. Raises DataError."""
