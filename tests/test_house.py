@@ -229,7 +229,8 @@ def test_budgets(path):
     train = next(node for node in functions(tree) if node.name == "train")
     assert length(train) <= (60 if "finetune" in path.parts or path.stem == "combo" else 45)
     networks = [x.lineno for x in tree.body if isinstance(x, ast.ClassDef) and "nn.Module" in map(ast.unparse, x.bases)]
-    assert networks[0] < {"combo": 145, "policy_constraint": 140}.get(path.stem, 125)  # with 65 and 61 options
+    # with 65 and 61 options, and with more imports
+    assert networks[0] < {"combo": 145, "policy_constraint": 140, "cql_atari": 130}.get(path.stem, 125)
 
 
 def agent_methods(path):
@@ -260,8 +261,8 @@ def test_methods_of_the_agents_have_one_text_or_say_why_not():
         ]
         of_one_text += len({text for text, _ in continuous}) < len(continuous)
         versions = [found[name] for found in methods.values() if name in found]
-        versions.sort(key=lambda x: "# local: " in x[1])  # of two that are equally common, the one without a comment
-        commonest = max(versions, key=lambda x: sum(x[0] == y[0] for y in versions))[0]
+        voters = [x for x in versions if "# local: " not in x[1]] or versions
+        commonest = max(voters, key=lambda x: sum(x[0] == y[0] for y in versions))[0]
         for path, found in methods.items():
             if name in found and found[name][0] != commonest:
                 assert re.search(r"# local: \S", found[name][1]), f"{path}: {name} differs and does not say why"
