@@ -35,7 +35,7 @@ policy = copied.load_policy("runs/run/policy.pt")
 low, high = np.array(LOW), np.array(HIGH)
 rng, pixels = np.random.default_rng(0), PIXELS
 if pixels:
-    observations = rng.integers(256, size=(64, 2, 6, 6)).astype(np.uint8)
+    observations = (255 * (rng.random((64, 2, 6, 6)) < rng.random((64, 1, 6, 6)) ** 4)).astype(np.uint8)
 else:
     observations = rng.normal(size=(64, 3)) * 10.0 ** rng.integers(-3, 9, size=(64, 1))
 actions = policy(observations)

@@ -69,9 +69,10 @@ def prepare(script, tiny):
         if not WORLDS[script.__name__].pixels:
             task = script.Task(config, data)
             return *script.prepare_data(config, data, task, None), task
-        data["environment"] = script.environment_arguments(config, data)
-        task, _ = script.Task(config, data), script.Frames(data, config)
-        return *script.prepare_data(config, data, task, script.Ranks(config)), task
+        data = script.with_stacks(config, data)
+        task = script.Task(config, data)
+        data, holdout, _, scaling = script.prepare_data(config, data, task, script.Ranks(config))
+        return data, holdout, scaling, task
 
     return prepare
 

@@ -522,7 +522,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
             run.save(agent, step, random=ranks.random_states(run))
         ranks.finish()
     finally:
-        ranks.end()
+        ranks.over.set()
         run.end(task.envs)
     print(f"{describe(run.rows[-1])} after {run.n_steps:,} updates, in {run.path}")
     return run.rows[-1]
@@ -707,6 +707,8 @@ def load_dataset(name: str) -> dict[str, Any]:
     data["actions"] = data["actions"].reshape(len(data["actions"]), -1)
     space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
     told = {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
+    if "episode_returns" in told:
+        told["episode_returns"] = np.array(told["episode_returns"])
     return told | data | action_bounds(space, f"--env {name}")
 
 
@@ -1026,9 +1028,9 @@ def evaluate(policy: Callable, env: str, n_episodes: int, seed: int, **arguments
     arguments = {"frame_stack": policy.network.frame_stack} | (arguments or (ATARI if "ALE/" in env else {}))
     n = math.ceil(n_episodes / math.ceil(n_episodes / MAX_ENVS))
     with contextlib.closing(make_environments(env, n, env, **arguments)) as envs:
-        found = action_bounds(envs.single_action_space, env)["action_high"].tolist()
-        if found != (own := policy.network.action_high.tolist()):
-            raise DataError(f"the largest action is {found} in {env}, and {own} in the policy")
+        for key, found in action_bounds(envs.single_action_space, env).items():
+            if found.tolist() != (own := getattr(policy.network, key).tolist()):
+                raise DataError(f"{key} is {found.tolist()} in {env}, and {own} in the policy")
         return rollout(policy, envs, n_episodes, seed)
 
 
@@ -1111,6 +1113,7 @@ def make_environments(
         return None
     for name, options in wrappers:
         if name in WRAPPERS.split() and options is not None:
+            options = {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}  # JSON has no tuples
             makers.append(functools.partial(getattr(gym.wrappers, name), **options))
         elif name in IDLE_WRAPPERS.split():
             print(f"{id}: the recording's {name} changes nothing and is left out")
@@ -1564,9 +1567,13 @@ class Ranks:
         with explain(f"process {self.rank} does not find the other {self.n - 1}, which torchrun would start"):
             store, *_ = next(dist.rendezvous("env://", timeout=JOIN))
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.n, timeout=PATIENCE)
-        self.watcher = threading.Thread(target=self.watch, args=(store.clone(),), daemon=True)
-        self.watcher.start()
-        atexit.register(self.end)  # a thread that calls C++ while Python ends would abort it
+        self.seen = {x: time.monotonic() for x in range(self.n) if x != self.rank}
+        for work, *arguments in ((self.beat, store.clone()), (self.watch,)):
+            thread = threading.Thread(target=work, args=arguments, daemon=True)
+            thread.start()
+            atexit.register(thread.join, 5)  # seconds: one that calls C++ while Python ends would abort it
+        atexit.register(self.over.set)  # the last is called first
+        self.share(None)  # none may fail, and leave, before all are connected
 
     def receive(self, number: int, _: Any) -> None:
         """Keeps the first signal until all processes know of it. Any further one may be torchrun's copy."""
@@ -1574,20 +1581,20 @@ class Ranks:
             os._exit(128 + number)
         self.signal = self.signal or number
 
-    def watch(self, store: dist.Store) -> None:
+    def beat(self, store: dist.Store) -> None:
+        """Shows the others that this process lives, and notes when they did."""
+        signs: dict[int, bytes] = {}
+        with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
+            while not self.over.wait(1):
+                store.set(f"sign of {self.rank}", str(time.time()))
+                for x in self.seen:
+                    if store.check([f"sign of {x}"]) and store.get(f"sign of {x}") != signs.get(x):
+                        signs[x], self.seen[x] = store.get(f"sign of {x}"), time.monotonic()
+
+    def watch(self) -> None:
         """Ends this process once another one shows no life: it would wait for it, and a GPU stand idle, for hours."""
-        others, seen = [x for x in range(self.n) if x != self.rank], {}
-        store.set_timeout(datetime.timedelta(seconds=SILENCE))
-        while not self.over.wait(2):
-            try:
-                store.set(f"alive {self.rank}", str(time.time()))
-                signs = {x: store.get(f"alive {x}") for x in others}
-            except RuntimeError:  # the process that holds the store is gone, or one never came
-                signs = {x: b"" for x in others}
-            for x, sign in signs.items():
-                if seen.get(x, ("", 0))[0] != sign:
-                    seen[x] = sign, time.monotonic()
-            dead = [x for x in others if time.monotonic() - seen[x][1] > SILENCE]
+        while not self.over.wait(1):
+            dead = [x for x, at in self.seen.items() if time.monotonic() - at > SILENCE]
             if dead and not self.over.is_set():
                 told = f"{self.lost} (process {dead[0]} was silent for {SILENCE} s)"
                 print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
@@ -1644,7 +1651,7 @@ class Ranks:
             agent.load_state_dict(self.share(agent.state_dict()))
             run.done, agent.average = self.share(run.done), self.average
         if states is not None and states.shape == (self.n, len(run.rng.get_rng_state())):
-            run.rng.set_rng_state(states[self.rank].cpu())
+            run.rng.set_rng_state(states[self.rank].cpu().clone())  # torch fails on a part of a tensor
         elif states is not None:
             reason = f"{len(states)} processes are now {self.n}" if len(states) != self.n else "the device is another"
             print(f"{reason}: from here on, minibatches are others than without the stop")
@@ -1687,15 +1694,9 @@ class Ranks:
     def finish(self) -> None:
         """Waits until all processes are here: one that leaves early is missed by those that still work."""
         self.share(None)
-        self.end()
-        if self.n > 1:
-            dist.destroy_process_group()
-
-    def end(self) -> None:
-        """Ends the watch."""
         self.over.set()
         if self.n > 1:
-            self.watcher.join()
+            dist.destroy_process_group()
 
 
 def main(config_class: type, train: Callable) -> None:
