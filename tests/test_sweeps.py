@@ -18,6 +18,7 @@ from pathlib import Path
 
 import common
 import pytest
+import torch.distributed.run as torchrun_options
 import yaml
 from conftest import ROOT, SCRIPTS, once, suited, table
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
@@ -496,6 +497,64 @@ def test_slurm_ends_that_do_not_requeue(slurm):
         assert lacks in printed and printed.count("\n") == 1
     assert "sbatch" in slurm("", "").communicate()[0]
     assert "RUNS_PER_TASK" in slurm(1, "", RUNS_PER_TASK=0).communicate()[0]
+
+
+SRUN = """#!/usr/bin/env bash
+trap 'echo USR1 >>signals; exit 1' USR1
+trap 'echo TERM >>signals; exit 1' TERM
+printf '%s\\n' "$@" >words
+echo "$OMP_NUM_THREADS $WANDB_RUN_ID" >started
+[ ! -e signals ] && [ -e long ] && while :; do sleep 0.02; done
+[ ! -e fails ]
+"""
+
+
+@pytest.fixture
+def nodes(start, tmp_path, monkeypatch):
+    """Starts torchrun.sh as a job on two machines with four GPUs and 16 cores each."""
+    control = f'[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$@" >>{tmp_path}/requeued'
+    for name, text in (("srun", SRUN), ("scontrol", f"#!/bin/sh\n{control}\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+
+    def job(*words, **variables):
+        given = {"SLURM_JOB_ID": 20077, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": 2}
+        given |= {"SLURM_GPUS_ON_NODE": 4, "SLURM_CPUS_PER_TASK": 16} | variables
+        environment = {key: x for key, x in os.environ.items() if key != "OMP_NUM_THREADS"}
+        environment |= {key: str(x) for key, x in given.items()} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return start("bash", ROOT / "benchmarks/slurm/torchrun.sh", *words, env=environment)
+
+    return job
+
+
+def test_slurm_job_on_several_machines(nodes):
+    assert nodes("a.py", "--name=a b").communicate() == ("", None)
+    *words, script, option = Path("words").read_text().splitlines()
+    assert (script, option) == ("a.py", "--name=a b") and Path("started").read_text() == "4 cql-20077\n"
+    wanted = {"--nnodes=2", "--nproc_per_node=4", "--rdzv_backend=c10d", "--rdzv_endpoint=node7:20077"}
+    assert wanted < {*words} and not Path("requeued").exists()
+    known = torchrun_options.get_args_parser()  # refuses what it does not know
+    assert known.parse_args([*words[words.index("torchrun") + 1 :], script]).signals_to_handle.endswith(",SIGUSR1")
+    assert nodes("a.py", PROCESSES_PER_NODE=8, WANDB_RUN_ID="mine").wait() == 0
+    assert Path("started").read_text() == "2 mine\n" and "--nproc_per_node=8" in Path("words").read_text()
+
+
+def test_slurm_job_is_put_back_when_its_time_is_over(nodes):
+    Path("long").touch()
+    for name, requeued in (("USR1", True), ("TERM", False)):
+        Path("started").unlink(missing_ok=True)
+        process = nodes("a.py")
+        wait_for(lambda: Path("started").exists(), "srun")
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        assert process.wait() == 1 and Path("signals").read_text() == f"{name}\n"
+        assert Path("requeued").exists() == requeued
+        Path("signals").unlink(), Path("requeued").unlink(missing_ok=True)
+    Path("long").unlink(), Path("fails").touch()
+    assert nodes("a.py").wait() == 1 and not Path("requeued").exists()
+    for words, variables, lacks in (([], {}, "name a script"), (["a.py"], {"SLURM_GPUS_ON_NODE": ""}, "GPUs")):
+        printed, _ = nodes(*words, **variables).communicate()
+        assert lacks in printed and printed.count("\n") == 1
 
 
 # W&B's agent
