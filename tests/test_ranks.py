@@ -248,7 +248,7 @@ def check_end(path, whole):
 
 
 def lines(texts):
-    """What processes print on stderr, without the hosts and ports of gloo."""
+    """Lines that processes print on stderr, without the hosts and ports of gloo."""
     return [text.splitlines() for text in texts]
 
 

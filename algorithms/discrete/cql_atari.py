@@ -580,7 +580,7 @@ ATARI = {
     "frameskip": 1, "repeat_action_probability": 0.25, "full_action_space": False,
     "max_num_frames_per_episode": 108_000, "wrappers": [["AtariPreprocessing", {"noop_max": 0, "frame_skip": 4}]],
 }  # fmt: skip
-GAMES = {"ALE": ("ale_py", "ale-py opencv-python-headless"), "MinAtar": ("minatar.gym", "--no-deps minatar")}
+GAMES = {"ALE": ("ale_py", "ale-py opencv-python-headless"), "MinAtar": ("minatar.gym", "minatar")}
 AGREE_UPDATES = 8  # updates between two questions to the others for signals: too few for a CUDA graph, on purpose
 SILENCE = 20  # seconds after which a process that shows no life counts as dead; torchrun kills after 30
 JOIN = datetime.timedelta(minutes=10)  # for all processes to start
