@@ -139,6 +139,12 @@ class Words(Counter):
     action_space = gym.spaces.Discrete(2)
 
 
+class Moved(Counter):
+    """As many actions as those of Counter with discrete ones, but other numbers."""
+
+    action_space = gym.spaces.MultiDiscrete([4, 3])
+
+
 class Large(Counter):
     """Counter with images of another size."""
 
@@ -220,7 +226,7 @@ kinds = pytest.mark.parametrize("script", ["algorithms.offline.cql", "algorithms
 
 ENVIRONMENTS = {
     "Counter": Counter, "DictCounter": DictCounter, "Plain": Plain, "Paid": Paid, "Fine": Fine, "Words": Words,
-    "Large": Large, "Hopper-Toy": Counter, "HalfCheetah_Toy": Counter,
+    "Moved": Moved, "Large": Large, "Hopper-Toy": Counter, "HalfCheetah_Toy": Counter,
 }  # fmt: skip
 for name, kind in ENVIRONMENTS.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{kind.__name__}")
@@ -391,7 +397,7 @@ def make_agent(script, config):
     """An agent for Counter."""
     world = WORLDS[script.__name__]
     size = [config.frame_stack, *FRAME.shape] if world.pixels else 3
-    return getattr(script, world.agent)(config, size, world.action_sizes)
+    return getattr(script, world.agent)(config, size, world.action_sizes, *([255.0] if world.pixels else []))
 
 
 def tiny_arguments(script, **options):

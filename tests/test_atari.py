@@ -24,7 +24,6 @@ from conftest import (
     refusal,
     slow_stacks,
     store,
-    weights,
     write_frames,
 )
 from test_discrete import slow_quantile_loss
@@ -110,15 +109,14 @@ def test_first_weights_are_uniform_within_1_316_over_the_root_of_the_inputs_and_
 
 
 def test_pixels_are_divided_by_their_largest_value():
-    network = cql.QNetwork([2, 5, 4], [A], 8, "minatar", "dqn", 1)
-    network.frame_max.fill_(3.0)
+    network = cql.QNetwork([2, 5, 4], [A], 8, "minatar", "dqn", 1, frame_max=3.0)
     stacks = torch.randint(4, (6, 2, 5, 4), dtype=torch.uint8)
     assert torch.equal(network.features(stacks), network.encoder(stacks / 3))
 
 
 def test_an_impala_network_is_the_same_in_another_order_of_its_memory():
-    network = cql.QNetwork([4, 20, 20], [A], 16, "impala", "dqn", 1)
-    other, stacks = copy.deepcopy(network), torch.randint(256, (5, 4, 20, 20), dtype=torch.uint8)
+    network = cql.QNetwork([4, 9, 8], [A], 16, "impala", "dqn", 1)
+    other, stacks = copy.deepcopy(network), torch.randint(256, (5, 4, 9, 8), dtype=torch.uint8)
     other.memory_format = torch.contiguous_format
     other.encoder.to(memory_format=torch.contiguous_format)
     torch.testing.assert_close(network(stacks), other(stacks))
@@ -138,7 +136,7 @@ def twins(float64):
         options = {"td_error": "huber", "target": "double", "cql_alpha": 1.0, "head": "qr"} | options
         flat_agent = cql_dqn.DiscreteCQL(cql_dqn.TrainConfig(**options, q_n_hidden_layers=1), 18, [A])
         options |= {"encoder": "minatar", "frame_stack": 2, "adam_eps": 1e-8}
-        agent = cql.DiscreteCQL(cql.TrainConfig(**options), [2, 3, 3], [A])
+        agent = cql.DiscreteCQL(cql.TrainConfig(**options), [2, 3, 3], [A], 255.0)
         with torch.no_grad():
             for parameter in flat_agent.parameters():
                 parameter.add_(0.5 * torch.randn_like(parameter))
@@ -225,7 +223,7 @@ def test_update_is_a_step_of_adam_then_of_the_target(twins):
 
     def make_agent():
         torch.manual_seed(0)
-        agent = cql.DiscreteCQL(cql.TrainConfig(**options), [2, 3, 3], [A])
+        agent = cql.DiscreteCQL(cql.TrainConfig(**options), [2, 3, 3], [A], 255.0)
         with torch.no_grad():
             for parameter in agent.parameters():
                 parameter.add_(0.5 * torch.randn_like(parameter))
@@ -446,8 +444,9 @@ def test_other_forms_of_data_are_one_line(script, new_dataset, tiny, tmp_path):
 
 def test_environments_that_do_not_fit_are_one_line(script, tiny, tmp_path):
     for name, words in (
-        ("Large-v0", "stacks [2, 6, 6]"), ("Words-v0", "and [[0], [1]]"), ("Fine-v0", "Discrete"),
-        ("CartPole-v1", "this script takes images"), ("No-v0", "--eval_env"),
+        ("Large-v0", "sizes ([2, 6, 6], 2), Large-v0 ([2, 8, 8], 2)"),
+        ("Words-v0", "Words-v0 ([2, 6, 6], 1)"), ("Fine-v0", "Discrete"),
+        ("Moved-v0", "action_low is [-2, 0] in"), ("CartPole-v1", "this script takes images"), ("No-v0", "--eval_env"),
     ):  # fmt: skip
         status, line = refusal(lambda name=name: script.train(tiny(eval_env=name)))
         assert status in (1, 2) and name.removesuffix("CartPole-v1") in line and words in line, line
@@ -509,18 +508,24 @@ def test_a_policy_acts_as_it_did_in_evaluation(script, cloned, monkeypatch):
     log.clear()
     played = script.evaluate(policy, "Counter-v0", 12, 0)
     assert sorted(log) == evaluated and played["length"] == [Counter.length(x) for x in range(12)]
-    assert "the largest action is" in refusal(script.evaluate, policy, "Words-v0", 1, 0)[1]
+    assert "action_low is [0] in Words-v0, and [-2, 0]" in refusal(script.evaluate, policy, "Words-v0", 1, 0)[1]
 
 
-def test_a_policy_divides_pixels_as_its_training_did(script, new_dataset, run):
-    """By frame_max of the data; the target network and the clone do, too."""
+def test_a_policy_divides_pixels_as_its_training_did(script, new_dataset, tiny, run, monkeypatch):
+    """By frame_max of the data; a network that divides by another number does not continue its training."""
     data = script.load_dataset(DATASET)
     arrays = {key: data[key] for key in ("frames", "starts", "actions", "rewards", "terminals", "timeouts")}
     metadata = {"format": 1, "kind": "frames", "action_low": [-2, 0], "action_high": [1, 2]}
     name = write_frames("toy/new-v0", arrays | {"frames": data["frames"] // 128}, metadata | {"frame_max": 1})
-    stored = weights(run(env=name, cql_variant="var"), "checkpoint.pt")
-    found = {key: x.item() for key, x in stored.items() if key.endswith("frame_max")}
-    assert found == {key: 1 for key in found} and len(found) == 4  # three networks, and the policy
+    agents, update = [], script.DiscreteCQL.update
+    monkeypatch.setattr(script.DiscreteCQL, "update", lambda self, batch: (agents.append(self), update(self, batch))[1])
+    folder = run(env=name, cql_variant="var", max_timesteps=1)
+    networks = agents[0].critic, agents[0].target_critic, agents[0].behaviour
+    assert [x.frame_max for x in (*networks, script.load_policy(folder / "policy.pt").network)] == 4 * [1]
+    status, line = refusal(
+        script.train, tiny(load_model=str(folder / "checkpoint.pt"), cql_variant="var", run_id="next")
+    )
+    assert status == 1 and "holds a network of sizes" in line
 
 
 # Games
