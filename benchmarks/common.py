@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, Optional
@@ -148,11 +148,11 @@ def local_dataset(name: str) -> Optional[Path]:
     return next((root / x for x in names if (root / x).exists()), None)
 
 
-def read_dataset(name: str) -> dict[str, Any]:
-    """Returns what load_dataset does, by the script that takes such actions, in columns that it has checked. Raises
+def read_dataset(name: str, readers: Iterable[str] = READERS) -> dict[str, Any]:
+    """Returns what load_dataset does, by the script that takes such data, in columns that it has checked. Raises
     DataError."""
     reasons = []
-    for module in map(importlib.import_module, READERS):
+    for module in map(importlib.import_module, readers):
         try:
             data = module.load_dataset(name)
             module.check_dataset(data, SimpleNamespace(env=name, buffer_size=math.inf))

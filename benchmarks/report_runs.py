@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from benchmarks.common import ROOT, DataError, OptionError, local_dataset, read_dataset
+from benchmarks.common import READERS, ROOT, SCRIPTS, DataError, OptionError, local_dataset, read_dataset
 
 TEXTS = ["dataset", "method", "run", "status"]  # columns of runs.csv that hold no numbers
 KEYS = ["dataset", "method", "seed", "run", "status", "last_step", "online_from", "episodes"]  # of runs.csv
@@ -448,7 +448,7 @@ def behaviour(dataset: str, notes: list[str]) -> Optional[dict[str, float]]:
     if not local_dataset(dataset):
         return None
     try:
-        data = read_dataset(dataset)
+        data = read_dataset(dataset, (*READERS, SCRIPTS[1]))  # which reads frames
     except DataError as error:
         notes.append(f"the data of {dataset} cannot be read, so their returns are missing ({error})")
         return None

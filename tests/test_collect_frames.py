@@ -7,7 +7,6 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 
 from algorithms.discrete import cql_atari
 from benchmarks import collect_frames
@@ -165,25 +164,6 @@ def test_what_an_agent_met_is_stored(algo, env, tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(np.load(folder / f"{name}.npy"), columns[name])
     main([*options, "--force", "--seed", "1"])
     assert not np.array_equal(np.load(folder / "actions.npy"), columns["actions"])
-
-
-def test_all_networks_see_planes_of_flags_alike(tmp_path, monkeypatch):
-    """The target network and the clone, too, divide by the data's frame_max, 1, and not by 255."""
-    monkeypatch.chdir(tmp_path)
-    recorder = Recorder(Planes(gym.make("Noise-v0", disable_env_checker=True)), 40)
-    recorder.reset(seed=0)
-    for _ in range(40):
-        *_, terminated, truncated, _ = recorder.step(1)
-        if terminated or truncated:
-            recorder.reset()
-    data = recorder.columns() | {"frame_max": 1, "action_low": [0], "action_high": [2]}
-    data["actions"] = data["actions"].reshape(-1, 1)
-    options = {"encoder": "minatar", "frame_stack": 1, "hidden_dim": 8, "n_quantiles": 3, "device": "cpu"}
-    options |= {"max_timesteps": 1, "eval_freq": 1, "cql_variant": "var", "run_id": "run", "eval_env": "none"}
-    cql_atari.train(cql_atari.TrainConfig(**options), data=data)
-    weights = torch.load("runs/run/checkpoint.pt", weights_only=True)["agent"]
-    scales = {name: float(value) for name, value in weights.items() if name.endswith("frame_max")}
-    assert scales == {f"{name}.frame_max": 1 for name in ("critic", "target_critic", "behaviour")}
 
 
 def test_atari_frames_are_preprocessed_once(tmp_path, monkeypatch):

@@ -110,8 +110,9 @@ def test_presets_of_published_settings_name_their_code():
     firsts = {path: text.partition("\n")[0] for path, text in CONFIGURATIONS.items() if "policy_constraint" in path}
     assert {path for path, line in firsts.items() if not re.fullmatch(form, line)} == set() and len(firsts) > 12
     firsts = {path: text.partition("\n")[0] for path, text in CONFIGURATIONS.items() if "cql_atari" in path}
+    del firsts["configs/discrete/cql_atari/minatar.yaml"]  # chosen here
     form = r"# Settings: [\w-]+/[\w-]+, .+ at commit [0-9a-f]{7}[.;].*"
-    assert {path for path, line in firsts.items() if not re.fullmatch(form, line)} == set() and len(firsts) > 3
+    assert {path for path, line in firsts.items() if not re.fullmatch(form, line)} == set() and len(firsts) > 2
 
 
 def test_there_is_a_configuration_for_every_dataset_of_d4rls_benchmark():

@@ -707,6 +707,8 @@ def load_dataset(name: str) -> dict[str, Any]:
     data["actions"] = data["actions"].reshape(len(data["actions"]), -1)
     space = gym.spaces.MultiDiscrete(high - low + 1, start=low)
     told = {key: metadata[key] for key in OPTIONAL.split() if metadata.get(key) is not None}
+    if "episode_returns" in told:
+        told["episode_returns"] = np.array(told["episode_returns"])
     return told | data | action_bounds(space, f"--env {name}")
 
 

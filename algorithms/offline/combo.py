@@ -1073,7 +1073,7 @@ def load_flat(name: str, path: Path, metadata: dict[str, Any], problem: str) -> 
     with explain(problem):
         form = metadata["format"], metadata["kind"]
         if form != (1, "transitions"):
-            raise DataError(f"--env {name} has format {form[0]} of {form[1]}; this script reads 1 of transitions")
+            raise DataError(f"--env {name} has format {form}, not (1, 'transitions'); cql_atari.py reads frames")
         data = {key: np.load(path / f"{key}.npy") for key in COLUMNS}
         data |= {key: np.load(path / f"{key}.npy") for key in OPTIONAL.split() if (path / f"{key}.npy").exists()}
         kind, shape = np.int64 if data["actions"].dtype.kind == "i" else np.float64, data["actions"].shape[1:]
