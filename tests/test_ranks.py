@@ -105,7 +105,7 @@ for name, case in CASES.items():
     found = []
     for average, part in ((None, slice(None)), (ranks.average, slice(6 * ranks.rank, 6 * ranks.rank + 6))):
         torch.manual_seed(1)
-        agent = DiscreteCQL(config, [4, 10, 10], [3])
+        agent = DiscreteCQL(config, [4, 10, 10], [3], 1.0)
         agent.critic.atoms.copy_(torch.linspace(-3, 3, agent.critic.n_outputs))
         agent.target_critic.atoms.copy_(agent.critic.atoms)
         agent.average = average
@@ -356,6 +356,16 @@ def test_first_process_dies_or_stands_still(start, tmp_path):
     processes.kill(0, signal.SIGSTOP)
     wait_for(lambda: not processes.all[1].is_alive(), "the end")
     assert processes.all[1].exitcode == 1 and LOST in processes.text()[1]
+
+
+def test_processes_that_were_suspended_together_go_on(start):
+    processes = start(at="update 25 of 0", silence=4)
+    processes.wait_for("0 there")
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        processes.kill(0, number), processes.kill(1, number)
+        time.sleep(6 if number == signal.SIGSTOP else 0)
+    processes.go()
+    assert processes.end() == [0, 0], processes.text()
 
 
 def test_torchrun_ends_the_first_process_in_an_evaluation(start, tmp_path):

@@ -1567,7 +1567,7 @@ class Ranks:
         with explain(f"process {self.rank} does not find the other {self.n - 1}, which torchrun would start"):
             store, *_ = next(dist.rendezvous("env://", timeout=JOIN))
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.n, timeout=PATIENCE)
-        self.seen = {x: time.monotonic() for x in range(self.n) if x != self.rank}
+        self.silent = {x: 0 for x in range(self.n) if x != self.rank}  # seconds that each was
         for work, *arguments in ((self.beat, store.clone()), (self.watch,)):
             thread = threading.Thread(target=work, args=arguments, daemon=True)
             thread.start()
@@ -1587,14 +1587,16 @@ class Ranks:
         with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
             while not self.over.wait(1):
                 store.set(f"sign of {self.rank}", str(time.time()))
-                for x in self.seen:
+                for x in self.silent:
                     if store.check([f"sign of {x}"]) and store.get(f"sign of {x}") != signs.get(x):
-                        signs[x], self.seen[x] = store.get(f"sign of {x}"), time.monotonic()
+                        signs[x], self.silent[x] = store.get(f"sign of {x}"), 0
 
     def watch(self) -> None:
         """Ends this process once another one shows no life: it would wait for it, and a GPU stand idle, for hours."""
         while not self.over.wait(1):
-            dead = [x for x, at in self.seen.items() if time.monotonic() - at > SILENCE]
+            for x in self.silent:  # by counting, as a clock goes on while a scheduler suspends all of them
+                self.silent[x] += 1
+            dead = [x for x, seconds in self.silent.items() if seconds > SILENCE]
             if dead and not self.over.is_set():
                 told = f"{self.lost} (process {dead[0]} was silent for {SILENCE} s)"
                 print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
