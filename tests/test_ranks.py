@@ -186,7 +186,13 @@ class Processes:
                 1,
             )
         self.path, self.all = path, []
-        for name in ("go", *(f"{rank} {what}" for rank in range(3) for what in ("there", "signalled"))):
+        for name in (
+            "go",
+            "0 pid",
+            "1 pid",
+            "2 pid",
+            *(f"{rank} {what}" for rank in range(3) for what in ("there", "signalled")),
+        ):
             (path / name).unlink(missing_ok=True)
         for rank in range(n):
             folder = path / str(rank) / "work"
@@ -225,10 +231,15 @@ def start(tmp_path, root):
         return started[-1]
 
     yield start
-    for process in (process for processes in started for process in processes.all):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+    for processes in started:
+        notes = [
+            int(path.read_text()) for path in processes.path.glob("* pid")
+        ]  # torchrun's have sessions of their own
+        for pid in (*notes, *(process.pid for process in processes.all)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in processes.all:
+            process.join()
 
 
 @pytest.fixture(scope="module")
