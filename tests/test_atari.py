@@ -568,7 +568,7 @@ for kind in (Screen, Colors):
 
 @pytest.mark.parametrize("head", ["qr", "c51"])
 def test_learns_more_than_the_behaviour_did(head, script, new_dataset, tiny):
-    """What earns stands in the frame before the last."""
+    """The frame before the last shows which action earns."""
     episodes = record("Screen-v0", range(60))
     options = {"env": new_dataset(episodes, env="Screen-v0"), "head": head, "hidden_dim": 32, "qf_lr": 1e-3}
     options |= {"max_timesteps": 200, "eval_freq": 200, "n_episodes": 10, "eval_seed": 1000, "discount": 0.5}
