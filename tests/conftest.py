@@ -319,7 +319,7 @@ def slow_stacks(data, n):
 
 
 def observations_of(script, data):
-    """The observation that a policy takes, at each row of the data."""
+    """Returns what a policy takes at each row of the data."""
     if not WORLDS[script.__name__].pixels:
         return data["observations"]
     return np.stack([stack for stack, _ in slow_stacks(data, PIXELS["frame_stack"])])

@@ -80,14 +80,14 @@ DQN = [
     )
 ]
 PIXELS = [
-    ("load_dataset", "return data | action_bounds(", "return data | action_bound("),
+    ("load_dataset", "data | action_bounds(space,", "data | action_bound(space,"),
     ("load_dataset", "gym.spaces.MultiDiscrete(high", "gym.spaces.MultiDiscretes(high"),
     ("flatten", "stacks.reshape(len(stacks), -1, ", "stacks.reshape(len(stacks), -1, 7, "),
-    ("frames", "np.diff(lasts, prepend=-1)", "np.diffs(lasts, prepend=-1)"),
+    ("frames", "np.repeat(starts + n_frames", "np.repeats(starts + n_frames"),
     ("stacks", "torch.searchsorted(self.starts,", "torch.searchsorted(self.start,"),
     ("stacks", "[1] * (stacks.ndim - 2)", "[1] * (stacks.ndim - 1)"),
     ("network", "self.encoder(pixels)", "self.encoders(pixels)"),
-    ("prepare_data", "owners[numbers] ==", "owner[numbers] =="),
+    ("load", "self.frames[0].nbytes", "self.frames[0].nbyte"),
     ("start_values", "self.critic.scores(as_stacks", "self.critic.score(as_stacks"),
 ]
 

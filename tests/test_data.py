@@ -71,7 +71,7 @@ def prepare(script, tiny):
             return *script.prepare_data(config, data, task, None), task
         data = script.with_stacks(config, data)
         task = script.Task(config, data)
-        data, holdout, _, scaling = script.prepare_data(config, data, task, script.Ranks(config))
+        data, holdout, *_, scaling = script.prepare_data(config, data, task)
         return data, holdout, scaling, task
 
     return prepare
