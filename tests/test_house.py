@@ -26,7 +26,6 @@ BUDGETS = {
     "offline/combo.py": (873, 9_485, 1_847, 19_150),
     "offline/policy_constraint.py": (665, 6_435, 1_685, 16_500),
     "finetune/cql.py": (815, 8_505, 1_767, 17_920),
-    "discrete/cql_atari.py": (530, 4_785, 1_717, 16_475),
     "discrete/cql_dqn.py": (478, 4_310, 1_543, 14_940),
     "discrete/cql_atari.py": (535, 4_800, 1_730, 16_600),
 }
