@@ -27,7 +27,7 @@ BUDGETS = {
     "offline/policy_constraint.py": (665, 6_435, 1_685, 16_500),
     "finetune/cql.py": (815, 8_505, 1_767, 17_920),
     "discrete/cql_dqn.py": (478, 4_310, 1_543, 14_940),
-    "discrete/cql_atari.py": (535, 4_800, 1_730, 16_600),
+    "discrete/cql_atari.py": (535, 4_785, 1_723, 16_475),
 }
 # Agents for continuous actions: the smallest number of methods of which several have the same text.
 SHARED_METHODS = 17
@@ -230,7 +230,7 @@ def test_budgets(path):
     assert length(train) <= (60 if "finetune" in path.parts or path.stem == "combo" else 45)
     networks = [x.lineno for x in tree.body if isinstance(x, ast.ClassDef) and "nn.Module" in map(ast.unparse, x.bases)]
     # with 65 and 61 options, and with more imports
-    assert networks[0] < {"combo": 145, "policy_constraint": 140, "cql_atari": 130}.get(path.stem, 125)
+    assert networks[0] < {"combo": 145, "policy_constraint": 140, "cql_atari": 135}.get(path.stem, 125)
 
 
 def agent_methods(path):

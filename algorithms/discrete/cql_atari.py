@@ -1,8 +1,12 @@
-"""Conservative Q-Learning (CQL), offline, from pixels: a deep Q-network (QR-DQN, C51 or double DQN) on stacks of frames
+r"""Conservative Q-Learning (CQL), offline, from pixels: a deep Q-network (QR-DQN, C51, double DQN) on stacks of frames
 whose values are pushed down where they are high and up on the data's actions, by an exact log-sum-exp.
 At arxiv.org/abs: CQL 2006.04779, DQN replay 1907.04543, QR-DQN 1710.10044, C51 1707.06887, DR3 2112.04716.
 
-    python algorithms/discrete/cql_atari.py --config_path configs/discrete/cql_atari/minatar.yaml
+    bash benchmarks/studies/minatar.sh data
+    python algorithms/discrete/cql_atari.py --config_path configs/discrete/cql_atari/minatar.yaml --compile True \
+        --env minatar/space-invaders-replay-5-v0
+
+returns 24.3 ± 2.3 after 50,000 updates (three seeds; three minutes each on a CPU core) on data that return 18.7.
 
 Differs from the papers
 1. The TD error is Huber's doubled, and the quantile loss is the mean over quantiles, doubled, where the authors' code
@@ -10,8 +14,8 @@ Differs from the papers
 2. One Adam step per minibatch of logged data: the authors' target period of 8,000 environment steps is 2,000 updates.
 3. With several processes, each holds other episodes, and an update is that of one process on the whole minibatch.
 
-Known failures: after many updates the policy may become worse again, so watch the curve. Options and metrics:
-docs/atari.md."""
+Known failures: returns jump from one evaluation to the next, and long training may unlearn, so watch the curve. Where
+good play fills the data, cloning may be better. Options and metrics: docs/atari.md."""
 
 import atexit
 import contextlib
