@@ -431,7 +431,7 @@ def test_runs_csv_gives_the_same_tables_and_takes_new_runs(make, tmp_path):
     assert "seed 2 of 007 on d4rl/hopper-medium-v2: unfinished, 10 of 20 steps; it does not count" in err
     assert (tmp_path / "first/runs.csv").read_bytes() == (tmp_path / "second/runs.csv").read_bytes()
     methods = cells(tmp_path / "first", "Methods")[1]  # which takes configurations
-    assert methods == [["d4rl/hopper-medium-v2", "007", "discrete/cql_dqn", "-"]]
+    assert methods == [["d4rl/hopper-medium-v2", "007", "discrete/cql_atari", "-"]]
     assert (tmp_path / "first/table.md").read_text().startswith((tmp_path / "second/table.md").read_text())
     folder(tmp_path / "new/x", lines(7, 8), seed=4, env="hopper-medium-v2")
     make("first", "new", "--out", "first", "--rename", "CQL", "007")  # new runs join old ones in their folder
