@@ -615,7 +615,7 @@ def test_frames_of_an_environment_pass_the_recordings_wrappers(
     ("id", "modules", "cure"),
     [
         ("ALE/Pong-v5", ["ale_py"], "pip install ale-py opencv-python-headless"),
-        ("MinAtar/Breakout-v1", ["minatar", "minatar.gym"], "pip install --no-deps minatar"),
+        ("MinAtar/Breakout-v1", ["minatar", "minatar.gym"], "pip install minatar"),
     ],
 )
 def test_a_missing_package_of_games_is_one_line(id, modules, cure, script, tiny, monkeypatch):

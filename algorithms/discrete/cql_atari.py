@@ -1108,11 +1108,12 @@ def make_environments(
     problem = f"environment {id} cannot be made; --eval_env takes another, MODULE:ID (local: PYTHONPATH=.), or none"
     package, names = GAMES.get(id.partition("/")[0], (None, None))
     if package and id not in gym.registry:
-        with explain(f"{id} needs: pip install {names} (or --eval_env none)", kind):
-            logging.disable()  # MinAtar complains that it cannot draw
-            module = importlib.import_module(package)
+        logging.disable()  # MinAtar complains that it cannot draw
+        try:
+            with explain(f"{id} needs: pip install {names} (or --eval_env none)", kind):
+                getattr(importlib.import_module(package), "register_envs", list)()
+        finally:
             logging.disable(logging.NOTSET)
-            getattr(module, "register_envs", list)()
     if id not in gym.registry and eval_env in (None, "none"):  # a name in data could import any module
         return None
     for name, options in wrappers:
