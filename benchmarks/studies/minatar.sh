@@ -3,7 +3,8 @@
 #   bash benchmarks/studies/minatar.sh data     # trains DQN on both games and stores what it met; 5 % of it, too
 #   bash benchmarks/studies/minatar.sh tuning   # 4 runs with seed 100 on one dataset; runs/report-minatar-tuning
 #   bash benchmarks/studies/minatar.sh study    # 36 runs: three methods, two games, two sizes; runs/report-minatar
-# The data took 19 minutes a game on one busy core. A run that is complete is skipped, and one that was stopped
+#   bash benchmarks/studies/minatar.sh long     # 2 runs of four times as many updates; runs/report-minatar-long
+# The data took 19 minutes per game on one busy core. A run that is complete is skipped, and one that was stopped
 # continues. Exit status: 0, 2 for another part, or that of the first command that failed.
 set -euo pipefail
 export WANDB_MODE=disabled OMP_NUM_THREADS=1
@@ -33,23 +34,30 @@ tuning() { # chose cql_alpha 0.5
 }
 
 study() {
-    long() { # name, options
+    method() { # name, options
         train "$dataset-$1-seed$seed" "$dataset" "$seed" --checkpoints_path runs/minatar --name "$1" "${@:2}"
     }
     for seed in 0 1 2; do
         for dataset in {breakout,space-invaders}-replay{,-5}; do
-            long BC --bc_only True
-            long QR-DQN --cql_alpha 0
-            long CQL
+            method BC --bc_only True
+            method QR-DQN --cql_alpha 0
+            method CQL
         done
     done
     python benchmarks/report.py runs/minatar --out runs/report-minatar
 }
 
+long() {
+    for dataset in {breakout,space-invaders}-replay; do
+        train "$dataset-CQL-seed0" "$dataset" 0 --checkpoints_path runs/minatar-long --name CQL --max_timesteps 200000
+    done
+    python benchmarks/report.py runs/minatar-long --out runs/report-minatar-long
+}
+
 case ${1-} in
-data | tuning | study) "$1" ;;
+data | tuning | study | long) "$1" ;;
 *)
-    sed -n 's/^# \{0,1\}//; 2,7p' "$0" >&2
+    sed -n 's/^# \{0,1\}//; 2,8p' "$0" >&2
     exit 2
     ;;
 esac
