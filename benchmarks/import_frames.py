@@ -16,7 +16,7 @@ from typing import NamedTuple, Optional
 import gymnasium as gym
 import h5py
 import numpy as np
-from common import DataError, as_json, make_env, reading, staged, sync, write_array, write_metadata
+from common import DataError, OptionError, as_json, make_env, reading, staged, sync, write_array, write_metadata
 from import_table import check_flags, check_numbers, plural
 from tqdm import tqdm
 
@@ -220,7 +220,9 @@ def choose_rows(recording, args):
 def count_actions(recording, args):
     """The number of actions: as given, the environment's, or what the data suggest. Raises DataError."""
     found, source = int(recording.actions.max(initial=0)) + 1, "the environment's"
-    n_actions = recording.n_actions
+    n_actions, low, high = recording.n_actions, args.action_low or [0], args.action_high or [0]
+    if [*low] != [0] or len(high) != 1 or high[0] != int(high[0]):
+        raise OptionError("actions of images are counted from 0: --action_low takes 0, --action_high a whole number")
     if args.action_high:
         n_actions, source = int(args.action_high[0]) + 1, "as given"
     if n_actions is None:
@@ -359,6 +361,7 @@ class Shard:
     path: Path  # of the frames
     shape: tuple  # of the frames
     head: np.ndarray  # the first frames
+    passes: int  # how often the buffer had been filled before it began on these rows
     n_valid: int  # rows before the position at which Dopamine writes next; those behind it are older
     actions: np.ndarray  # [n_valid], as the others
     rewards: np.ndarray
@@ -413,7 +416,8 @@ def read_shard(number, paths):
     n, count = shape[0], int(count)
     n_valid = n if count and count % n == 0 else count % n
     head = next(read_frames(paths["observation"], min(PADDING, n)), np.empty((0, *shape[1:])))
-    shard = Shard(number, paths["observation"], shape, head, n_valid, actions[:n_valid], rewards[:n_valid], terminals)
+    columns = actions[:n_valid], rewards[:n_valid], terminals
+    shard = Shard(number, paths["observation"], shape, head, max(count - 1, 0) // n, n_valid, *columns)
     check_numbers(shard.rewards, f"the reward of ckpt.{number}")
     check_flags(terminals[:n_valid], f"the terminal of ckpt.{number}")
     shard.terminals = terminals[:n_valid].astype(bool)
@@ -469,10 +473,10 @@ def read_replay(path, args):
     """A run of the DQN-replay layout as a Recording. Raises DataError."""
     folder = find_run(path)
     shards = read_shards(folder)
-    before, parts, offset = 0 if shards[0].number == 0 else None, [], 0
+    before, parts, offset = None if shards[0].passes else 0, [], 0
     limit = args.max_episode_steps or STEP_LIMIT
     for i, shard in enumerate(shards):
-        if i and shard.number != shards[i - 1].number + 1:
+        if i and shard.passes != shards[i - 1].passes + 1:  # Dopamine may write over a pass that it has not stored
             before = None
         episodes, *counts, before = split_shard(shard, before, limit)
         parts.append((episodes._replace(row=episodes.row + offset, frame=episodes.frame + offset), *counts))
@@ -576,9 +580,8 @@ def read_images(path, shape, columns, args):
         raise DataError(f"observations have shape {shape}: images are [n, H, W] or [n, H, W, C]")
     actions, rewards, terminals = (columns[key] for key in ("actions", "rewards", "terminals"))
     if actions.shape[1] != 1 or (actions != np.rint(actions)).any():
-        raise DataError(
-            f"its observations are images, which need a whole number as action; actions are {actions.shape}"
-        )
+        given = f"{actions.shape[1]} numbers" if actions.shape[1] != 1 else actions[actions != np.rint(actions)][0]
+        raise DataError(f"its observations are images, which need a whole number as action, not {given}")
     rows, limit = np.arange(len(rewards)), args.max_episode_steps
     notes, timeouts = [], columns.get("timeouts")
     if timeouts is None:

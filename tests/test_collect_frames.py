@@ -189,7 +189,8 @@ def test_atari_frames_are_preprocessed_once(tmp_path, monkeypatch):
 )
 def test_a_missing_package_is_one_line(missing, options, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, missing, None)
+    for name in [missing, *(x for x in sys.modules if x.startswith(f"{missing}."))]:  # another test may have it
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as end:
         main([*options, "--id", "test/any-v0", "--steps", "5"])
     error = capsys.readouterr().err

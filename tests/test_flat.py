@@ -87,7 +87,7 @@ def test_an_imported_dataset_trains_to_the_same_bits_as_a_recorded_one(script, r
 
 
 REFUSED = {
-    "a later format": ({"format": 2}, {}, "format 2"),
+    "a later format": ({"format": 2}, {}, "format (2, "),
     "frames": ({"kind": "frames"}, {}, "frames"),
     "no bounds": ({"action_low": None}, {}, "action_low"),
     "a column is missing": ({}, {"rewards": None}, "rewards.npy"),

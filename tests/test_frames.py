@@ -132,7 +132,7 @@ def logged(folder="Pong/1/replay_logs", capacity=40, lengths=(9, 11, 4, 17, 1, 1
     """A run with rows of padding, stale rows, episodes across files, time-outs and a partial tail."""
     logger = Logger(folder, capacity, seed)
     logger.play(*lengths)
-    logger.log(logger.count % capacity)  # the end of the run
+    logger.log(logger.count)  # the end of the run
     return Path(folder)
 
 
@@ -140,14 +140,16 @@ def slow_reading(folder, limit=LIMIT):
     """The episodes of a run, row by row; and how many rows were padding, stale, or without a next frame."""
     found, counts = [], {"padding": 0, "stale": 0, "cut": 0, "timeouts": 0}
     numbers = sorted(int(path.name.split(".")[1]) for path in folder.glob("add_count*"))
-    carried, skip = 0, 0  # steps of an episode that an earlier file began
+    carried, passes = 0, -1  # steps of an episode that an earlier file began
     for number in numbers:
         files = {key: read_zip(folder / f"$store$_{key}_ckpt.{number}.gz") for key in Logger("", 1).store}
         count = int(read_zip(folder / f"add_count_ckpt.{number}.gz"))
         n = len(files["action"])
-        valid = count % n
+        valid = count % n or n  # at a multiple all rows are new
         counts["stale"] += n - valid
-        part, skip = [], 3 if number == 0 else None
+        follows, passes = (count - 1) // n == passes + 1, (count - 1) // n
+        carried = carried if follows else 0  # a pass between them was not stored
+        part, skip = [], 3 if passes == 0 else None
         for row in range(valid):
             frame, action, reward, terminal = (column[row] for column in files.values())
             zero = not (frame.any() or action or reward or terminal)
@@ -605,6 +607,8 @@ def test_other_minari_datasets_are_refused(run, root):
         (("Pong", "--id", ID, "--reward", "x"), "tables"),
         (("Pong", "--id", ID, "--sticky", 2), "probability"),
         (("Pong", "--id", ID, "--action_low", 0, "--action_high", 1, "--eval_env", "none"), "0 to 1"),
+        (("Pong", "--id", ID, "--action_low", 1, "--action_high", 9, "--eval_env", "none"), "--action_low takes 0"),
+        (("Pong", "--id", ID, "--action_low", 0, "--action_high", 9.7, "--eval_env", "none"), "a whole number"),
         (("--frames", "test/all-v0", "--id", "test/b-v0"), "--transitions"),
         (("--frames", "test/all-v0", "--id", "test/b-v0", "--transitions", 3, "--grey", "True"), "--grey"),
         (("--frames", "test/all-v0", "--id", "test/b-v0", "--eval_env", "none"), "--eval_env"),

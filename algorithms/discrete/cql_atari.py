@@ -497,7 +497,7 @@ def train(config: TrainConfig, data: Optional[dict[str, Any]] = None) -> dict[st
     task = Task(config, data)
     data, holdout, frames, sizes, scaling = prepare_data(config, data, task)
     torch.manual_seed(config.seed)
-    agent = DiscreteCQL(config, *sizes)
+    agent = DiscreteCQL(config, *ranks.share(sizes))
     if config.head == "c51" and not (run.checkpoint and config.v_min is config.v_max is None):
         scaling["atoms"] = support(data, config)
     buffer = ReplayBuffer(td_columns(ranks.part(data, config.env), config), config.device)
@@ -689,7 +689,7 @@ def load_dataset(name: str) -> dict[str, Any]:
     Raises DataError.
 
     frames [F, Y, X] or [F, channels, Y, X], uint8, mapped from the disk, each once; starts [episodes], the number of
-    each one's first frame, from which frames go with transitions one by one; actions [T] or [T, k] in the environment's
+    each one's first frame, from which frames go with transitions one by one; actions [T, k] in the environment's
     numbers, rewards [T], and the flags terminals [T] (the next state is terminal: its frame may be missing) and
     timeouts [T] (the episode ends for another reason: one more frame). Optional: action_low, action_high [k], frame_max
     (largest value of a pixel, 255), reference_scores [2] (returns that score 0 and 100), environment (what gym.make
