@@ -473,7 +473,7 @@ def test_colours_come_first_and_other_planes_are_refused(run, root):
     write_hdf5(observations=planes)
     refused(run("game.hdf5", "--id", "test/planes-v0"), "row 0", "stack")
     write_hdf5(actions=np.zeros((20, 2)))
-    refused(run("game.hdf5", "--id", "test/planes-v0"), "actions")
+    refused(run("game.hdf5", "--id", "test/planes-v0"), "2 numbers")
     write_hdf5(observations=colours.astype(np.float32))
     refused(run("game.hdf5", "--id", "test/planes-v0"), "uint8")
     assert not (root / "test/planes-v0").exists()
