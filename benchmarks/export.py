@@ -56,6 +56,8 @@ def outputs_of(actor: nn.Module) -> dict[str, str]:
 def find_network(policy: Callable) -> nn.Module:
     """The torch module of a policy of load_policy. Raises DataError."""
     network = getattr(policy, "network", None)
+    if hasattr(network, "frame_stack"):
+        raise DataError("the policy takes stacks of frames, and this program writes policies that take vectors")
     needed = ("actions", "observation_mean", "observation_std", "action_low", "action_high")
     if missing := [name for name in needed if not hasattr(network, name)]:
         kind = f"{type(network).__name__}, which lacks {', '.join(missing)}" if network else "missing"

@@ -24,6 +24,7 @@ from conftest import (
     refusal,
     slow_stacks,
     store,
+    table,
     write_frames,
 )
 from test_discrete import slow_quantile_loss
@@ -32,6 +33,8 @@ from torch import nn
 
 from algorithms.discrete import cql_atari as cql
 from algorithms.discrete import cql_dqn
+from benchmarks import export, fqe
+from benchmarks import record as record_program
 
 A = 3
 pytestmark = pixels
@@ -454,6 +457,32 @@ def test_environments_that_do_not_fit_are_one_line(script, tiny, tmp_path):
 
 
 # Policies
+
+
+def test_returns_of_whole_episodes_may_stand_in_the_metadata(script, new_dataset, run, capsys):
+    """As an import writes them that dropped rows."""
+    data = script.load_dataset(DATASET)
+    arrays = {key: data[key] for key in ("frames", "starts", "actions", "rewards", "terminals", "timeouts")}
+    metadata = {"format": 1, "kind": "frames", "action_low": [-2, 0], "action_high": [1, 2]}
+    name = write_frames("toy/returns-v0", arrays, metadata | {"episode_returns": [100, 300], "frames": [1, 6, 6]})
+    run(env=name, max_timesteps=1)
+    assert "behaviour return 200.0 ± 100.0" in capsys.readouterr().out
+
+
+def test_programs_play_a_policy_of_pixels_or_refuse_it(cloned, capsys):
+    folder = cloned(n_episodes=5, eval_epsilon=0.0)
+    record_program.main([str(folder / "policy.pt"), "--env=toy/time-v0", "--episodes=5", "--no_video"])
+    (row,) = table(folder)
+    returned = "return {:.1f} ± {:.1f}".format(*(float(row[x]) for x in ("eval_return", "eval_return_std")))
+    assert f"{returned} over 5 episodes" in capsys.readouterr().out
+    for program, options, words in (
+        (fqe, ["--env=toy/time-v0", "--device=cpu"], "has frames, and FQE takes vectors"),
+        (export, [], "the policy takes stacks of frames"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            program.main([str(folder / "policy.pt"), *options])
+        err = capsys.readouterr().err
+        assert stop.value.code == 1 and err.count("\n") == 1 and words in err
 
 
 @pytest.fixture
