@@ -358,6 +358,19 @@ def test_held_out_rows_are_whole_episodes_that_are_not_drawn(on_device, sampled)
     assert len({*numbers[[*held_out]]}) == 4 and not {*numbers[[*held_out]]} & {*numbers[[*drawn]]}
 
 
+def test_the_device_holds_the_frames_of_its_own_transitions_alone(script, tiny):
+    data, config = make_data(), tiny(env="mine", frame_stack=3, frames_on_device=True)
+    frames, n_frames = script.Frames(data, config), len(make_data()["frames"])
+    first = np.flatnonzero(data["terminals"] | data["timeouts"])[2] + 1  # of the fourth episode
+    columns = data | {"actions": data["actions"][:, 0], "discounts": data["rewards"]}
+    buffer = script.ReplayBuffer({key: column[first:] for key, column in columns.items()}, "cpu")
+    mapped = frames.fill(buffer.rows(slice(None)))
+    frames.load(buffer, config)
+    copied = frames.fill(buffer.rows(slice(None)))
+    assert 0 < frames.first and len(frames.frames) == n_frames - frames.first
+    assert all(torch.equal(x, y) for x, y in zip(mapped[:6], copied[:6]))
+
+
 @pytest.mark.parametrize("frame_stack", [1, 4])
 def test_stacks_in_evaluation_are_those_of_the_data(frame_stack, script, tiny):
     """The recorded episodes, played again. The first stacks have zeros before the start."""
