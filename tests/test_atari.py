@@ -367,7 +367,7 @@ def test_the_device_holds_the_frames_of_its_own_transitions_alone(script, tiny):
     mapped = frames.fill(buffer.rows(slice(None)))
     frames.load(buffer, config)
     copied = frames.fill(buffer.rows(slice(None)))
-    assert 0 < frames.first and len(frames.frames) == n_frames - frames.first
+    assert frames.first > 0 and len(frames.frames) == n_frames - frames.first
     assert all(torch.equal(x, y) for x, y in zip(mapped[:6], copied[:6]))
 
 
