@@ -14,7 +14,7 @@ STUDIES = re.findall(r"^([a-z-]+)\)", (ROOT / "benchmarks/studies/results.sh").r
     "script, part",
     [
         *[("results.sh", study) for study in STUDIES],
-        *[("minatar.sh", part) for part in ("data", "tuning", "study", "long")],
+        *[("minatar.sh", part) for part in ("data", "tuning", "study", "weight", "long")],
         *[("choosing.sh", part) for part in ("verdicts", "calibration", "alphas", "fqe", "support", "remedies")],
     ],
 )

@@ -3,6 +3,7 @@
 #   bash benchmarks/studies/minatar.sh data     # trains DQN on both games and stores what it met; 5 % of it, too
 #   bash benchmarks/studies/minatar.sh tuning   # 4 runs with seed 100 on one dataset; runs/report-minatar-tuning
 #   bash benchmarks/studies/minatar.sh study    # 36 runs: three methods, two games, two sizes; runs/report-minatar
+#   bash benchmarks/studies/minatar.sh weight   # 6 runs of CQL with four times the weight; runs/report-minatar-weight
 #   bash benchmarks/studies/minatar.sh long     # 2 runs of four times as many updates; runs/report-minatar-long
 # The data took 19 minutes per game on one busy core. A run that is complete is skipped, and one that was stopped
 # continues. Exit status: 0, 2 for another part, or that of the first command that failed.
@@ -47,6 +48,16 @@ study() {
     python benchmarks/report.py runs/minatar --out runs/report-minatar
 }
 
+weight() {
+    for seed in 0 1 2; do
+        for dataset in space-invaders-replay{,-5}; do
+            train "$dataset-CQL-2-seed$seed" "$dataset" $seed --checkpoints_path runs/minatar-weight --name CQL-2 \
+                --cql_alpha 2
+        done
+    done
+    python benchmarks/report.py runs/minatar-weight --out runs/report-minatar-weight
+}
+
 long() {
     for dataset in {breakout,space-invaders}-replay; do
         train "$dataset-CQL-seed0" "$dataset" 0 --checkpoints_path runs/minatar-long --name CQL --max_timesteps 200000
@@ -55,9 +66,9 @@ long() {
 }
 
 case ${1-} in
-data | tuning | study | long) "$1" ;;
+data | tuning | study | weight | long) "$1" ;;
 *)
-    sed -n 's/^# \{0,1\}//; 2,8p' "$0" >&2
+    sed -n 's/^# \{0,1\}//; 2,9p' "$0" >&2
     exit 2
     ;;
 esac
