@@ -25,13 +25,10 @@ import gymnasium as gym
 import numpy as np
 from collect import free_place, parse_dataset_id
 from common import Parser, fail, make_env, one_line_errors, reference_scores
-from import_frames import store_frames
+from import_frames import STEP_LIMIT, atari, store_frames
 from tqdm import tqdm
 
 LARGE = 36  # pixels a side that the agents' own network needs
-ATARI = {"frameskip": 1, "repeat_action_probability": 0.25, "full_action_space": False}
-ATARI |= {"max_num_frames_per_episode": 108_000}
-PREPROCESSING = {"noop_max": 0, "frame_skip": 4}
 FRAME_STACK = 4
 EVERY = 10_000  # steps between two lines of the curve
 
@@ -126,7 +123,9 @@ def make_images(env_id):
         need("minatar.gym").register_envs()
     elif env_id.startswith("ALE/"):
         gym.register_envs(need("ale_py"))
-        arguments, wrappers = ATARI, [["AtariPreprocessing", PREPROCESSING]]
+        arguments = atari(env_id, (84, 84), 0.25, STEP_LIMIT)
+        wrappers = arguments.pop("wrappers")
+        del arguments["id"]
     env = make_env(env_id, **arguments)
     for name, options in wrappers:
         env = getattr(gym.wrappers, name)(env, **options)
