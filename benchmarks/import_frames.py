@@ -221,7 +221,7 @@ def count_actions(recording, args):
     """The number of actions: as given, the environment's, or what the data suggest. Raises DataError."""
     found, source = int(recording.actions.max(initial=0)) + 1, "the environment's"
     n_actions, low, high = recording.n_actions, args.action_low or [0], args.action_high or [0]
-    if [*low] != [0] or len(high) != 1 or high[0] != int(high[0]):
+    if [*low] != [0] or len(high) != 1 or high[0] % 1 != 0:  # also infinity
         raise OptionError("actions of images are counted from 0: --action_low takes 0, --action_high a whole number")
     if args.action_high:
         n_actions, source = int(args.action_high[0]) + 1, "as given"

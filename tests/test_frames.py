@@ -609,6 +609,7 @@ def test_other_minari_datasets_are_refused(run, root):
         (("Pong", "--id", ID, "--action_low", 0, "--action_high", 1, "--eval_env", "none"), "0 to 1"),
         (("Pong", "--id", ID, "--action_low", 1, "--action_high", 9, "--eval_env", "none"), "--action_low takes 0"),
         (("Pong", "--id", ID, "--action_low", 0, "--action_high", 9.7, "--eval_env", "none"), "a whole number"),
+        (("Pong", "--id", ID, "--action_low", 0, "--action_high", "inf", "--eval_env", "none"), "a whole number"),
         (("--frames", "test/all-v0", "--id", "test/b-v0"), "--transitions"),
         (("--frames", "test/all-v0", "--id", "test/b-v0", "--transitions", 3, "--grey", "True"), "--grey"),
         (("--frames", "test/all-v0", "--id", "test/b-v0", "--eval_env", "none"), "--eval_env"),
